@@ -1,0 +1,51 @@
+"""VideoMamba (arXiv 2403.06977) for Transformers. Importing this package registers its models with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    AutoVideoProcessor,
+)
+
+from .configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig
+from .image_processing_videomamba import VideoMambaImageProcessor
+from .modeling_videomamba import (
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    VideoMambaModel,
+)
+from .selective_scan import selective_scan, selective_scan_backends
+from .video_decoding import BrokenVideoError
+from .video_processing_videomamba import VideoMambaVideoProcessor
+
+from ._version import __version__
+
+AutoConfig.register("videomamba", VideoMambaConfig)
+AutoModel.register(VideoMambaConfig, VideoMambaModel)
+AutoModelForImageClassification.register(VideoMambaConfig, VideoMambaForImageClassification)
+AutoModelForVideoClassification.register(VideoMambaConfig, VideoMambaForVideoClassification)
+AutoImageProcessor.register(VideoMambaConfig, image_processor_classes={"torchvision": VideoMambaImageProcessor})
+AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor)
+
+# What is saved carries its code and an `auto_map`, so that it also loads where this package is not installed.
+VideoMambaConfig.register_for_auto_class()
+VideoMambaModel.register_for_auto_class()
+VideoMambaForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+VideoMambaForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
+VideoMambaImageProcessor.register_for_auto_class()
+VideoMambaVideoProcessor.register_for_auto_class()
+
+__all__ = [
+    "VIDEOMAMBA_SIZES",
+    "BrokenVideoError",
+    "VideoMambaConfig",
+    "VideoMambaForImageClassification",
+    "VideoMambaForVideoClassification",
+    "VideoMambaImageProcessor",
+    "VideoMambaModel",
+    "VideoMambaVideoProcessor",
+    "selective_scan",
+    "selective_scan_backends",
+]

@@ -1,0 +1,172 @@
+"""VideoMamba model configuration."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import as_validated_field, strict
+from transformers.configuration_utils import PreTrainedConfig
+
+ScanOrder = Literal["spatial_first", "temporal_first", "spatiotemporal_v1", "spatiotemporal_v2"]
+
+# The sizes of the paper (table 1) and of its released weights.
+VIDEOMAMBA_SIZES = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 24},
+    "small": {"hidden_size": 384, "num_hidden_layers": 24},
+    "middle": {"hidden_size": 576, "num_hidden_layers": 32},
+    "base": {"hidden_size": 768, "num_hidden_layers": 24},
+}
+
+
+@as_validated_field
+def positive(value: int | float):
+    if value <= 0:
+        raise ValueError(f"must be positive, got {value}")
+
+
+@as_validated_field
+def rate(value: int | float):
+    if not 0 <= value < 1:
+        raise ValueError(f"must be at least 0 and below 1, got {value}")
+
+
+@strict
+class VideoMambaConfig(PreTrainedConfig):
+    r"""
+    Configuration of a VideoMamba encoder ([VideoMamba](https://huggingface.co/papers/2403.06977)) and its heads.
+    The defaults are those of VideoMamba-Ti for 8 frames of 224 pixels.
+
+    Args:
+        image_size (`int` or `(height, width)`, defaults to 224):
+            Resolution, in pixels, of the spatial position embedding. Inputs of another resolution work: the embedding
+            is resized on the fly.
+        patch_size (`int`, defaults to 16):
+            Height and width of a patch, in pixels.
+        num_channels (`int`, defaults to 3):
+            Channels of the input.
+        num_frames (`int` or `None`, defaults to 8):
+            Frames of the temporal position embedding. Inputs with another number of frames work: the embedding is
+            resized on the fly. `None` is an image model, which has no temporal position embedding;
+            [`~VideoMambaPreTrainedModel.inflate`] turns it into a video model.
+        tubelet_size (`int`, defaults to 1):
+            Frames that one patch token spans.
+        hidden_size (`int`, defaults to 192):
+            Width `D` of the tokens.
+        num_hidden_layers (`int`, defaults to 24):
+            Number of bidirectional Mamba layers.
+        state_size (`int`, defaults to 16):
+            Size `N` of the state of each channel of the scan.
+        conv_kernel (`int`, defaults to 4):
+            Width of the causal depthwise convolution before the scan.
+        expand (`int`, defaults to 2):
+            The scan has `E = expand * hidden_size` channels.
+        time_step_rank (`int` or `"auto"`, defaults to `"auto"`):
+            Rank `R` of the projection that gives the time steps; `"auto"` is `ceil(hidden_size / 16)`.
+        time_step_min, time_step_max, time_step_floor (`float`, default to 0.001, 0.1 and 1e-4):
+            Initial time steps are log-uniform between the first two and at least the third.
+        scan_order (`str`, defaults to `"spatial_first"`):
+            Order in which the scans read the tokens (section 3.2 of the paper): `"spatial_first"` (all released
+            weights), `"temporal_first"`, `"spatiotemporal_v1"` or `"spatiotemporal_v2"`.
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth of the last layer; that of the layers before grows linearly from 0.
+        layer_norm_epsilon (`float`, defaults to 1e-5):
+            Epsilon of the RMS norms.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the truncated normal initialisation.
+        teacher_hidden_size (`int`, *optional*):
+            Width of the features of the teacher in self-distillation (section 3.3). When given, the classification
+            models have a distillation head and return `distillation_features`.
+
+    Raises:
+        `StrictDataclassFieldValidationError`, `StrictDataclassClassValidationError`: for a value of a wrong type or
+            out of range; the message names the field.
+
+    Example:
+
+    ```python
+    >>> from modeling_videomamba import VideoMambaConfig, VideoMambaModel
+
+    >>> model = VideoMambaModel(VideoMambaConfig(hidden_size=576, num_hidden_layers=32, num_frames=16))
+    >>> model.config.intermediate_size
+    1152
+    ```
+    """
+
+    model_type = "videomamba"
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = positive(default=16)
+    num_channels: int = positive(default=3)
+    num_frames: int | None = 8
+    tubelet_size: int = positive(default=1)
+    hidden_size: int = positive(default=192)
+    num_hidden_layers: int = positive(default=24)
+    state_size: int = positive(default=16)
+    conv_kernel: int = positive(default=4)
+    expand: int = positive(default=2)
+    time_step_rank: int | Literal["auto"] = "auto"
+    time_step_min: float = positive(default=0.001)
+    time_step_max: float = positive(default=0.1)
+    time_step_floor: float = positive(default=1e-4)
+    scan_order: ScanOrder = "spatial_first"
+    drop_path_rate: float | int = rate(default=0.0)
+    layer_norm_epsilon: float = positive(default=1e-5)
+    initializer_range: float = positive(default=0.02)
+    teacher_hidden_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        super().__post_init__(**kwargs)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Channels `E` of the scan."""
+        return self.expand * self.hidden_size
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of `image_size`."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        height, width = self.image_size
+        return height, width
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches of the spatial position embedding."""
+        height, width = self.input_size
+        return height // self.patch_size, width // self.patch_size
+
+    def validate_image_size(self):
+        """`image_size` is one or two multiples of `patch_size`."""
+        sizes = [self.image_size] * 2 if isinstance(self.image_size, int) else list(self.image_size)
+        if len(sizes) != 2 or any(size < 1 or size % self.patch_size for size in sizes):
+            raise ValueError(
+                f"`image_size` must be a multiple of `patch_size` ({self.patch_size}), or a height and a width that are, "
+                f"got {self.image_size}."
+            )
+
+    def validate_num_frames(self):
+        """`num_frames` is `None` or a multiple of `tubelet_size`."""
+        if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % self.tubelet_size):
+            raise ValueError(
+                f"`num_frames` must be `None` (an image model) or a multiple of `tubelet_size` ({self.tubelet_size}), "
+                f"got {self.num_frames}."
+            )
+
+    def validate_time_step(self):
+        """Ranks and bounds of the time steps are in order."""
+        if self.time_step_rank < 1:
+            raise ValueError(f"`time_step_rank` must be a positive integer or 'auto', got {self.time_step_rank}.")
+        if self.time_step_min > self.time_step_max:
+            raise ValueError(
+                f"`time_step_min` must not be above `time_step_max` ({self.time_step_max}), got {self.time_step_min}."
+            )
+
+    def validate_teacher_hidden_size(self):
+        """`teacher_hidden_size` is `None` or positive."""
+        if self.teacher_hidden_size is not None and self.teacher_hidden_size < 1:
+            raise ValueError(f"`teacher_hidden_size` must be `None` or positive, got {self.teacher_hidden_size}.")
+
+
+__all__ = ["VIDEOMAMBA_SIZES", "VideoMambaConfig"]

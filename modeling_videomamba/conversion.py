@@ -1,0 +1,247 @@
+"""Checkpoints of the original release to models of this package."""
+
+import argparse
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_videomamba import VideoMambaConfig
+from .image_processing_videomamba import VideoMambaImageProcessor
+from .modeling_videomamba import (
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    VideoMambaModel,
+    VideoMambaPreTrainedModel,
+)
+from .video_processing_videomamba import VideoMambaVideoProcessor
+
+StateDict = dict[str, torch.Tensor]
+
+# Tensors without which a file is not a VideoMamba checkpoint.
+REQUIRED = (
+    "cls_token",
+    "pos_embed",
+    "patch_embed.proj.weight",
+    "patch_embed.proj.bias",
+    "layers.0.norm.weight",
+    "layers.0.mixer.in_proj.weight",
+    "layers.0.mixer.A_b_log",
+    "norm_f.weight",
+)
+
+# From the original's names to those of `VideoMambaForVideoClassification`, applied in turn.
+RENAMING = (
+    (r"^head\.", "classifier."),
+    (r"^distill_head\.", "distillation_head."),
+    (r"^norm_f\.", "videomamba.norm."),
+    (r"^cls_token$", "videomamba.embeddings.cls_token"),
+    (r"^pos_embed$", "videomamba.embeddings.position_embeddings"),
+    (r"^temporal_pos_embedding$", "videomamba.embeddings.temporal_position_embeddings"),
+    (r"^patch_embed\.proj\.", "videomamba.embeddings.patch_embeddings.projection."),
+    (r"^layers\.", "videomamba.layers."),
+    (r"\.mixer\.A_b_log$", ".mixer.scans.1.A_log"),
+    (r"\.mixer\.(A_log|D)$", r".mixer.scans.0.\1"),
+    (r"\.mixer\.D_b$", ".mixer.scans.1.D"),
+    (r"\.mixer\.(conv1d|x_proj|dt_proj)_b\.", r".mixer.scans.1.\1."),
+    (r"\.mixer\.(conv1d|x_proj|dt_proj)\.", r".mixer.scans.0.\1."),
+)
+
+KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be converted; the message says why."""
+
+
+@dataclass
+class ConvertedCheckpoint:
+    """A model, its processor, and what the checkpoint was recognised as."""
+
+    model: VideoMambaPreTrainedModel
+    processor: VideoMambaImageProcessor | VideoMambaVideoProcessor
+    kind: str
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes safetensors, configurations and the code for remote loading."""
+        self.model.save_pretrained(directory)
+        self.processor.save_pretrained(directory)
+
+
+def convert_checkpoint(path: str | os.PathLike, labels: Sequence[str] | None = None) -> ConvertedCheckpoint:
+    r"""
+    Reads a checkpoint of the original release: an image model, a self-distilled student or a video model. Every value of
+    the configuration comes from the shapes of the tensors.
+
+    Args:
+        path (`str` or `os.PathLike`): The `.pth` file, read with `weights_only=True`.
+        labels (`Sequence[str]`, *optional*): Class names in the order of the head.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `CheckpointError`: if it is no VideoMamba checkpoint, of a kind without a model class yet, has tensors that the
+            model has no place for, lacks some, or has another number of classes than `labels`.
+    """
+    state_dict = load_state_dict(path)
+    kind = recognise(state_dict)
+    config = infer_config(state_dict)
+    _set_labels(config, state_dict, labels)
+    model_class: type[VideoMambaPreTrainedModel] = VideoMambaModel
+    if "head.weight" in state_dict:
+        model_class = VideoMambaForVideoClassification if kind == "video" else VideoMambaForImageClassification
+    model = model_class(config)
+    _load(model, {rename(name): tensor for name, tensor in state_dict.items()})
+    processor_class = VideoMambaVideoProcessor if kind == "video" else VideoMambaImageProcessor
+    return ConvertedCheckpoint(model.eval(), processor_class.for_model(config), kind)
+
+
+def load_state_dict(path: str | os.PathLike) -> StateDict:
+    """The tensors of a `.pth` file, out of `model` or `module` if they are in there, without wrappers' prefixes."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        # trainers stored their arguments beside the weights; a namespace holds values and runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no checkpoint fails in any way
+        raise CheckpointError(f"{path}: not a file of plain tensors, so it is not read: {error}") from error
+    for key in ("model", "module"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, dict) or not any(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
+        raise CheckpointError(f"{path}: holds no state dict, neither at top level nor under 'model' or 'module'")
+    strangers = [name for name, tensor in checkpoint.items() if not isinstance(tensor, torch.Tensor)]
+    if strangers:
+        raise CheckpointError(f"{path}: not only tensors in its state dict: {_listing(strangers)}")
+    return {re.sub(r"^((module|backbone|encoder)\.)+", "", name): tensor for name, tensor in checkpoint.items()}
+
+
+def recognise(state_dict: StateDict) -> str:
+    """`"image"`, `"student"` or `"video"`; a `CheckpointError` for any other."""
+    prefixes = {name.split(".")[0] for name in state_dict}
+    if prefixes & {"vision_encoder", "text_encoder"}:
+        raise CheckpointError("This is a video-text checkpoint; this version has no model class for it yet.")
+    if "clip_decoder" in prefixes:
+        raise CheckpointError("This is a masked-pretraining checkpoint; this version has no model class for it yet.")
+    missing = [name for name in REQUIRED if name not in state_dict]
+    if missing:
+        raise CheckpointError(f"This is not a VideoMamba checkpoint: it lacks {_listing(missing)}.")
+    if "distill_head" in prefixes:
+        return "student"
+    is_video = "temporal_pos_embedding" in state_dict or state_dict["patch_embed.proj.weight"].ndim == 5
+    return "video" if is_video else "image"
+
+
+def infer_config(state_dict: StateDict) -> VideoMambaConfig:
+    """The configuration that the shapes of the tensors imply."""
+    kernel = state_dict["patch_embed.proj.weight"]
+    if kernel.ndim not in (4, 5):
+        raise CheckpointError(f"`patch_embed.proj.weight` has shape {tuple(kernel.shape)}, not that of a convolution.")
+    tubelet_size = kernel.shape[2] if kernel.ndim == 5 else 1
+    num_patches = state_dict["pos_embed"].shape[1] - 1
+    grid = math.isqrt(num_patches)
+    if grid * grid != num_patches:
+        raise CheckpointError(f"`pos_embed` holds {num_patches} patches, which is not the square of a whole number.")
+    temporal = state_dict.get("temporal_pos_embedding")
+    hidden_size = state_dict["cls_token"].shape[-1]
+    mixer = "layers.0.mixer."
+    channels, state_size = state_dict[mixer + "A_b_log"].shape
+    distillation_head = state_dict.get("distill_head.1.weight")
+    return VideoMambaConfig(
+        image_size=grid * kernel.shape[-1],
+        patch_size=kernel.shape[-1],
+        num_channels=kernel.shape[1],
+        num_frames=None if temporal is None else temporal.shape[1] * tubelet_size,
+        tubelet_size=tubelet_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers.")),
+        state_size=state_size,
+        conv_kernel=state_dict[mixer + "conv1d.weight"].shape[-1],
+        expand=channels // hidden_size,
+        time_step_rank=state_dict[mixer + "dt_proj.weight"].shape[1],
+        teacher_hidden_size=None if distillation_head is None else distillation_head.shape[0],
+    )
+
+
+def rename(name: str) -> str:
+    """Name in `VideoMambaForVideoClassification` of a tensor of the original."""
+    for pattern, replacement in RENAMING:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def load_labels(source: str) -> list[str]:
+    r"""
+    Class names in index order.
+
+    Args:
+        source (`str`): `imagenet-1k`, `kinetics400`, `something-something-v2`, or a file: one name a line, or JSON with
+            a list of names or an object from index to name.
+
+    Raises:
+        `FileNotFoundError`: if it is neither a known data set nor a file.
+        `ValueError`: if a JSON file holds something else.
+    """
+    if source == "imagenet-1k":
+        from torchvision.models import ResNet50_Weights
+
+        return list(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
+    if source in KNOWN_LABELS:
+        return json.loads((Path(__file__).parent / "labels.json").read_text("utf-8"))[source]
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{source}: no such labels file, nor a known data set ({', '.join(KNOWN_LABELS)})")
+    text = path.read_text("utf-8")
+    if path.suffix != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    labels = json.loads(text)
+    if isinstance(labels, dict) and sorted(labels, key=int) == [str(index) for index in range(len(labels))]:
+        labels = [labels[str(index)] for index in range(len(labels))]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{source}: must hold a list of names, or an object from the indices 0, 1, ... to names")
+    return labels
+
+
+def _set_labels(config: VideoMambaConfig, state_dict: StateDict, labels: Sequence[str] | None) -> None:
+    num_labels = state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0
+    if labels is None:
+        if num_labels:
+            config.num_labels = num_labels
+        return
+    if len(labels) != num_labels:
+        raise CheckpointError(f"`labels` has {len(labels)} names, the checkpoint has {num_labels} classes.")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def _load(model: VideoMambaPreTrainedModel, state_dict: StateDict) -> None:
+    kernel = "videomamba.embeddings.patch_embeddings.projection.weight"
+    if state_dict[kernel].ndim == 4:
+        state_dict[kernel] = state_dict[kernel].unsqueeze(2)
+    if isinstance(model, VideoMambaModel):
+        state_dict = {name.removeprefix("videomamba."): tensor for name, tensor in state_dict.items()}
+    expected = model.state_dict()
+    problems = []
+    if unused := sorted(set(state_dict) - set(expected)):
+        problems.append(f"tensors that the model has no place for: {_listing(unused)}")
+    if missing := sorted(set(expected) - set(state_dict)):
+        problems.append(f"tensors that the checkpoint lacks: {_listing(missing)}")
+    for name in sorted(set(expected) & set(state_dict)):
+        if state_dict[name].shape != expected[name].shape:
+            shapes = f"{tuple(state_dict[name].shape)} instead of {tuple(expected[name].shape)}"
+            problems.append(f"`{name}` has shape {shapes}")
+    if problems:
+        raise CheckpointError("The checkpoint does not fit: " + "; ".join(problems))
+    model.load_state_dict(state_dict)
+
+
+def _listing(names: Sequence[str], limit: int = 10) -> str:
+    """A few names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"`{name}`" for name in names[:limit]) + more

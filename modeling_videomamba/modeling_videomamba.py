@@ -1,0 +1,501 @@
+"""PyTorch VideoMamba: embeddings, bidirectional Mamba mixer, layer, model, classification heads."""
+
+import copy
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_videomamba import VideoMambaConfig
+from .selective_scan import causal_conv1d, selective_scan
+
+# The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
+# ("temporal"), from the first to the last or, where `reverse`, from the last to the first (paper, figure 4).
+SCANS = {
+    "spatial_first": (("spatial", False), ("spatial", True)),
+    "temporal_first": (("temporal", False), ("temporal", True)),
+    "spatiotemporal_v1": (("spatial", False), ("temporal", True)),
+    "spatiotemporal_v2": (("spatial", False), ("spatial", True), ("temporal", False), ("temporal", True)),
+}
+
+# Which class of this file each Auto class loads, for directories that carry their code.
+AUTO_MAP = {
+    "AutoModel": "modeling_videomamba.VideoMambaModel",
+    "AutoModelForImageClassification": "modeling_videomamba.VideoMambaForImageClassification",
+    "AutoModelForVideoClassification": "modeling_videomamba.VideoMambaForVideoClassification",
+}
+
+
+@dataclass
+class VideoMambaClassifierOutput(ModelOutput):
+    r"""
+    Output of the classification models.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
+            Cross-entropy, binary cross-entropy or mean squared error, by `config.problem_type`.
+        logits (`torch.Tensor` of shape `(batch, num_labels)`):
+            Scores before softmax or sigmoid; the values themselves for regression.
+        hidden_states (`tuple(torch.Tensor)`, *optional*):
+            As in [`VideoMambaModel.forward`].
+        distillation_features (`torch.Tensor` of shape `(batch, length, teacher_hidden_size)`, *optional*):
+            What self-distillation aligns with the final features of the teacher; when `config.teacher_hidden_size` is set.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    distillation_features: torch.Tensor | None = None
+
+
+def resize_spatial_positions(
+    position_embeddings: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]
+) -> torch.Tensor:
+    """Bicubic resize of `(1, 1 + rows * columns, D)` to another grid of `(rows, columns)`; the class entry is kept."""
+    if new_grid == grid:
+        return position_embeddings
+    class_entry, patches = position_embeddings[:, :1], position_embeddings[:, 1:]
+    patches = patches.reshape(1, *grid, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+    patches = patches.to(class_entry.dtype).flatten(2).transpose(1, 2)
+    return torch.cat([class_entry, patches], dim=1)
+
+
+def resize_temporal_positions(position_embeddings: torch.Tensor, length: int) -> torch.Tensor:
+    """Linear resize of `(1, T', D)` to `(1, length, D)`."""
+    if position_embeddings.shape[1] == length:
+        return position_embeddings
+    resized = F.interpolate(
+        position_embeddings.float().transpose(1, 2), size=length, mode="linear", align_corners=False
+    )
+    return resized.transpose(1, 2).to(position_embeddings.dtype)
+
+
+def temporal_first(num_steps: int, num_patches: int, device: torch.device) -> torch.Tensor:
+    """Permutation `(1 + num_steps * num_patches,)` from spatial-first to temporal-first order; class token first."""
+    patches = torch.arange(1, 1 + num_steps * num_patches, device=device).view(num_steps, num_patches)
+    return F.pad(patches.T.flatten(), (1, 0))
+
+
+class VideoMambaRMSNorm(nn.Module):
+    """RMS norm in float32 of any input, `(..., D)` to `(..., D)` in the dtype of its weight."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(self.weight.dtype)
+
+
+class VideoMambaDropPath(nn.Module):
+    """Stochastic depth: drops the branch of a whole sample with probability `rate` during training."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0.0:
+            return hidden_states
+        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.rate
+        return hidden_states * keep / (1.0 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class VideoMambaPatchEmbeddings(nn.Module):
+    """Tubelets of pixels to tokens: `(batch, frames, channels, height, width)` to `(batch, D, T', rows, columns)`."""
+
+    def __init__(self, config: VideoMambaConfig):
+        super().__init__()
+        kernel = (config.tubelet_size, config.patch_size, config.patch_size)
+        self.projection = nn.Conv3d(config.num_channels, config.hidden_size, kernel_size=kernel, stride=kernel)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        tubelet, patch, _ = self.projection.kernel_size
+        _, frames, channels, height, width = pixel_values.shape
+        if channels != self.projection.in_channels:
+            raise ValueError(
+                f"`pixel_values` must have {self.projection.in_channels} channels in its third dimension from the end, "
+                f"got shape {tuple(pixel_values.shape)}."
+            )
+        if frames == 0 or frames % tubelet:
+            raise ValueError(
+                f"The number of frames of `pixel_values` must be a multiple of `tubelet_size` ({tubelet}), got {frames}."
+            )
+        if not (height and width) or height % patch or width % patch:
+            raise ValueError(
+                f"Height and width of `pixel_values` must be multiples of `patch_size` ({patch}), got {height} x {width}."
+            )
+        return self.projection(pixel_values.transpose(1, 2).to(self.projection.weight.dtype))
+
+
+class VideoMambaEmbeddings(nn.Module):
+    """Patch tokens with positions, behind the class token."""
+
+    def __init__(self, config: VideoMambaConfig):
+        super().__init__()
+        self.config = config
+        rows, columns = config.grid_size
+        self.patch_embeddings = VideoMambaPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.hidden_size))
+        self.temporal_position_embeddings = None
+        if config.num_frames is not None:
+            num_steps = config.num_frames // config.tubelet_size
+            self.temporal_position_embeddings = nn.Parameter(torch.zeros(1, num_steps, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Tokens `(batch, 1 + T'P, D)` in spatial-first order, and `T'`."""
+        if pixel_values.ndim not in (4, 5):
+            raise ValueError(
+                "`pixel_values` must be a video (batch, frames, channels, height, width) or an image "
+                f"(batch, channels, height, width), got shape {tuple(pixel_values.shape)}."
+            )
+        is_image = pixel_values.ndim == 4
+        if is_image:  # a still picture fills one tubelet
+            pixel_values = pixel_values.unsqueeze(1).expand(-1, self.config.tubelet_size, -1, -1, -1)
+        patches = self.patch_embeddings(pixel_values)
+        batch, _, num_steps, rows, columns = patches.shape
+        positions = resize_spatial_positions(self.position_embeddings, self.config.grid_size, (rows, columns))
+        patches = patches.flatten(3).permute(0, 2, 3, 1) + positions[:, 1:].unsqueeze(1)
+        if self.temporal_position_embeddings is not None and not is_image:
+            patches = patches + resize_temporal_positions(self.temporal_position_embeddings, num_steps).unsqueeze(2)
+        cls_token = (self.cls_token + positions[:, :1]).expand(batch, -1, -1)
+        return torch.cat([cls_token, patches.flatten(1, 2)], dim=1), num_steps
+
+    @torch.no_grad()
+    def resize_positions(self, image_size: int | list[int] | tuple[int, int], num_frames: int | None) -> None:
+        """See [`VideoMambaPreTrainedModel.resize_position_embeddings`]."""
+        grid = self.config.grid_size
+        self.config.image_size, self.config.num_frames = image_size, num_frames
+        resized = resize_spatial_positions(self.position_embeddings, grid, self.config.grid_size)
+        self.position_embeddings = nn.Parameter(resized.clone())
+        if num_frames is not None:
+            num_steps = num_frames // self.config.tubelet_size
+            if self.temporal_position_embeddings is None:
+                resized = self.position_embeddings.new_zeros(1, num_steps, self.config.hidden_size)
+            else:
+                resized = resize_temporal_positions(self.temporal_position_embeddings, num_steps)
+            self.temporal_position_embeddings = nn.Parameter(resized.clone())
+
+    @torch.no_grad()
+    def inflate_patches(self, tubelet_size: int) -> None:
+        """See [`VideoMambaPreTrainedModel.inflate`]."""
+        kernel = self.patch_embeddings.projection
+        self.config.tubelet_size = tubelet_size
+        self.patch_embeddings = VideoMambaPatchEmbeddings(self.config).to(kernel.weight.device, kernel.weight.dtype)
+        inflated = self.patch_embeddings.projection
+        inflated.weight.zero_()
+        inflated.weight[:, :, tubelet_size // 2] = kernel.weight[:, :, 0]
+        inflated.bias.copy_(kernel.bias)
+
+
+class VideoMambaScan(nn.Module):
+    """One scan of the tokens with the parameters of its own: convolution, then selective state space model."""
+
+    def __init__(self, config: VideoMambaConfig, reverse: bool):
+        super().__init__()
+        channels, rank, state = config.intermediate_size, int(config.time_step_rank), config.state_size
+        self.reverse = reverse
+        self.split_sizes = [rank, state, state]
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
+        self.x_proj = nn.Linear(channels, sum(self.split_sizes), bias=False)
+        self.dt_proj = nn.Linear(rank, channels)
+        self.A_log = nn.Parameter(torch.zeros(channels, state))
+        self.D = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, E)` to `(batch, length, E)`."""
+        x = causal_conv1d(x, self.conv1d.weight, self.conv1d.bias, reverse=self.reverse)
+        dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
+        dt = F.linear(dt_low, self.dt_proj.weight)
+        A = -torch.exp(self.A_log.float())
+        return selective_scan(x, dt, A, B, C, self.D, dt_bias=self.dt_proj.bias, reverse=self.reverse)
+
+
+class VideoMambaMixer(nn.Module):
+    """The bidirectional Mamba block (paper, section 3.1): the scans share the projections and the gate."""
+
+    def __init__(self, config: VideoMambaConfig):
+        super().__init__()
+        self.orders = [order for order, _ in SCANS[config.scan_order]]
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.scans = nn.ModuleList(VideoMambaScan(config, reverse) for _, reverse in SCANS[config.scan_order])
+        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
+        """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        y = torch.zeros_like(x)
+        for order, scan in zip(self.orders, self.scans, strict=True):
+            if order == "temporal":
+                y = y + scan(x[:, permutation])[:, torch.argsort(permutation)]
+            else:
+                y = y + scan(x)
+        return self.out_proj(y * F.silu(z))
+
+
+class VideoMambaLayer(GradientCheckpointingLayer):
+    """Norm, mixer and drop path around a residual stream in float32."""
+
+    def __init__(self, config: VideoMambaConfig, drop_path_rate: float):
+        super().__init__()
+        self.norm = VideoMambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = VideoMambaMixer(config)
+        self.drop_path = VideoMambaDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
+        """`(batch, length, D)` to the same, both float32."""
+        return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())
+
+
+class VideoMambaPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and changes of input size that all VideoMamba models share."""
+
+    config: VideoMambaConfig
+    base_model_prefix = "videomamba"
+    main_input_name = "pixel_values"
+    input_modalities = ("video", "image")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Conv1d):  # PyTorch's own initialisation, as in Mamba
+            bound = (module.in_channels // module.groups * module.kernel_size[0]) ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.Linear, nn.Conv3d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, VideoMambaRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, VideoMambaEmbeddings):
+            init.trunc_normal_(module.cls_token, std=std)
+            init.trunc_normal_(module.position_embeddings, std=std)
+            if module.temporal_position_embeddings is not None:
+                init.zeros_(module.temporal_position_embeddings)
+        elif isinstance(module, VideoMambaScan):
+            self._init_scan(module)
+        elif isinstance(module, VideoMambaMixer):
+            init.trunc_normal_(module.out_proj.weight, std=std / math.sqrt(self.config.num_hidden_layers))
+
+    def _init_scan(self, scan: VideoMambaScan) -> None:
+        """Mamba's: `A = -(1..N)`, `D = 1`, time steps log-uniform in `[time_step_min, time_step_max]`."""
+        config, device = self.config, scan.D.device
+        states = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=device)
+        init.copy_(scan.A_log, torch.log(states).expand_as(scan.A_log))
+        init.ones_(scan.D)
+        bound = config.time_step_rank**-0.5
+        init.uniform_(scan.dt_proj.weight, -bound, bound)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = torch.exp(low + (high - low) * torch.rand_like(scan.dt_proj.bias, dtype=torch.float32))
+        dt = dt.clamp(min=config.time_step_floor)
+        init.copy_(scan.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings.patch_embeddings
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        if self._auto_class is not None:  # Transformers alone would map the saved class only
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def resize_position_embeddings(
+        self, image_size: int | list[int] | tuple[int, int] | None = None, num_frames: int | None = None
+    ) -> "VideoMambaPreTrainedModel":
+        r"""
+        Makes the resizing of position embeddings to another input size permanent, in the weights and in the config:
+        spatially bicubic, temporally linear. An image model that is given `num_frames` gets a temporal embedding of
+        zeros.
+
+        Args:
+            image_size (`int` or `(height, width)`, *optional*): In pixels, multiples of `patch_size`.
+            num_frames (`int`, *optional*): A multiple of `tubelet_size`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            `StrictDataclassClassValidationError`: if a size does not fit `patch_size` or `tubelet_size`.
+        """
+        image_size = self.config.image_size if image_size is None else image_size
+        num_frames = self.config.num_frames if num_frames is None else num_frames
+        self._check_config(image_size=image_size, num_frames=num_frames)
+        self.base_model.embeddings.resize_positions(image_size, num_frames)
+        return self
+
+    def inflate(self, num_frames: int, tubelet_size: int = 1) -> "VideoMambaPreTrainedModel":
+        r"""
+        Turns an image model into a video model, as the paper starts its video models from ImageNet weights: the patch
+        kernel becomes the centre of a kernel of `tubelet_size` frames that is zero elsewhere, and the temporal
+        position embedding is zero.
+
+        Args:
+            num_frames (`int`): Frames of the temporal position embedding, a multiple of `tubelet_size`.
+            tubelet_size (`int`, defaults to 1): Frames that one patch token spans.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            `ValueError`: if the model is a video model already.
+            `StrictDataclassClassValidationError`: if `num_frames` is not a multiple of `tubelet_size`.
+
+        Example:
+
+        ```python
+        >>> model = VideoMambaForVideoClassification.from_pretrained("org/videomamba-ti-in1k", num_labels=174,
+        ...     ignore_mismatched_sizes=True).inflate(num_frames=16)
+        ```
+        """
+        config = self.config
+        if config.num_frames is not None or config.tubelet_size != 1:
+            raise ValueError(
+                "`inflate` takes an image model (`num_frames` None and `tubelet_size` 1 in its config), got one with "
+                f"`num_frames` {config.num_frames} and `tubelet_size` {config.tubelet_size}. "
+                "`resize_position_embeddings` changes the number of frames of a video model."
+            )
+        self._check_config(num_frames=num_frames, tubelet_size=tubelet_size)
+        self.base_model.embeddings.inflate_patches(tubelet_size)
+        return self.resize_position_embeddings(num_frames=num_frames)
+
+    def _check_config(self, **changes: Any) -> None:
+        """Raises what a config with these changes would raise, before anything is changed."""
+        candidate = copy.copy(self.config)
+        for name, value in changes.items():
+            setattr(candidate, name, value)
+        candidate.validate()
+
+
+class VideoMambaModel(VideoMambaPreTrainedModel):
+    """The VideoMamba encoder without a head."""
+
+    def __init__(self, config: VideoMambaConfig):
+        super().__init__(config)
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.embeddings = VideoMambaEmbeddings(config)
+        self.layers = nn.ModuleList(VideoMambaLayer(config, rate) for rate in rates)
+        self.norm = VideoMambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.uses_temporal_order = any(order == "temporal" for order, _ in SCANS[config.scan_order])
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, frames, channels, height, width)`, or
+                `(batch, channels, height, width)` for images):
+                Normalised pixels. `frames` is a multiple of `tubelet_size`, `height` and `width` are multiples of
+                `patch_size`.
+            output_hidden_states (`bool`, *optional*, defaults to `config.output_hidden_states`):
+                Whether to return the residual stream after the embeddings and after every layer.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` `(batch, 1 + T'P, D)` after the final norm, the class
+            token first, then the patches of frame 0, of frame 1, ...; `pooler_output` `(batch, D)`, its class token;
+            `hidden_states`, `num_hidden_layers + 1` float32 tensors `(batch, 1 + T'P, D)` before the final norm.
+
+        Raises:
+            `ValueError`: if the shape of `pixel_values` does not fit.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        tokens, num_steps = self.embeddings(pixel_values)
+        permutation = None
+        if self.uses_temporal_order:
+            permutation = temporal_first(num_steps, (tokens.shape[1] - 1) // num_steps, tokens.device)
+
+        hidden_states = tokens.float()
+        all_hidden_states = (hidden_states,)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, permutation)
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
+
+        last_hidden_state = self.norm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[:, 0],
+            hidden_states=all_hidden_states if output_hidden_states else None,
+        )
+
+
+class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):
+    """VideoMamba with a linear head on the class token. Takes videos and images."""
+
+    def __init__(self, config: VideoMambaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.videomamba = VideoMambaModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.distillation_head = None
+        if config.teacher_hidden_size is not None:
+            self.distillation_head = nn.Sequential(
+                VideoMambaRMSNorm(config.hidden_size, config.layer_norm_epsilon),
+                nn.Linear(config.hidden_size, config.teacher_hidden_size),
+            )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> VideoMambaClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, frames, channels, height, width)`, or
+                `(batch, channels, height, width)` for images): As in [`VideoMambaModel.forward`].
+            labels (`torch.Tensor`, *optional*):
+                Class indices `(batch,)`; for `config.problem_type` `"multi_label_classification"` zeros and ones
+                `(batch, num_labels)`; for `"regression"` targets `(batch, num_labels)` or, for one label, `(batch,)`.
+            output_hidden_states (`bool`, *optional*): As in [`VideoMambaModel.forward`].
+
+        Returns:
+            [`VideoMambaClassifierOutput`]
+        """
+        outputs = self.videomamba(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config)
+        features = None
+        if self.distillation_head is not None:
+            features = F.normalize(self.distillation_head(outputs.last_hidden_state), dim=-1)
+        return VideoMambaClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, distillation_features=features
+        )
+
+
+class VideoMambaForImageClassification(VideoMambaForVideoClassification):
+    """[`VideoMambaForVideoClassification`] under the name by which image checkpoints and pipelines know it."""
+
+
+__all__ = [
+    "VideoMambaForImageClassification",
+    "VideoMambaForVideoClassification",
+    "VideoMambaModel",
+    "VideoMambaPreTrainedModel",
+]

@@ -1,0 +1,318 @@
+"""The selective scan of Mamba (arXiv 2312.00752, section 3): its contract, its reference and the choice of backend.
+
+The backends and the setting that forces one are described in [`selective_scan_backends`].
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+BACKEND_VARIABLE = "VIDEOMAMBA_SCAN_BACKEND"
+
+# Steps whose states exist at the same time in the reference: `(batch, CHUNK_SIZE, channels, state)` is its work space.
+CHUNK_SIZE = 32
+
+
+def selective_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    reverse: bool = False,
+) -> torch.Tensor:
+    r"""
+    The selective scan, with `dt_t <- softplus(dt_t + dt_bias)` (Mamba, algorithm 2 and equation 2):
+
+        h_t = exp(dt_t * A) * h_{t-1} + dt_t * B_t * x_t
+        y_t = C_t . h_t + D * x_t
+
+    and `y_t * SiLU(z_t)` where `z` is given. The state, the exponential and the sums are in float32 (in float64 for
+    float64 `x`) whatever the dtype of the inputs. Differentiable in every tensor; the backward pass recomputes the
+    states.
+
+    Args:
+        x (`torch.Tensor` of shape `(batch, length, channels)`): Input, floating point.
+        dt (`torch.Tensor` of shape `(batch, length, channels)`): Time steps before bias and softplus.
+        A (`torch.Tensor` of shape `(channels, state)`): State matrix, negative for a stable scan.
+        B (`torch.Tensor` of shape `(batch, length, state)`): Input matrix of each step.
+        C (`torch.Tensor` of shape `(batch, length, state)`): Output matrix of each step.
+        D (`torch.Tensor` of shape `(channels,)`): Skip connection.
+        z (`torch.Tensor` of shape `(batch, length, channels)`, *optional*): Gate.
+        dt_bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added to `dt` before the softplus.
+        reverse (`bool`, defaults to `False`): Scan from the last step to the first.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
+
+    Raises:
+        `ValueError`: if a shape does not fit the others.
+        `RuntimeError`: if the backend that the environment asks for is unknown or not usable.
+    """
+    _check_shapes(x, dt, A, B, C, D, z, dt_bias)
+    scan = _BACKENDS[_choose_backend(x.device.type)].scan
+    return scan(x, dt, A, B, C, D, z, dt_bias, reverse)
+
+
+def causal_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, reverse: bool = False
+) -> torch.Tensor:
+    r"""
+    SiLU of a depthwise convolution that is causal in the direction of the scan: step `t` sees the `width - 1` steps
+    before it, or, with `reverse`, after it. The last tap of `weight` is that of the step itself.
+
+    Args:
+        x (`torch.Tensor` of shape `(batch, length, channels)`): Input, floating point.
+        weight (`torch.Tensor` of shape `(channels, 1, width)`): Depthwise kernel.
+        bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the SiLU.
+        reverse (`bool`, defaults to `False`): Causal from the last step to the first.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
+    """
+    width = weight.shape[-1]
+    padding = (0, width - 1) if reverse else (width - 1, 0)
+    weight = weight.flip(-1) if reverse else weight
+    y = F.conv1d(F.pad(x.transpose(1, 2), padding), weight.to(x.dtype), groups=weight.shape[0])
+    y = y.transpose(1, 2)
+    return F.silu(y if bias is None else y + bias.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class SelectiveScanBackend:
+    """Whether a backend can run here: `usable`, and the `reason` why it can't (empty if it can)."""
+
+    usable: bool
+    reason: str
+
+
+def selective_scan_backends() -> dict[str, SelectiveScanBackend]:
+    r"""
+    The backends of [`selective_scan`] in order of preference, and why those that can't run here can't:
+
+    - `mamba_ssm`: CUDA kernels of the stock `mamba-ssm` release, for tensors on a GPU;
+    - `torch`: the reference in plain PyTorch, everywhere.
+
+    The first one that is usable on the device of the input is taken. The environment variable
+    `VIDEOMAMBA_SCAN_BACKEND` forces one by name.
+
+    Returns:
+        `dict[str, SelectiveScanBackend]`: name -> usable or not, and the reason.
+    """
+    report = {}
+    for name, backend in _BACKENDS.items():
+        reasons = [backend.unusable(device_type) for device_type in backend.device_types]
+        reason = "" if None in reasons else "; ".join(filter(None, reasons))
+        report[name] = SelectiveScanBackend(usable=not reason, reason=reason)
+    return report
+
+
+@torch.compiler.assume_constant_result
+def _choose_backend(device_type: str) -> str:
+    forced = os.environ.get(BACKEND_VARIABLE)
+    if forced is None:
+        return next(name for name, backend in _BACKENDS.items() if backend.unusable(device_type) is None)
+    if forced not in _BACKENDS:
+        raise RuntimeError(f"{BACKEND_VARIABLE}={forced!r} is not a backend. Backends: {', '.join(_BACKENDS)}.")
+    reason = _BACKENDS[forced].unusable(device_type)
+    if reason is not None:
+        raise RuntimeError(f"{BACKEND_VARIABLE}={forced!r} is not usable for tensors on {device_type!r}: {reason}.")
+    return forced
+
+
+def _check_shapes(x, dt, A, B, C, D, z, dt_bias):
+    if x.ndim != 3 or x.shape[1] == 0 or not x.is_floating_point():
+        raise ValueError(
+            "`x` must be a floating-point tensor (batch, length, channels) of at least one step, "
+            f"got {tuple(x.shape)} {x.dtype}."
+        )
+    if A.ndim != 2:
+        raise ValueError(f"`A` must be (channels, state), got {tuple(A.shape)}.")
+    (batch, length, channels), state = x.shape, A.shape[1]
+    expected = {
+        "dt": (dt, (batch, length, channels)),
+        "A": (A, (channels, state)),
+        "B": (B, (batch, length, state)),
+        "C": (C, (batch, length, state)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, length, channels)),
+        "dt_bias": (dt_bias, (channels,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape} to fit `x` and `A`, got {tuple(tensor.shape)}.")
+
+
+# The reference, in PyTorch.
+
+
+def _torch_selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    u = x.to(dtype)
+    dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    y, _ = _scan(u, F.softplus(dt), A.to(dtype), B.to(dtype), C.to(dtype), reverse)
+    y = y + D.to(dtype) * u
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(x.dtype)
+
+
+def _chunks(length: int, reverse: bool) -> Iterator[tuple[slice, int]]:
+    """Slices of the sequence in the order of the scan, and the step of time inside each."""
+    starts = range(0, length, CHUNK_SIZE)
+    for start in reversed(starts) if reverse else starts:
+        yield slice(start, min(start + CHUNK_SIZE, length)), -1 if reverse else 1
+
+
+def _chunk_states(x, dt, A, B, h, step):
+    """`exp(dt * A)` and all states of one chunk, `(batch, chunk, channels, state)`, from the state `h` before it."""
+    decay = torch.exp(dt.unsqueeze(-1) * A)
+    states = (dt * x).unsqueeze(-1) * B.unsqueeze(-2)
+    for t in range(states.shape[1])[::step]:
+        h = states[:, t].addcmul_(decay[:, t], h)
+    return decay, states
+
+
+def _dot(states, vectors):
+    """Sum over the state: `(batch, chunk, channels, state)` and `(batch, chunk, state)` to `(batch, chunk, channels)`."""
+    return (vectors.unsqueeze(-2) @ states.mT).squeeze(-2)
+
+
+# An operator of its own, so that `torch.compile` and `torch.export` keep it whole instead of unrolling every step.
+@torch.library.custom_op("videomamba::selective_scan", mutates_args=())
+def _scan(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`y_t = C_t . h_t`, and the states before each chunk `(chunks, batch, channels, state)`, in the scan's order."""
+    h = x.new_zeros(x.shape[0], *A.shape)
+    y, checkpoints = torch.empty_like(x, memory_format=torch.contiguous_format), []
+    with torch.autocast(x.device.type, enabled=False):
+        for chunk, step in _chunks(x.shape[1], reverse):
+            checkpoints.append(h)
+            _, states = _chunk_states(x[:, chunk], dt[:, chunk], A, B[:, chunk], h, step)
+            y[:, chunk] = _dot(states, C[:, chunk])
+            h = states[:, -1 if step == 1 else 0].clone()  # a view would keep the states of the whole chunk
+    return y, torch.stack(checkpoints)
+
+
+@_scan.register_fake
+def _(x, dt, A, B, C, reverse):
+    num_chunks = (x.shape[1] + CHUNK_SIZE - 1) // CHUNK_SIZE
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(num_chunks, x.shape[0], *A.shape)
+
+
+@torch.library.custom_op("videomamba::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    checkpoints: torch.Tensor,
+    reverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `x, dt, A, B, C`: the adjoint scan, chunk by chunk against the order of the scan."""
+    grad_x, grad_dt, grad_A, grad_B, grad_C = map(torch.zeros_like, (x, dt, A, B, C))
+    carry = torch.zeros_like(checkpoints[0])
+    chunks = zip(_chunks(x.shape[1], reverse), checkpoints, strict=True)
+    with torch.autocast(x.device.type, enabled=False):
+        for (chunk, step), h in reversed(list(chunks)):
+            xc, dtc, Bc, Cc, grad_yc = (tensor[:, chunk] for tensor in (x, dt, B, C, grad_y))
+            decay, states = _chunk_states(xc, dtc, A, Bc, h, step)
+            grad_h = grad_yc.unsqueeze(-1) * Cc.unsqueeze(-2)
+            for t in range(states.shape[1])[:: -step]:
+                grad_h[:, t] += carry
+                carry = decay[:, t] * grad_h[:, t]
+            grad_C[:, chunk] = (grad_yc.unsqueeze(-2) @ states).squeeze(-2)
+            grad_B[:, chunk] = ((dtc * xc).unsqueeze(-2) @ grad_h).squeeze(-2)
+            grad_u = _dot(grad_h, Bc)
+            before = torch.empty_like(states)
+            if step == 1:
+                before[:, 0], before[:, 1:] = h, states[:, :-1]
+            else:
+                before[:, -1], before[:, :-1] = h, states[:, 1:]
+            grad_dtA = grad_h.mul_(decay).mul_(before)
+            grad_A += (grad_dtA * dtc.unsqueeze(-1)).sum((0, 1))
+            grad_dt[:, chunk] = (grad_dtA * A).sum(-1) + grad_u * xc
+            grad_x[:, chunk] = grad_u * dtc
+    return grad_x, grad_dt, grad_A, grad_B, grad_C
+
+
+@_scan_backward.register_fake
+def _(grad_y, x, dt, A, B, C, checkpoints, reverse):
+    return tuple(map(torch.empty_like, (x, dt, A, B, C)))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, grad_y, grad_checkpoints):
+    return *_scan_backward(grad_y, *ctx.saved_tensors, ctx.reverse), None
+
+
+_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+# The stock `mamba-ssm` release.
+
+
+def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse):
+    """`selective_scan_fn` wants channels before length, one dtype for the sequences, float32 for the rest."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def sequence(tensor):
+        tensor = tensor.flip(1) if reverse else tensor
+        return tensor.to(x.dtype).transpose(1, 2).contiguous()
+
+    y = selective_scan_fn(
+        sequence(x),
+        sequence(dt),
+        A.float().contiguous(),
+        sequence(B),
+        sequence(C),
+        D.float(),
+        z=None if z is None else sequence(z),
+        delta_bias=None if dt_bias is None else dt_bias.float(),
+        delta_softplus=True,
+    )
+    y = y.transpose(1, 2)
+    return y.flip(1) if reverse else y
+
+
+def _mamba_ssm_unusable(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "needs tensors on a CUDA device"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device and a PyTorch build for CUDA"
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+    except Exception as error:  # a wheel built for another PyTorch fails with more than ImportError
+        return f"`mamba-ssm` can't be imported ({error})"
+    return None
+
+
+@dataclass(frozen=True)
+class _Backend:
+    scan: Callable[..., torch.Tensor]
+    unusable: Callable[[str], str | None]
+    device_types: tuple[str, ...]
+
+
+# In order of preference. A new backend is one line here.
+_BACKENDS = {
+    "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_unusable, ("cuda",)),
+    "torch": _Backend(_torch_selective_scan, lambda device_type: None, ("cpu",)),
+}
+
+__all__ = ["causal_conv1d", "selective_scan", "selective_scan_backends"]

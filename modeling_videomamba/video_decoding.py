@@ -1,0 +1,302 @@
+"""Frames of a video by index, from a path, a URL, bytes or a decoder: PyAV, or torchcodec where that works."""
+
+import bisect
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import get_session
+from transformers.video_utils import VideoMetadata
+
+VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
+
+
+class BrokenVideoError(ValueError):
+    """
+    A file that is not a video, or from which not every frame can be read.
+
+    Args:
+        name (`str`): Path or URL of the file, or what it is.
+        reason (`str`): What is wrong with it.
+        num_readable_frames (`int`, defaults to 0): How many of its frames could be read.
+    """
+
+    def __init__(self, name: str, reason: str, num_readable_frames: int = 0):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason, self.num_readable_frames = name, reason, num_readable_frames
+
+    def __reduce__(self):  # workers of a data loader send their exceptions to the main process
+        return type(self), (self.name, self.reason, self.num_readable_frames)
+
+
+def is_video_source(video: Any) -> bool:
+    """Whether `read_frames` takes it: a path, URL, bytes, a `datasets` `Video` value or a torchcodec decoder."""
+    return isinstance(video, VideoSource) or _is_torchcodec_decoder(video)
+
+
+def read_frames(
+    video: VideoSource, sample_indices: Callable[[VideoMetadata], Sequence[int]] | None = None
+) -> tuple[torch.Tensor, VideoMetadata]:
+    r"""
+    Decodes frames of a video, and no others than it must: it seeks where the next wanted frame is behind a keyframe.
+
+    Args:
+        video (`str`, `os.PathLike`, `bytes`, `dict` or `torchcodec.decoders.VideoDecoder`):
+            A path, an http(s) URL, the bytes of a file, or a value of the `Video` feature of `datasets`: a dictionary
+            with `path` or `bytes`, or a decoder.
+        sample_indices (`Callable`, *optional*):
+            From the metadata of the video to the indices of the wanted frames, in any order, also repeated. Without it
+            all frames are read.
+
+    Returns:
+        `tuple[torch.Tensor, VideoMetadata]`: RGB frames `(len(indices), 3, height, width)`, uint8, upright, and the
+        metadata, with the indices in `frames_indices`.
+
+    Raises:
+        `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
+        `BrokenVideoError`: if it is not a video, has no video stream or no frame, is truncated or can't be decoded.
+        `ImportError`: if PyAV is missing.
+    """
+    if _is_torchcodec_decoder(video):
+        metadata = _torchcodec_metadata(video)
+        frames = _torchcodec_frames(video, _wanted(metadata, sample_indices))
+    else:
+        name, file = _open_source(video)
+        with VideoFile(name, file) as reader:
+            metadata = reader.metadata
+            indices = _wanted(metadata, sample_indices)
+            frames = _decode_with_torchcodec(reader, indices)
+            if frames is None:
+                frames = reader.frames(indices)
+    metadata.height, metadata.width = frames.shape[-2:]  # those of a turned video are swapped
+    return frames, metadata
+
+
+class VideoFile:
+    """
+    A video file opened with PyAV, its frames numbered in the order in which they are shown.
+
+    Args:
+        name (`str`): What errors call it.
+        file (`str` or `io.BytesIO`): Path, or the bytes of the file.
+    """
+
+    def __init__(self, name: str, file: str | io.BytesIO):
+        self.name, self.file = name, file
+        try:
+            import av
+        except ImportError as error:
+            raise ImportError("Reading video files needs PyAV: `pip install av`.") from error
+        self.av = av
+        self._open()
+        try:
+            self.timestamps: list[int] = []
+            self.keyframes: list[int] = []
+            self.timestamps, self.keyframes = self._index()
+            self.metadata = self._metadata()
+        except BaseException:
+            self.container.close()
+            raise
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.container.close()
+
+    def _open(self) -> None:
+        if isinstance(self.file, io.BytesIO):
+            self.file.seek(0)
+        # "file:" keeps FFmpeg from reading a path as one of its protocols
+        source = f"file:{self.file}" if isinstance(self.file, str) else self.file
+        try:
+            self.container = self.av.open(source, metadata_errors="ignore")
+        except self.av.error.FFmpegError as error:
+            reason = f"not a video, or truncated so that no frame can be read ({error.strerror})"
+            raise BrokenVideoError(self.name, reason) from error
+        kind = self.container.format.name
+        if kind in ("tty", "image2") or kind.endswith("_pipe"):  # FFmpeg reads texts and pictures, too
+            self.container.close()
+            raise BrokenVideoError(self.name, f"not a video but {kind.removesuffix('_pipe')}")
+        cover = self.av.stream.Disposition.attached_pic
+        streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
+        if not streams:
+            self.container.close()
+            raise BrokenVideoError(self.name, "it has no video stream")
+        self.stream = streams[0]
+        self.stream.thread_type = "AUTO"
+
+    def _index(self) -> tuple[list[int], list[int]]:
+        """Timestamps of all frames and of the keyframes, sorted, from the packets (nothing is decoded if they tell)."""
+        frames, keyframes, num_packets = [], [], 0
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size == 0 or packet.is_corrupt:
+                    continue
+                num_packets += 1
+                if not packet.is_discard:
+                    frames.append(packet.pts)
+                    if packet.is_keyframe:
+                        keyframes.append(packet.pts)
+        except self.av.error.FFmpegError:  # damaged behind here; counted below
+            pass
+        if num_packets < self.stream.frames:
+            reason = f"truncated: {len(frames)} of {self.stream.frames} frames can be read"
+            raise BrokenVideoError(self.name, reason, len(frames))
+        if None in frames or len(set(frames)) < len(frames):  # no usable timestamps, as in a raw stream
+            self._restart()
+            frames, keyframes = list(range(sum(1 for _ in self._decoded()))), []
+        if not frames:
+            raise BrokenVideoError(self.name, "it has no frame")
+        return sorted(frames), sorted(keyframes)
+
+    def _metadata(self) -> VideoMetadata:
+        rate = self.stream.average_rate
+        fps = float(rate) if rate else None
+        return VideoMetadata(
+            total_num_frames=len(self.timestamps),
+            fps=fps,
+            duration=len(self.timestamps) / fps if fps else None,
+            video_backend="pyav",
+        )
+
+    def frames(self, indices: Sequence[int]) -> torch.Tensor:
+        """RGB frames `(len(indices), 3, height, width)`, uint8, upright."""
+        wanted = sorted(set(indices))
+        decoded = dict(zip(wanted, self._decode_indices(wanted), strict=True))
+        return torch.from_numpy(np.stack([decoded[index] for index in indices])).permute(0, 3, 1, 2)
+
+    def _decode_indices(self, wanted: list[int]) -> list[np.ndarray]:
+        images: list[np.ndarray] = []
+        decoded, position = iter(()), -1
+        for index in wanted:
+            if position < 0 or self._keyframe_before(index) > position:
+                decoded = self._seek(index)
+            for position, frame in decoded:
+                if position >= index:
+                    break
+            if position != index:
+                reason = f"damaged: frame {index} of {len(self.timestamps)} can't be decoded"
+                raise BrokenVideoError(self.name, reason, index)
+            images.append(_to_rgb(frame))
+        return images
+
+    def _keyframe_before(self, index: int) -> int:
+        """Number of the last keyframe that is not behind frame `index`, 0 where they are unknown."""
+        behind = bisect.bisect_right(self.keyframes, self.timestamps[index])
+        return self._number(self.keyframes[behind - 1]) if behind else 0
+
+    def _seek(self, index: int) -> Iterator[tuple[int, Any]]:
+        """Numbers and frames from the keyframe of frame `index` on, or from an earlier one."""
+        keyframe = self._keyframe_before(index)
+        if keyframe > 0:
+            self.container.seek(self.timestamps[keyframe], stream=self.stream)
+            decoded = self._decoded()
+            first = next(decoded, None)
+            if first is not None and first[0] <= index:
+                return itertools.chain([first], decoded)
+        self._restart()  # nothing to seek to, or the seek went too far
+        return self._decoded()
+
+    def _restart(self) -> None:
+        self.container.close()
+        self._open()
+
+    def _decoded(self) -> Iterator[tuple[int, Any]]:
+        """Numbers and frames from where the container stands; ends where the file can't be decoded further."""
+        try:
+            for count, frame in enumerate(self.container.decode(self.stream)):
+                yield self._number(frame.pts) if self.keyframes else count, frame
+        except self.av.error.FFmpegError:
+            return
+
+    def _number(self, timestamp: int) -> int:
+        return bisect.bisect_left(self.timestamps, timestamp)
+
+
+def _to_rgb(frame) -> np.ndarray:
+    """`(height, width, 3)`, uint8, turned upright as the file asks (videos of phones are stored lying)."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+
+
+def _wanted(metadata: VideoMetadata, sample_indices) -> list[int]:
+    indices = range(metadata.total_num_frames) if sample_indices is None else sample_indices(metadata)
+    metadata.frames_indices = [int(index) for index in indices]
+    return metadata.frames_indices
+
+
+def _open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
+    """A name for errors, and a path of an existing file or its bytes."""
+    if isinstance(video, dict):
+        path, data = video.get("path"), video.get("bytes")
+        if path is None and data is None:
+            raise ValueError("A video given as a dictionary needs `path` or `bytes`, got neither.")
+        return _open_source(path) if data is None else (str(path or "video from bytes"), io.BytesIO(data))
+    if isinstance(video, bytes | bytearray | memoryview):
+        return "video from bytes", io.BytesIO(video)
+    path = os.fspath(video)
+    if path.startswith(("http://", "https://")):
+        response = get_session().get(path, follow_redirects=True)
+        response.raise_for_status()
+        return path, io.BytesIO(response.content)
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: a folder, not a video file")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such video file")
+    return path, path
+
+
+# torchcodec: optional, faster on many files, in need of an FFmpeg of the system.
+
+
+def _torchcodec_decoder_class():
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except Exception:  # without FFmpeg its import fails with a RuntimeError
+        return None
+    return VideoDecoder
+
+
+def _is_torchcodec_decoder(video: Any) -> bool:
+    return type(video).__module__.startswith("torchcodec.")
+
+
+def _torchcodec_metadata(decoder) -> VideoMetadata:
+    metadata = decoder.metadata
+    return VideoMetadata(
+        total_num_frames=metadata.num_frames,
+        fps=metadata.average_fps,
+        duration=metadata.duration_seconds,
+        video_backend="torchcodec",
+    )
+
+
+def _torchcodec_frames(decoder, indices: Sequence[int]) -> torch.Tensor:
+    frames = decoder.get_frames_at(indices=list(indices)).data
+    return frames if frames.shape[1] == 3 else frames.permute(0, 3, 1, 2)
+
+
+def _decode_with_torchcodec(reader: VideoFile, indices: Sequence[int]) -> torch.Tensor | None:
+    """`None` where torchcodec is missing, can't read the file or counts its frames differently."""
+    decoder_class = _torchcodec_decoder_class()
+    # from other containers (AVI with B-frames, MPEG-TS) it returns wrong frames without an error
+    if decoder_class is None or not reader.container.format.name.startswith(("mov,", "matroska,")):
+        return None
+    try:
+        source = reader.file if isinstance(reader.file, str) else reader.file.getvalue()
+        decoder = decoder_class(source, stream_index=reader.stream.index)
+        if decoder.metadata.num_frames != len(reader.timestamps):
+            return None
+        frames = _torchcodec_frames(decoder, indices)
+    except Exception:  # PyAV has the last word, and says what is wrong
+        return None
+    reader.metadata.video_backend = "torchcodec"
+    return frames
+
+
+__all__ = ["BrokenVideoError", "is_video_source", "read_frames"]

@@ -1,0 +1,167 @@
+"""Labels of videos, or their embeddings, with a VideoMamba model.
+
+    python scripts/classify.py VIDEO...
+
+Without --model it is the small model that comes with this repository: it tells in which direction a digit moves.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForVideoClassification, AutoVideoProcessor, logging
+
+import modeling_videomamba  # noqa: F401 - registers VideoMamba with the Auto classes
+
+NANO = Path(__file__).resolve().parents[1] / "hub_cards" / "videomamba-nano"
+MAX_PICTURE_ROWS = 50
+MAX_PICTURE_FRAMES = 8
+
+
+@dataclass
+class Result:
+    """What became of one video: `values` are the scores of all labels, or the embedding; or there is an `error`."""
+
+    video: str
+    values: torch.Tensor | None = None
+    frames: torch.Tensor | None = None
+    error: str | None = None
+
+
+def run_model(videos: list[str], model: torch.nn.Module, processor: Any) -> Iterator[Result]:
+    """Scores or, from a model without a head, embeddings; an unreadable video is reported and the rest goes on."""
+    for video in videos:
+        try:
+            pixel_values = processor(video, return_tensors="pt")["pixel_values"]
+        except (OSError, ValueError) as error:
+            yield Result(video, error=str(error))
+            continue
+        with torch.inference_mode():
+            outputs = model(pixel_values.to(model.device))
+        values = scores(outputs.logits, model.config.problem_type) if "logits" in outputs else outputs.pooler_output
+        yield Result(video, values=values[0].cpu(), frames=pixel_values[0])
+
+
+def scores(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """Probabilities, or the values themselves for regression."""
+    if problem_type == "regression":
+        return logits
+    return logits.sigmoid() if problem_type == "multi_label_classification" else logits.softmax(-1)
+
+
+def top_labels(result: Result, id2label: dict[int, str], top_k: int) -> list[dict[str, Any]]:
+    """The labels with the highest scores, best first."""
+    top = result.values.topk(min(top_k, len(id2label)))
+    pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    return [{"label": id2label[index], "score": score} for score, index in pairs]
+
+
+def print_table(console: Console, results: list[Result], labels: list[list[dict[str, Any]]]) -> None:
+    table = Table("video", "label", "score")
+    table.columns[2].justify = "right"
+    for result, best in zip(results, labels, strict=True):
+        for rank, item in enumerate(best):
+            table.add_row("" if rank else result.video, item["label"], f"{item['score']:.3f}")
+        table.add_section()
+    console.print(table)
+
+
+def draw_picture(path: Path, results: list[Result], labels: list[list[dict[str, Any]]], processor: Any) -> None:
+    """A row for each video: the sampled frames as the model sees them, beside bars of the top labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    figure, axes = pyplot.subplots(
+        len(results), 2, figsize=(14, 2 * len(results) + 0.5), width_ratios=(3, 1), squeeze=False, layout="constrained"
+    )
+    for (strip, bars), result, best in zip(axes, results, labels, strict=True):
+        shown = torch.linspace(0, len(result.frames) - 1, min(len(result.frames), MAX_PICTURE_FRAMES)).round().long()
+        frames = result.frames[shown].permute(2, 0, 3, 1) * std + mean  # side by side: (height, frames, width, channels)
+        strip.imshow(frames.flatten(1, 2).clamp(0, 1).numpy(), aspect="equal")
+        strip.set_title(result.video, fontsize=9)
+        strip.axis("off")
+        bars.barh([item["label"] for item in best][::-1], [item["score"] for item in best][::-1])
+        bars.set_xlim(0, 1) if all(0 <= item["score"] <= 1 for item in best) else None
+        bars.tick_params(labelsize=8)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="path or URL")
+    parser.add_argument("--model", default=str(NANO), metavar="DIR_OR_ID", help="default: the model that comes along")
+    parser.add_argument("--top-k", type=int, default=5, help="labels to show (default: 5)")
+    parser.add_argument("--features", type=Path, metavar="OUT.safetensors", help="write one embedding for each video")
+    parser.add_argument("--picture", type=Path, metavar="OUT.png", help="draw the frames beside the top labels")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    if args.top_k < 1:
+        parser.error(f"--top-k must be at least 1, got {args.top_k}")
+    if args.picture and len(args.videos) > MAX_PICTURE_ROWS:
+        parser.error(f"--picture takes at most {MAX_PICTURE_ROWS} videos, got {len(args.videos)}")
+    if args.picture and args.features:
+        parser.error("--picture shows labels, --features has none: pass one of them")
+    if len(set(args.videos)) < len(args.videos):
+        parser.error("a video is given twice")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    auto_class = AutoModel if args.features else AutoModelForVideoClassification
+    try:
+        processor = AutoVideoProcessor.from_pretrained(args.model)
+        model = auto_class.from_pretrained(args.model).to(device).eval()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: --model {args.model}: {error}")
+
+    console = Console(stderr=True)
+    videos = run_model(args.videos, model, processor)
+    if len(args.videos) > 1:
+        videos = track(videos, total=len(args.videos), description="videos", console=console)
+    results = list(videos)
+    failed = [result for result in results if result.error is not None]
+    read = [result for result in results if result.error is None]
+
+    if args.features:
+        if read:
+            save_file({result.video: result.values for result in read}, args.features)
+        report = [{"video": result.video, "features": len(result.values)} for result in read]
+        lines = [f"{len(read)} embeddings of {model.config.hidden_size} values: {args.features}"] if read else []
+    else:
+        labels = [top_labels(result, model.config.id2label, args.top_k) for result in read]
+        report = [{"video": result.video, "labels": best} for result, best in zip(read, labels, strict=True)]
+        lines = []
+        if read and not args.json:
+            print_table(Console(), read, labels)
+        if read and args.picture:
+            draw_picture(args.picture, read, labels, processor)
+    if args.json:
+        report += [{"video": result.video, "error": result.error} for result in failed]
+        print(json.dumps(report, indent=2))
+    else:
+        print(*lines, sep="\n", end="\n" if lines else "")
+    for result in failed:
+        console.print(f"error: {result.error}", style="red", highlight=False, soft_wrap=True, markup=False)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(results)} videos could not be read")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Converts a checkpoint of the original VideoMamba release to a directory for `from_pretrained`.
+
+    python scripts/convert_checkpoint.py videomamba_t16_k400_f8_res224.pth videomamba-ti-k400 --labels kinetics400
+
+The kind of model (image, self-distilled student, video) and every value of its configuration are read off the tensors.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from modeling_videomamba.conversion import KNOWN_LABELS, convert_checkpoint, load_labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, help="the .pth file")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--labels", help=f"class names: a file, or one of {', '.join(KNOWN_LABELS)}")
+    args = parser.parse_args()
+    try:
+        labels = None if args.labels is None else load_labels(args.labels)
+        converted = convert_checkpoint(args.input, labels)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    converted.save_pretrained(args.output_dir)
+    tensors = converted.model.state_dict()
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{args.input}: {converted.kind} checkpoint, {parameters:,} parameters, all {len(tensors)} tensors used")
+    print(f"{args.output_dir}: {type(converted.model).__name__}, {type(converted.processor).__name__}")
+
+
+if __name__ == "__main__":
+    main()
