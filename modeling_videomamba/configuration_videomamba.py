@@ -75,6 +75,9 @@ class VideoMambaConfig(PreTrainedConfig):
         teacher_hidden_size (`int`, *optional*):
             Width of the features of the teacher in self-distillation (section 3.3). When given, the classification
             models have a distillation head and return `distillation_features`.
+        problem_type (`str`, *optional*):
+            Loss of the classification models: `"single_label_classification"`, `"multi_label_classification"` or
+            `"regression"`. Without it the labels and `num_labels` decide.
 
     Raises:
         `StrictDataclassFieldValidationError`, `StrictDataclassClassValidationError`: for a value of a wrong type or
@@ -112,6 +115,8 @@ class VideoMambaConfig(PreTrainedConfig):
     layer_norm_epsilon: float = positive(default=1e-5)
     initializer_range: float = positive(default=0.02)
     teacher_hidden_size: int | None = None
+    # declared again because Transformers itself does not check it
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 
     def __post_init__(self, **kwargs):
         if self.time_step_rank == "auto":

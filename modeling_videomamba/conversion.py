@@ -49,6 +49,8 @@ RENAMING = (
     (r"\.mixer\.A_b_log$", ".mixer.scans.1.A_log"),
     (r"\.mixer\.(A_log|D)$", r".mixer.scans.0.\1"),
     (r"\.mixer\.D_b$", ".mixer.scans.1.D"),
+    (r"\.mixer\.dt_proj_b\.bias$", ".mixer.scans.1.dt_bias"),
+    (r"\.mixer\.dt_proj\.bias$", ".mixer.scans.0.dt_bias"),
     (r"\.mixer\.(conv1d|x_proj|dt_proj)_b\.", r".mixer.scans.1.\1."),
     (r"\.mixer\.(conv1d|x_proj|dt_proj)\.", r".mixer.scans.0.\1."),
 )

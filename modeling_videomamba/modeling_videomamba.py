@@ -205,6 +205,17 @@ class VideoMambaEmbeddings(nn.Module):
         inflated.bias.copy_(kernel.bias)
 
 
+class VideoMambaCausalConv1d(nn.Conv1d):
+    """SiLU of a depthwise convolution, causal in the direction of the scan, `(batch, length, E)` to the same."""
+
+    def __init__(self, channels: int, kernel_size: int, reverse: bool):
+        super().__init__(channels, channels, kernel_size, groups=channels)
+        self.reverse = reverse
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse)
+
+
 class VideoMambaScan(nn.Module):
     """One scan of the tokens with the parameters of its own: convolution, then selective state space model."""
 
@@ -213,19 +224,20 @@ class VideoMambaScan(nn.Module):
         channels, rank, state = config.intermediate_size, int(config.time_step_rank), config.state_size
         self.reverse = reverse
         self.split_sizes = [rank, state, state]
-        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
+        self.conv1d = VideoMambaCausalConv1d(channels, config.conv_kernel, reverse)
         self.x_proj = nn.Linear(channels, sum(self.split_sizes), bias=False)
-        self.dt_proj = nn.Linear(rank, channels)
+        self.dt_proj = nn.Linear(rank, channels, bias=False)
+        self.dt_bias = nn.Parameter(torch.zeros(channels))  # apart from `dt_proj`: the scan adds it in float32
         self.A_log = nn.Parameter(torch.zeros(channels, state))
         self.D = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(batch, length, E)` to `(batch, length, E)`."""
-        x = causal_conv1d(x, self.conv1d.weight, self.conv1d.bias, reverse=self.reverse)
+        x = self.conv1d(x)
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
-        dt = F.linear(dt_low, self.dt_proj.weight)
         A = -torch.exp(self.A_log.float())
-        return selective_scan(x, dt, A, B, C, self.D, dt_bias=self.dt_proj.bias, reverse=self.reverse)
+        dt = self.dt_proj(dt_low)
+        return selective_scan(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, reverse=self.reverse)
 
 
 class VideoMambaMixer(nn.Module):
@@ -237,6 +249,7 @@ class VideoMambaMixer(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.scans = nn.ModuleList(VideoMambaScan(config, reverse) for _, reverse in SCANS[config.scan_order])
         self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.out_proj.feeds_residual = True  # told here, as Transformers initialises only modules with own parameters
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
@@ -282,6 +295,8 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.Linear, nn.Conv3d)):
+            if getattr(module, "feeds_residual", False):
+                std /= math.sqrt(self.config.num_hidden_layers)
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -294,8 +309,6 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.temporal_position_embeddings)
         elif isinstance(module, VideoMambaScan):
             self._init_scan(module)
-        elif isinstance(module, VideoMambaMixer):
-            init.trunc_normal_(module.out_proj.weight, std=std / math.sqrt(self.config.num_hidden_layers))
 
     def _init_scan(self, scan: VideoMambaScan) -> None:
         """Mamba's: `A = -(1..N)`, `D = 1`, time steps log-uniform in `[time_step_min, time_step_max]`."""
@@ -306,9 +319,9 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
         bound = config.time_step_rank**-0.5
         init.uniform_(scan.dt_proj.weight, -bound, bound)
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        dt = torch.exp(low + (high - low) * torch.rand_like(scan.dt_proj.bias, dtype=torch.float32))
+        dt = torch.exp(low + (high - low) * torch.rand_like(scan.dt_bias, dtype=torch.float32))
         dt = dt.clamp(min=config.time_step_floor)
-        init.copy_(scan.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        init.copy_(scan.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.embeddings.patch_embeddings

@@ -1,0 +1,74 @@
+import json
+import os
+from pathlib import Path
+
+# Nothing in the tests may look for anything on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from modeling_videomamba import VideoMambaConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+NANO = ROOT / "hub_cards" / "videomamba-nano"
+
+TINY = {
+    "image_size": 32,
+    "patch_size": 16,
+    "num_frames": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_labels": 5,
+    "initializer_range": 0.2,
+}
+
+
+def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and metadata of a fixture."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    return tensors, metadata
+
+
+def strip_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def tiny_config(**changes) -> VideoMambaConfig:
+    return VideoMambaConfig(**{**TINY, **changes})
+
+
+def moving_square(num_frames: int, size: int = 48) -> np.ndarray:
+    """Frames `(num_frames, size, size, 3)`, each of another grey, with a square that moves."""
+    frames = np.zeros((num_frames, size, size, 3), np.uint8)
+    for index, frame in enumerate(frames):
+        frame[:] = 40 + index * 160 // num_frames
+        left = index * (size - 8) // max(num_frames - 1, 1)
+        frame[8:16, left : left + 8] = (255, 0, 0)
+    return frames
+
+
+def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **options: str) -> Path:
+    """Writes RGB frames with a keyframe every 10."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.gop_size = 10
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory) -> Path:
+    """An mp4 of 45 frames of 48 x 48 with B-frames and 5 keyframes."""
+    return write_video(tmp_path_factory.mktemp("video") / "square.mp4", moving_square(45))
