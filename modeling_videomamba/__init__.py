@@ -1,4 +1,4 @@
-"""VideoMamba (arXiv 2403.06977) for Transformers. Importing this package registers its models with the Auto classes."""
+"""VideoMamba (arXiv 2403.06977) for Transformers. Importing it registers its models with the Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -9,6 +9,7 @@ from transformers import (
     AutoVideoProcessor,
 )
 
+from ._version import __version__
 from .configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig
 from .image_processing_videomamba import VideoMambaImageProcessor
 from .modeling_videomamba import (
@@ -19,8 +20,6 @@ from .modeling_videomamba import (
 from .selective_scan import selective_scan, selective_scan_backends
 from .video_decoding import BrokenVideoError
 from .video_processing_videomamba import VideoMambaVideoProcessor
-
-from ._version import __version__
 
 AutoConfig.register("videomamba", VideoMambaConfig)
 AutoModel.register(VideoMambaConfig, VideoMambaModel)
@@ -46,6 +45,7 @@ __all__ = [
     "VideoMambaImageProcessor",
     "VideoMambaModel",
     "VideoMambaVideoProcessor",
+    "__version__",
     "selective_scan",
     "selective_scan_backends",
 ]

@@ -147,8 +147,8 @@ class VideoMambaConfig(PreTrainedConfig):
         sizes = [self.image_size] * 2 if isinstance(self.image_size, int) else list(self.image_size)
         if len(sizes) != 2 or any(size < 1 or size % self.patch_size for size in sizes):
             raise ValueError(
-                f"`image_size` must be a multiple of `patch_size` ({self.patch_size}), or a height and a width that are, "
-                f"got {self.image_size}."
+                f"`image_size` must be a multiple of `patch_size` ({self.patch_size}), or a height and a width "
+                f"that are, got {self.image_size}."
             )
 
     def validate_num_frames(self):

@@ -78,8 +78,8 @@ class ConvertedCheckpoint:
 
 def convert_checkpoint(path: str | os.PathLike, labels: Sequence[str] | None = None) -> ConvertedCheckpoint:
     r"""
-    Reads a checkpoint of the original release: an image model, a self-distilled student or a video model. Every value of
-    the configuration comes from the shapes of the tensors.
+    Reads a checkpoint of the original release: an image model, a self-distilled student or a video model. Every value
+    of the configuration comes from the shapes of the tensors.
 
     Args:
         path (`str` or `os.PathLike`): The `.pth` file, read with `weights_only=True`.

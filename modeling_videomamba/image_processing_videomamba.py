@@ -45,7 +45,7 @@ def check_pixels(name: str, pixels: torch.Tensor, do_rescale: bool | None) -> to
         raise ValueError(f"{name} must be integers or floating point, got {pixels.dtype}.")
     low, high = pixels.min().item(), pixels.max().item()
     allowed = 255 if do_rescale else 1
-    if not (0 <= low and high <= allowed):  # also for NaN
+    if not (low >= 0 and high <= allowed):  # also for NaN
         raise ValueError(
             f"{name} must be between 0 and {allowed} with `do_rescale={bool(do_rescale)}`, got {low:g} to {high:g}."
         )
@@ -117,7 +117,9 @@ class VideoMambaImageProcessor(TorchvisionBackend):
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> ImageInput:
         if isinstance(images, list | tuple) and images and all(isinstance(video, list | tuple) for video in images):
             return make_nested_list_of_images(images, expected_ndims=expected_ndims)
-        if is_valid_image(images) and getattr(images, "ndim", 0) == expected_ndims + 2:  # a batch of videos in one array
+        if (
+            is_valid_image(images) and getattr(images, "ndim", 0) == expected_ndims + 2
+        ):  # a batch of videos in one array
             return [list(video) for video in images]
         return make_flat_list_of_images(self.fetch_images(images), expected_ndims=expected_ndims)
 

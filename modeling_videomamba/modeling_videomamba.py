@@ -49,7 +49,7 @@ class VideoMambaClassifierOutput(ModelOutput):
         hidden_states (`tuple(torch.Tensor)`, *optional*):
             As in [`VideoMambaModel.forward`].
         distillation_features (`torch.Tensor` of shape `(batch, length, teacher_hidden_size)`, *optional*):
-            What self-distillation aligns with the final features of the teacher; when `config.teacher_hidden_size` is set.
+            What self-distillation aligns with the features of the teacher, if `config.teacher_hidden_size` is set.
     """
 
     loss: torch.Tensor | None = None
@@ -130,16 +130,17 @@ class VideoMambaPatchEmbeddings(nn.Module):
         _, frames, channels, height, width = pixel_values.shape
         if channels != self.projection.in_channels:
             raise ValueError(
-                f"`pixel_values` must have {self.projection.in_channels} channels in its third dimension from the end, "
+                f"`pixel_values` must have {self.projection.in_channels} channels, third dimension from the end, "
                 f"got shape {tuple(pixel_values.shape)}."
             )
         if frames == 0 or frames % tubelet:
             raise ValueError(
-                f"The number of frames of `pixel_values` must be a multiple of `tubelet_size` ({tubelet}), got {frames}."
+                f"The frames of `pixel_values` must be a multiple of `tubelet_size` ({tubelet}), got {frames}."
             )
         if not (height and width) or height % patch or width % patch:
             raise ValueError(
-                f"Height and width of `pixel_values` must be multiples of `patch_size` ({patch}), got {height} x {width}."
+                f"Height and width of `pixel_values` must be multiples of `patch_size` ({patch}), "
+                f"got {height} x {width}."
             )
         return self.projection(pixel_values.transpose(1, 2).to(self.projection.weight.dtype))
 
@@ -200,9 +201,9 @@ class VideoMambaEmbeddings(nn.Module):
         self.config.tubelet_size = tubelet_size
         self.patch_embeddings = VideoMambaPatchEmbeddings(self.config).to(kernel.weight.device, kernel.weight.dtype)
         inflated = self.patch_embeddings.projection
+        inflated.bias = kernel.bias
         inflated.weight.zero_()
         inflated.weight[:, :, tubelet_size // 2] = kernel.weight[:, :, 0]
-        inflated.bias.copy_(kernel.bias)
 
 
 class VideoMambaCausalConv1d(nn.Conv1d):
@@ -240,6 +241,10 @@ class VideoMambaScan(nn.Module):
         return selective_scan(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, reverse=self.reverse)
 
 
+class VideoMambaOutputProjection(nn.Linear):
+    """The linear layer that feeds the residual stream; it is initialised by the depth of the model."""
+
+
 class VideoMambaMixer(nn.Module):
     """The bidirectional Mamba block (paper, section 3.1): the scans share the projections and the gate."""
 
@@ -248,16 +253,15 @@ class VideoMambaMixer(nn.Module):
         self.orders = [order for order, _ in SCANS[config.scan_order]]
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.scans = nn.ModuleList(VideoMambaScan(config, reverse) for _, reverse in SCANS[config.scan_order])
-        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.out_proj.feeds_residual = True  # told here, as Transformers initialises only modules with own parameters
+        self.out_proj = VideoMambaOutputProjection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         y = torch.zeros_like(x)
         for order, scan in zip(self.orders, self.scans, strict=True):
-            if order == "temporal":
-                y = y + scan(x[:, permutation])[:, torch.argsort(permutation)]
+            if order == "temporal" and permutation is not None:
+                y = y + scan(x[:, permutation])[:, permutation.argsort()]
             else:
                 y = y + scan(x)
         return self.out_proj(y * F.silu(z))
@@ -295,7 +299,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (nn.Linear, nn.Conv3d)):
-            if getattr(module, "feeds_residual", False):
+            if isinstance(module, VideoMambaOutputProjection):
                 std /= math.sqrt(self.config.num_hidden_layers)
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
@@ -316,7 +320,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
         states = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=device)
         init.copy_(scan.A_log, torch.log(states).expand_as(scan.A_log))
         init.ones_(scan.D)
-        bound = config.time_step_rank**-0.5
+        bound = int(config.time_step_rank) ** -0.5
         init.uniform_(scan.dt_proj.weight, -bound, bound)
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
         dt = torch.exp(low + (high - low) * torch.rand_like(scan.dt_bias, dtype=torch.float32))
@@ -440,7 +444,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             permutation = temporal_first(num_steps, (tokens.shape[1] - 1) // num_steps, tokens.device)
 
         hidden_states = tokens.float()
-        all_hidden_states = (hidden_states,)
+        all_hidden_states: tuple[torch.Tensor, ...] = (hidden_states,)
         for layer in self.layers:
             hidden_states = layer(hidden_states, permutation)
             if output_hidden_states:

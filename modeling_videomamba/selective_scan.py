@@ -13,7 +13,7 @@ import torch.nn.functional as F
 BACKEND_VARIABLE = "VIDEOMAMBA_SCAN_BACKEND"
 
 # Steps whose states exist at the same time in the reference: `(batch, CHUNK_SIZE, channels, state)` is its work space.
-CHUNK_SIZE = 32
+CHUNK_SIZE = 16
 
 
 def selective_scan(
@@ -181,7 +181,7 @@ def _chunk_states(x, dt, A, B, h, step):
 
 
 def _dot(states, vectors):
-    """Sum over the state: `(batch, chunk, channels, state)` and `(batch, chunk, state)` to `(batch, chunk, channels)`."""
+    """Sum over the state, `(batch, chunk, channels, state)` by `(batch, chunk, state)`."""
     return (vectors.unsqueeze(-2) @ states.mT).squeeze(-2)
 
 
@@ -229,7 +229,7 @@ def _scan_backward(
             xc, dtc, Bc, Cc, grad_yc = (tensor[:, chunk] for tensor in (x, dt, B, C, grad_y))
             decay, states = _chunk_states(xc, dtc, A, Bc, h, step)
             grad_h = grad_yc.unsqueeze(-1) * Cc.unsqueeze(-2)
-            for t in range(states.shape[1])[:: -step]:
+            for t in range(states.shape[1])[::-step]:
                 grad_h[:, t] += carry
                 carry = decay[:, t] * grad_h[:, t]
             grad_C[:, chunk] = (grad_yc.unsqueeze(-2) @ states).squeeze(-2)

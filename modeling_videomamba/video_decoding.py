@@ -4,7 +4,7 @@ import bisect
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def is_video_source(video: Any) -> bool:
 
 
 def read_frames(
-    video: VideoSource, sample_indices: Callable[[VideoMetadata], Sequence[int]] | None = None
+    video: VideoSource, sample_indices: Callable[[VideoMetadata], Iterable[int]] | None = None
 ) -> tuple[torch.Tensor, VideoMetadata]:
     r"""
     Decodes frames of a video, and no others than it must: it seeks where the next wanted frame is behind a keyframe.
@@ -70,9 +70,8 @@ def read_frames(
         with VideoFile(name, file) as reader:
             metadata = reader.metadata
             indices = _wanted(metadata, sample_indices)
-            frames = _decode_with_torchcodec(reader, indices)
-            if frames is None:
-                frames = reader.frames(indices)
+            decoded = _decode_with_torchcodec(reader, indices)
+            frames = reader.frames(indices) if decoded is None else decoded
     metadata.height, metadata.width = frames.shape[-2:]  # those of a turned video are swapped
     return frames, metadata
 
@@ -173,16 +172,16 @@ class VideoFile:
 
     def _decode_indices(self, wanted: list[int]) -> list[np.ndarray]:
         images: list[np.ndarray] = []
-        decoded, position = iter(()), -1
+        decoded: Iterator[tuple[int, Any]] = iter(())
+        position = -1
         for index in wanted:
             if position < 0 or self._keyframe_before(index) > position:
                 decoded = self._seek(index)
-            for position, frame in decoded:
-                if position >= index:
-                    break
-            if position != index:
+            found = next((item for item in decoded if item[0] >= index), None)
+            if found is None or found[0] != index:
                 reason = f"damaged: frame {index} of {len(self.timestamps)} can't be decoded"
                 raise BrokenVideoError(self.name, reason, index)
+            position, frame = found
             images.append(_to_rgb(frame))
         return images
 
@@ -236,7 +235,9 @@ def _open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
         path, data = video.get("path"), video.get("bytes")
         if path is None and data is None:
             raise ValueError("A video given as a dictionary needs `path` or `bytes`, got neither.")
-        return _open_source(path) if data is None else (str(path or "video from bytes"), io.BytesIO(data))
+        if data is not None:
+            return str(path or "video from bytes"), io.BytesIO(data)
+        video = str(path)
     if isinstance(video, bytes | bytearray | memoryview):
         return "video from bytes", io.BytesIO(video)
     path = os.fspath(video)

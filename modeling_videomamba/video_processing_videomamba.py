@@ -87,7 +87,7 @@ def _at_least_one(value: int | None = None) -> None:
         raise ValueError(f"must be at least 1, got {value}")
 
 
-class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):
+class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
     """
     Arguments beyond those of every video processor.
 
@@ -236,7 +236,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
     ) -> BatchFeature:
         if num_crops > 1 and not do_center_crop:
             raise ValueError(f"`num_crops` {num_crops} needs `do_center_crop=True`.")
-        views = []
+        views: list[torch.Tensor] = []
         for video in videos:
             video = check_pixels("Pixels of `videos`", video, do_rescale)
             if do_resize:
@@ -244,7 +244,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
             crops = [video]
             if do_center_crop:
                 crop = crop_size.height, crop_size.width
-                corners = spatial_crop_offsets(*video.shape[-2:], crop, num_crops)
+                corners = spatial_crop_offsets(video.shape[-2], video.shape[-1], crop, num_crops)
                 crops = [tvF.crop(video, top, left, *crop) for top, left in corners]
             crops = [
                 self.rescale_and_normalize(crop, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
@@ -282,8 +282,8 @@ def _list_of_videos(videos: Any) -> list[Any]:
 def _tensor_of_frames(video: Any) -> torch.Tensor:
     """One array or list of frames as a tensor with the frames first."""
     if isinstance(video, list | tuple):
-        frames = [np.asarray(frame.convert("RGB")) if isinstance(frame, Image.Image) else frame for frame in video]
-        frames = [torch.as_tensor(frame) for frame in frames]
+        arrays = [np.asarray(frame.convert("RGB")) if isinstance(frame, Image.Image) else frame for frame in video]
+        frames = [torch.as_tensor(array) for array in arrays]
         shapes = sorted({tuple(frame.shape) for frame in frames})
         if len(shapes) > 1:
             raise ValueError(f"The frames of a video must have one size, got the shapes {shapes}.")

@@ -29,26 +29,33 @@ MAX_PICTURE_FRAMES = 8
 
 @dataclass
 class Result:
-    """What became of one video: `values` are the scores of all labels, or the embedding; or there is an `error`."""
+    """What the model makes of one video: `values` are the scores of all labels, or the embedding."""
 
     video: str
-    values: torch.Tensor | None = None
-    frames: torch.Tensor | None = None
-    error: str | None = None
+    values: torch.Tensor
+    frames: torch.Tensor
 
 
-def run_model(videos: list[str], model: torch.nn.Module, processor: Any) -> Iterator[Result]:
+@dataclass
+class Failure:
+    """Why one video could not be read."""
+
+    video: str
+    error: str
+
+
+def run_model(videos: list[str], model: Any, processor: Any) -> Iterator[Result | Failure]:
     """Scores or, from a model without a head, embeddings; an unreadable video is reported and the rest goes on."""
     for video in videos:
         try:
             pixel_values = processor(video, return_tensors="pt")["pixel_values"]
         except (OSError, ValueError) as error:
-            yield Result(video, error=str(error))
+            yield Failure(video, str(error))
             continue
         with torch.inference_mode():
             outputs = model(pixel_values.to(model.device))
         values = scores(outputs.logits, model.config.problem_type) if "logits" in outputs else outputs.pooler_output
-        yield Result(video, values=values[0].cpu(), frames=pixel_values[0])
+        yield Result(video, values[0].cpu(), pixel_values[0])
 
 
 def scores(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
@@ -88,7 +95,9 @@ def draw_picture(path: Path, results: list[Result], labels: list[list[dict[str, 
     )
     for (strip, bars), result, best in zip(axes, results, labels, strict=True):
         shown = torch.linspace(0, len(result.frames) - 1, min(len(result.frames), MAX_PICTURE_FRAMES)).round().long()
-        frames = result.frames[shown].permute(2, 0, 3, 1) * std + mean  # side by side: (height, frames, width, channels)
+        frames = (
+            result.frames[shown].permute(2, 0, 3, 1) * std + mean
+        )  # side by side: (height, frames, width, channels)
         strip.imshow(frames.flatten(1, 2).clamp(0, 1).numpy(), aspect="equal")
         strip.set_title(result.video, fontsize=9)
         strip.axis("off")
@@ -132,12 +141,11 @@ def main() -> None:
         sys.exit(f"error: --model {args.model}: {error}")
 
     console = Console(stderr=True)
-    videos = run_model(args.videos, model, processor)
-    if len(args.videos) > 1:
-        videos = track(videos, total=len(args.videos), description="videos", console=console)
-    results = list(videos)
-    failed = [result for result in results if result.error is not None]
-    read = [result for result in results if result.error is None]
+    bar = len(args.videos) > 1
+    running = run_model(args.videos, model, processor)
+    results = list(track(running, "videos", len(args.videos), console=console, disable=not bar))
+    failed = [result for result in results if isinstance(result, Failure)]
+    read = [result for result in results if isinstance(result, Result)]
 
     if args.features:
         if read:

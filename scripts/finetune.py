@@ -2,8 +2,8 @@
 
     accelerate launch scripts/finetune.py --data CLIPS --model MODEL --output-dir OUTPUT
 
-CLIPS is a folder in the `videofolder` layout of `datasets` (`train/LABEL/*.mp4`, `test/LABEL/*.mp4`) or a data set on the
-Hub; MODEL is a directory or a Hub id, also of an image model, which becomes a video model.
+CLIPS is a folder in the `videofolder` layout of `datasets` (`train/LABEL/*.mp4`, `test/LABEL/*.mp4`) or a data set on
+the Hub; MODEL is a directory or a Hub id, also of an image model, which becomes a video model.
 """
 
 import json
@@ -27,7 +27,9 @@ class Arguments:
     data: str = field(metadata={"help": "folder in the videofolder layout, or Hub id"})
     output_dir: Path = field(metadata={"help": "where the model goes"})
     model: str | None = field(default=None, metadata={"help": "directory or Hub id to start from"})
-    config: Path | None = field(default=None, metadata={"help": "configuration (JSON) of a model to train from scratch"})
+    config: Path | None = field(
+        default=None, metadata={"help": "configuration (JSON) of a model to train from scratch"}
+    )
     num_frames: int | None = field(default=None, metadata={"help": "frames of a clip, if others than the model's"})
     epochs: int = 30
     batch_size: int = field(default=16, metadata={"help": "clips a step on each process"})

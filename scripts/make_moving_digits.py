@@ -36,7 +36,9 @@ FPS = 8
 
 def draw_clip(digit: np.ndarray, step: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Frames `(NUM_FRAMES, FRAME_SIZE, FRAME_SIZE, 3)`, uint8, of an 8x8 `digit` with values from 0 to 16."""
-    picture = Image.fromarray((digit * 255 / 16).astype(np.uint8)).resize((DIGIT_SIZE, DIGIT_SIZE), Image.BILINEAR)
+    picture = Image.fromarray((digit * 255 / 16).astype(np.uint8)).resize(
+        (DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BILINEAR
+    )
     color = rng.uniform(0.6, 1.0, size=3)
     canvas = np.zeros((FRAME_SIZE, FRAME_SIZE, 3))
     canvas[:DIGIT_SIZE, :DIGIT_SIZE] = np.asarray(picture)[..., None] * color

@@ -97,9 +97,7 @@ def test_self_distillation_is_that_of_the_original(tmp_path):
     tensors, _ = load_golden("self_distillation")
     (tmp_path / "student").mkdir()
     (tmp_path / "teacher").mkdir()
-    student = AutoModelForImageClassification.from_pretrained(
-        convert_golden(tmp_path / "student", tensors, "student.")
-    )
+    student = AutoModelForImageClassification.from_pretrained(convert_golden(tmp_path / "student", tensors, "student."))
     teacher = AutoModel.from_pretrained(convert_golden(tmp_path / "teacher", tensors, "teacher."))
     pixel_values = tensors["input.pixel_values"]
     with torch.no_grad():
@@ -151,7 +149,7 @@ def test_initialisation_is_that_of_mamba():
         torch.testing.assert_close(scan.A_log.exp(), torch.arange(1.0, 17).expand(256, 16))
         assert torch.equal(scan.D, torch.ones(256))
         dt = F.softplus(scan.dt_bias)
-        assert 0.001 <= dt.min() * 1.001 and dt.max() <= 0.1 * 1.001 and dt.log().std() > 1
+        assert dt.min() * 1.001 >= 0.001 and dt.max() <= 0.1 * 1.001 and dt.log().std() > 1
         assert scan.dt_proj.weight.abs().max() <= 8**-0.5
     assert mixer.in_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert mixer.out_proj.weight.std().item() == pytest.approx(0.02 / 3**0.5, rel=0.1)
@@ -185,9 +183,7 @@ def test_the_encoder_and_a_new_head_load_from_a_classifier(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(
-        base(video()).last_hidden_state, model.videomamba(video()).last_hidden_state
-    )
+    assert torch.equal(base(video()).last_hidden_state, model.videomamba(video()).last_hidden_state)
     other = AutoModelForVideoClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
     assert other(video()).logits.shape == (2, 9)
 
@@ -507,9 +503,7 @@ def test_scan_orders_differ_with_the_same_weights():
     assert len(build(scan_order="spatiotemporal_v2").videomamba.layers[0].mixer.scans) == 4
     image = video()[:, 0]  # with one frame all orders are the same
     for order in orders[1:]:
-        torch.testing.assert_close(
-            build(scan_order=order)(image).logits, build(scan_order=orders[0])(image).logits
-        )
+        torch.testing.assert_close(build(scan_order=order)(image).logits, build(scan_order=orders[0])(image).logits)
 
 
 def test_tokens_are_the_class_token_and_then_the_patches_frame_by_frame():

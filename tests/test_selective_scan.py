@@ -73,9 +73,7 @@ def assert_same_gradients(actual, expected, inputs, tolerance):
     with_z=st.booleans(),
     with_bias=st.booleans(),
 )
-def test_outputs_and_gradients_are_those_of_the_recurrence(
-    batch, length, channels, state, reverse, with_z, with_bias
-):
+def test_outputs_and_gradients_are_those_of_the_recurrence(batch, length, channels, state, reverse, with_z, with_bias):
     inputs = make_inputs(batch, length, channels, state, torch.float64)
     if not with_z:
         del inputs["z"]
@@ -103,7 +101,9 @@ def test_gradients_pass_gradcheck():
     inputs = make_inputs(1, 5, 2, 3, torch.float64)
     for reverse in (False, True):
         assert torch.autograd.gradcheck(
-            lambda *tensors, reverse=reverse: call(selective_scan, dict(zip(NAMES, tensors, strict=True)), reverse=reverse),
+            lambda *tensors, reverse=reverse: call(
+                selective_scan, dict(zip(NAMES, tensors, strict=True)), reverse=reverse
+            ),
             list(inputs.values()),
         )
 

@@ -1,0 +1,185 @@
+"""What the rest of Transformers sees: Auto classes, pipelines, remote code, the cost of the import."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    AutoVideoProcessor,
+    pipeline,
+)
+
+from modeling_videomamba import (
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    VideoMambaImageProcessor,
+    VideoMambaModel,
+    VideoMambaVideoProcessor,
+)
+from tests.conftest import ROOT, tiny_config
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A saved video model and a saved image model."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, model_class, processor_class, num_frames in (
+        ("video", VideoMambaForVideoClassification, VideoMambaVideoProcessor, 4),
+        ("image", VideoMambaForImageClassification, VideoMambaImageProcessor, None),
+    ):
+        torch.manual_seed(0)
+        model = model_class(tiny_config(num_frames=num_frames)).eval()
+        model.save_pretrained(folder / name)
+        processor_class.for_model(model.config).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def python(code, *arguments, **environment):
+    """Runs code in a process of its own, outside the repository."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=os.environ.get("TMPDIR", "/tmp"),
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_auto_classes(directories):
+    assert type(AutoModel.from_pretrained(directories / "video")) is VideoMambaModel
+    for auto_class, name, expected in (
+        (AutoModelForVideoClassification, "video", VideoMambaForVideoClassification),
+        (AutoModelForImageClassification, "image", VideoMambaForImageClassification),
+        (AutoVideoProcessor, "video", VideoMambaVideoProcessor),
+        (AutoImageProcessor, "image", VideoMambaImageProcessor),
+    ):
+        assert type(auto_class.from_pretrained(directories / name)) is expected
+
+
+def test_the_video_pipeline_agrees_with_the_model_and_warns_of_nothing(directories, video):
+    code = """
+import json, sys
+import modeling_videomamba
+from transformers import pipeline
+print(json.dumps(pipeline("video-classification", model=sys.argv[1])(sys.argv[2], top_k=5)))
+"""
+    result = python(code, directories / "video", video)
+    assert "not supported" not in result.stderr and "Warning" not in result.stderr and "deprecated" not in result.stderr
+    scores = {item["label"]: item["score"] for item in json.loads(result.stdout)}
+    model = AutoModelForVideoClassification.from_pretrained(directories / "video")
+    processor = AutoVideoProcessor.from_pretrained(directories / "video")
+    with torch.no_grad():
+        expected = model(**processor(video, return_tensors="pt")).logits[0].softmax(-1)
+    assert scores == pytest.approx({model.config.id2label[i]: value for i, value in enumerate(expected.tolist())})
+    several = pipeline("video-classification", model=str(directories / "video"))([str(video)] * 2, num_frames=6)
+    assert len(several) == 2 and several[0] == several[1]
+
+
+def test_the_image_pipeline_agrees_with_the_model_and_warns_of_nothing(directories, picture):
+    code = """
+import json, sys
+import modeling_videomamba
+from transformers import pipeline
+print(json.dumps(pipeline("image-classification", model=sys.argv[1])(sys.argv[2], top_k=5)))
+"""
+    result = python(code, directories / "image", picture)
+    assert "not supported" not in result.stderr and "Warning" not in result.stderr
+    scores = {item["label"]: item["score"] for item in json.loads(result.stdout)}
+    model = AutoModelForImageClassification.from_pretrained(directories / "image")
+    processor = AutoImageProcessor.from_pretrained(directories / "image")
+    with torch.no_grad():
+        expected = model(**processor(Image.open(picture), return_tensors="pt")).logits[0].softmax(-1)
+    assert scores == pytest.approx({model.config.id2label[i]: value for i, value in enumerate(expected.tolist())})
+
+
+def test_the_video_pipeline_needs_no_ffmpeg_and_no_torchcodec(directories, video):
+    code = """
+import sys
+sys.modules["torchcodec"] = None
+import modeling_videomamba
+from transformers import pipeline
+assert len(pipeline("video-classification", model=sys.argv[1])(sys.argv[2])) == 5
+"""
+    python(code, directories / "video", video, PATH="/nonexistent")
+
+
+def test_remote_code_loads_without_the_package(directories, video, picture, tmp_path):
+    code = """
+import sys
+sys.modules["modeling_videomamba"] = None  # as if it were not installed
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+    AutoModelForVideoClassification, AutoVideoProcessor, pipeline)
+video_model, image_model, video, picture, out = sys.argv[1:]
+for auto_class, source in ((AutoConfig, video_model), (AutoModel, video_model), (AutoModel, image_model),
+    (AutoModelForVideoClassification, video_model), (AutoModelForImageClassification, image_model),
+    (AutoVideoProcessor, video_model), (AutoImageProcessor, image_model)):
+    loaded = auto_class.from_pretrained(source, trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
+first = pipeline("video-classification", model=video_model, trust_remote_code=True)
+assert len(pipeline("image-classification", model=image_model, trust_remote_code=True)(picture)) == 5
+first.model.save_pretrained(out)  # what was loaded from code can be saved and loaded again
+first.video_processor.save_pretrained(out)
+again = pipeline("video-classification", model=out, trust_remote_code=True)
+assert first(video) == again(video) and len(first(video)) == 5
+"""
+    result = python(
+        code,
+        directories / "video",
+        directories / "image",
+        video,
+        picture,
+        tmp_path / "out",
+        HF_MODULES_CACHE=str(tmp_path),
+    )
+    assert "not supported" not in result.stderr
+
+
+def test_what_travels_to_the_hub_imports_flatly(directories):
+    for folder in directories.iterdir():
+        names = {path.stem for path in folder.glob("*.py")}
+        assert {"configuration_videomamba", "modeling_videomamba", "selective_scan"} <= names
+        for path in folder.glob("*.py"):
+            for line in path.read_text("utf-8").splitlines():
+                if line.strip().startswith("from ."):
+                    assert line.split()[1].removeprefix(".") in names, f"{path.name}: {line}"
+
+
+def test_importing_loads_no_optional_dependency_and_opens_no_connection():
+    code = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError("a connection at import")
+socket.socket.connect = socket.create_connection = refuse
+for name in ("datasets", "accelerate", "evaluate", "mamba_ssm", "causal_conv1d", "torchcodec", "av", "matplotlib"):
+    sys.modules[name] = None
+import modeling_videomamba
+"""
+    python(code)
+
+
+def test_importing_loads_little_more_than_videomae_does():
+    """Counts modules, which does not depend on the load of the machine as seconds do."""
+    code = "import sys; {}; print(len(sys.modules))"
+    videomae = """from transformers import (AutoImageProcessor, AutoModel, AutoVideoProcessor,
+    VideoMAEForVideoClassification, VideoMAEImageProcessor, VideoMAEVideoProcessor)"""
+    ours = int(python(code.format("import modeling_videomamba")).stdout)
+    theirs = int(python(code.replace("; {}; ", "\n{}\n").format(videomae)).stdout)
+    assert ours <= theirs * 1.02

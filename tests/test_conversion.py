@@ -1,0 +1,187 @@
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForVideoClassification, VideoMambaModel
+from modeling_videomamba.conversion import CheckpointError, convert_checkpoint, load_labels
+from tests.conftest import ROOT, load_golden, strip_prefix
+
+KINDS = {
+    "video_classification": ("state_dict.", "video"),
+    "video_classification_tubelet": ("state_dict.", "video"),
+    "image_classification": ("state_dict.", "image"),
+    "self_distillation": ("student.", "student"),
+}
+
+
+def original(name="video_classification"):
+    tensors, _ = load_golden(name)
+    return strip_prefix(tensors, KINDS[name][0])
+
+
+def save(tmp_path, content):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kind_and_configuration_come_from_the_tensors(tmp_path, name):
+    _, metadata = load_golden(name)
+    args = metadata.get("args") or metadata["student_args"]
+    converted = convert_checkpoint(save(tmp_path, original(name)))
+    config = converted.model.config
+    assert converted.kind == KINDS[name][1]
+    assert config.image_size == args["img_size"] and config.patch_size == args["patch_size"]
+    assert config.hidden_size == args["embed_dim"] and config.num_hidden_layers == args["depth"]
+    assert config.num_frames == args.get("num_frames") and config.tubelet_size == args.get("kernel_size", 1)
+    assert config.num_labels == args["num_classes"]
+    assert config.teacher_hidden_size == args.get("teacher_embed_dim")
+    assert (config.state_size, config.conv_kernel, config.expand) == (16, 4, 2)
+    is_video = converted.kind == "video"
+    assert type(converted.model) is (VideoMambaForVideoClassification if is_video else VideoMambaForImageClassification)
+    assert dict(converted.processor.crop_size) == {"height": args["img_size"], "width": args["img_size"]}
+
+
+@pytest.mark.parametrize("wrap", ["top", "model", "module", "model in module"])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "encoder.", "module.backbone."])
+def test_wrappers_and_prefixes(tmp_path, wrap, prefix):
+    state_dict = {prefix + name: tensor for name, tensor in original().items()}
+    content = {
+        "top": state_dict,
+        "model": {"model": state_dict, "epoch": 3, "args": argparse.Namespace(lr=1e-3)},
+        "module": {"module": state_dict, "optimizer": {"state": {}}},
+        "model in module": {"module": {"model": state_dict}},
+    }[wrap]
+    if wrap == "model in module":
+        content = {"model": {"module": state_dict}}
+    converted = convert_checkpoint(save(tmp_path, content))
+    expected = convert_checkpoint(save(tmp_path, original()))
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(converted.model.state_dict()[name], tensor)
+
+
+def test_a_checkpoint_without_head_becomes_the_encoder(tmp_path):
+    state_dict = {name: tensor for name, tensor in original().items() if not name.startswith("head.")}
+    converted = convert_checkpoint(save(tmp_path, state_dict))
+    assert type(converted.model) is VideoMambaModel
+    whole = convert_checkpoint(save(tmp_path, original())).model.videomamba
+    pixel_values = torch.randn(1, 4, 3, 48, 48)
+    assert torch.equal(converted.model(pixel_values).pooler_output, whole(pixel_values).pooler_output)
+
+
+@pytest.mark.parametrize("name", ["extra", "layers.0.mixer.extra.weight"])
+def test_a_tensor_without_a_place_is_named(tmp_path, name):
+    with pytest.raises(CheckpointError, match=f"no place for.*{name.split('.')[-1]}"):
+        convert_checkpoint(save(tmp_path, {**original(), name: torch.zeros(3)}))
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
+    state_dict = original()
+    del state_dict["layers.1.mixer.out_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks.*layers\.1\.mixer\.out_proj\.weight"):
+        convert_checkpoint(save(tmp_path, state_dict))
+    state_dict = original()
+    state_dict["layers.1.mixer.D"] = state_dict["layers.1.mixer.D"][:-1]
+    with pytest.raises(CheckpointError, match=r"layers\.1.*scans\.0\.D.*\(95,\) instead of \(96,\)"):
+        convert_checkpoint(save(tmp_path, state_dict))
+
+
+def test_another_model_is_refused_by_what_is_missing(tmp_path):
+    with pytest.raises(CheckpointError, match="not a VideoMamba checkpoint: it lacks `cls_token`, `pos_embed`"):
+        convert_checkpoint(save(tmp_path, {"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("clip_decoder.0.head.weight", "masked-pretraining"), ("text_encoder.cls.bias", "video-text")]
+)
+def test_kinds_without_a_model_class_yet_are_named(tmp_path, name, kind):
+    with pytest.raises(CheckpointError, match=kind):
+        convert_checkpoint(save(tmp_path, {**original(), name: torch.zeros(3)}))
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch malicious",)
+
+
+def test_pickled_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content in ({"model": original(), "extra": Malicious()}, Malicious()):
+        with pytest.raises(CheckpointError, match="not a file of plain tensors"):
+            convert_checkpoint(save(tmp_path, content))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
+        convert_checkpoint(tmp_path / "plain.pth")
+    assert not (tmp_path / "malicious").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": {"a": torch.zeros(1), "b": "text"}}])
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+    with pytest.raises(CheckpointError, match="state dict"):
+        convert_checkpoint(save(tmp_path, content))
+
+
+def test_a_missing_or_damaged_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.pth"):
+        convert_checkpoint(tmp_path / "no.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk\n" * 100)
+    with pytest.raises(CheckpointError, match=r"junk\.pth"):
+        convert_checkpoint(tmp_path / "junk.pth")
+
+
+def test_known_labels():
+    counts = {"imagenet-1k": 1000, "kinetics400": 400, "something-something-v2": 174}
+    for name, count in counts.items():
+        assert len(set(load_labels(name))) >= count - 2  # ImageNet has two pairs of classes of one name
+        assert len(load_labels(name)) == count
+    assert load_labels("kinetics400")[0] == "abseiling" and load_labels("imagenet-1k")[0] == "tench"
+
+
+def test_label_files(tmp_path):
+    names = ["walk", "run", "jump"]
+    (tmp_path / "lines.txt").write_text("walk\nrun\n\njump\n")
+    (tmp_path / "list.json").write_text(json.dumps(names))
+    (tmp_path / "object.json").write_text(json.dumps({"1": "run", "0": "walk", "2": "jump"}))
+    for file in ("lines.txt", "list.json", "object.json"):
+        assert load_labels(str(tmp_path / file)) == names
+    (tmp_path / "wrong.json").write_text(json.dumps({"0": "walk", "2": "jump"}))
+    with pytest.raises(ValueError, match=r"wrong\.json"):
+        load_labels(str(tmp_path / "wrong.json"))
+    with pytest.raises(FileNotFoundError, match="kinetics700.*known data set"):
+        load_labels("kinetics700")
+
+
+def test_labels_must_fit_the_head(tmp_path):
+    path = save(tmp_path, original())
+    model = convert_checkpoint(path, list("abcdefg")).model
+    assert model.config.id2label == dict(enumerate("abcdefg")) and model.config.label2id["c"] == 2
+    with pytest.raises(CheckpointError, match="3 names.*7 classes"):
+        convert_checkpoint(path, list("abc"))
+
+
+def run_script(*arguments):
+    command = [sys.executable, ROOT / "scripts" / "convert_checkpoint.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_script(tmp_path):
+    path = save(tmp_path, {"model": original()})
+    (tmp_path / "labels.txt").write_text("\n".join("abcdefg"))
+    result = run_script(path, tmp_path / "out", "--labels", tmp_path / "labels.txt")
+    assert result.returncode == 0, result.stderr
+    assert "video checkpoint" in result.stdout and "all 59 tensors used" in result.stdout
+    assert {"config.json", "model.safetensors", "video_preprocessor_config.json"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    assert AutoConfig.from_pretrained(tmp_path / "out").id2label[6] == "g"
+    result = run_script(path, tmp_path / "out2", "--labels", "kinetics400")
+    assert result.returncode == 1 and result.stderr.startswith("error: `labels` has 400 names")
+    assert not (tmp_path / "out2").exists()

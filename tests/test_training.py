@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_videomamba import VideoMambaForVideoClassification
+from modeling_videomamba.training.losses import distillation_loss
+from modeling_videomamba.training.optimization import cosine_schedule, parameter_groups
+from tests.conftest import GOLDEN, tiny_config
+
+
+def test_the_schedule_is_that_of_the_original():
+    (case,) = json.loads((GOLDEN / "protocol.json").read_text("utf-8"))["cosine_schedule"]
+    expected = case.pop("values")
+    actual = [cosine_schedule(step, **case) for step in range(len(expected))]
+    assert actual == pytest.approx(expected, rel=1e-12)
+    assert cosine_schedule(len(expected), **case) == case["final"]
+
+
+@given(
+    epochs=st.integers(1, 10),
+    steps=st.integers(1, 20),
+    warmup=st.floats(0, 1),
+    base=st.floats(1e-5, 1),
+    step=st.integers(0, 300),
+)
+def test_the_schedule_stays_between_its_ends(epochs, steps, warmup, base, step):
+    rate = cosine_schedule(step, base=base, final=1e-6, epochs=epochs, steps_per_epoch=steps, warmup_epochs=warmup)
+    assert 0 <= rate <= base * (1 + 1e-9)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="warmup_epochs"):
+        cosine_schedule(0, base=1.0, final=0.0, epochs=2, steps_per_epoch=5, warmup_epochs=3)
+
+
+def test_norms_biases_embeddings_and_the_state_matrix_do_not_decay():
+    model = VideoMambaForVideoClassification(tiny_config(teacher_hidden_size=8))
+    model.classifier.bias.requires_grad_(False)
+    decay, no_decay = parameter_groups(model, 0.1)
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decaying = {names[id(parameter)].split(".", 1)[1] for parameter in decay["params"]}
+    suffixes = ("projection.weight", "in_proj.weight", "out_proj.weight", "x_proj.weight", "dt_proj.weight",
+                "conv1d.weight", "1.weight", "weight")  # fmt: skip
+    assert all(name.endswith(suffixes) for name in decaying)
+    staying = {names[id(parameter)] for parameter in no_decay["params"]}
+    for part in ("A_log", "D", "norm.weight", "bias", "cls_token", "position_embeddings"):
+        assert any(part in name for name in staying) and not any(part in name for name in decaying), part
+    assert len(decay["params"]) + len(no_decay["params"]) == len(names) - 1
+
+
+def test_distillation_compares_directions():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    cosine = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+    torch.testing.assert_close(distillation_loss(student, teacher), (2 - 2 * cosine).mean())
+    torch.testing.assert_close(distillation_loss(3 * teacher, teacher), torch.tensor(0.0), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="student_features.*teacher_features"):
+        distillation_loss(student, teacher[:, :4])

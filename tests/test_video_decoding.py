@@ -1,0 +1,244 @@
+import io
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from modeling_videomamba import BrokenVideoError, video_decoding
+from modeling_videomamba.video_decoding import VideoFile, read_frames
+from tests.conftest import moving_square, write_video
+
+
+@pytest.fixture
+def without_torchcodec(monkeypatch):
+    monkeypatch.setattr(video_decoding, "_torchcodec_decoder_class", lambda: None)
+
+
+def all_frames(path):
+    """Every frame, decoded from the first to the last."""
+    import av
+
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def sampler(*indices):
+    return lambda metadata: indices
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(indices=st.lists(st.integers(0, 44), min_size=1, max_size=12))
+def test_frames_are_those_of_decoding_everything(video, without_torchcodec, indices):
+    frames, metadata = read_frames(video, sampler(*indices))
+    assert torch.equal(frames, all_frames(video)[indices])
+    assert (metadata.total_num_frames, metadata.fps, metadata.duration) == (45, 10.0, 4.5)
+    assert (metadata.height, metadata.width, metadata.frames_indices) == (48, 48, indices)
+    assert metadata.video_backend == "pyav"
+
+
+def test_without_a_sampler_all_frames_are_read(video, without_torchcodec):
+    assert torch.equal(read_frames(video)[0], all_frames(video))
+
+
+@pytest.mark.parametrize("kind", ["str", "Path", "bytes", "bytearray", "memoryview", "dict of path", "dict of bytes"])
+def test_every_kind_of_source(video, kind):
+    data = video.read_bytes()
+    source = {
+        "str": str(video),
+        "Path": video,
+        "bytes": data,
+        "bytearray": bytearray(data),
+        "memoryview": memoryview(data),
+        "dict of path": {"path": str(video), "bytes": None},
+        "dict of bytes": {"path": "somewhere.mp4", "bytes": data},
+    }[kind]
+    assert torch.equal(read_frames(source, sampler(3, 30))[0], all_frames(video)[[3, 30]])
+
+
+def test_a_url_is_downloaded(video, monkeypatch):
+    class Response:
+        content = video.read_bytes()
+
+        def raise_for_status(self):
+            pass
+
+    class Session:
+        def get(self, url, follow_redirects):
+            assert url == "https://example.org/video.mp4" and follow_redirects
+            return Response()
+
+    monkeypatch.setattr(video_decoding, "get_session", Session)
+    frames, _ = read_frames("https://example.org/video.mp4", sampler(7))
+    assert torch.equal(frames, all_frames(video)[[7]])
+
+
+def test_few_frames_of_a_long_video_are_sought(tmp_path, without_torchcodec, monkeypatch):
+    path = write_video(tmp_path / "long.mp4", moving_square(300))
+    decoded = []
+    decode = VideoFile._decoded
+
+    def counting(self):
+        for item in decode(self):
+            decoded.append(item)
+            yield item
+
+    monkeypatch.setattr(VideoFile, "_decoded", counting)
+    indices = [20, 150, 283]
+    frames, _ = read_frames(path, sampler(*indices))
+    assert torch.equal(frames, all_frames(path)[indices])
+    assert len(decoded) < 60  # of 284 up to the last one
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("mkv", "libx264"), ("avi", "mpeg4"), ("ts", "libx264"), ("webm", "libvpx"), ("h264", "libx264")],
+)
+def test_other_containers(tmp_path, suffix, codec):
+    path = write_video(
+        tmp_path / f"video.{suffix}", moving_square(25), codec, **({"bf": "2"} if suffix == "avi" else {})
+    )
+    expected = all_frames(path)
+    assert len(expected) == 25
+    assert torch.equal(read_frames(path, sampler(24, 3, 11))[0], expected[[24, 3, 11]])
+
+
+def test_turned_videos_come_upright():
+    # stored lying, with a rotation of 90 degrees, as by a phone held upright; players show the bright half on the left
+    frames, metadata = read_frames(Path(__file__).parent / "data" / "turned.mp4")
+    assert frames.shape == (4, 3, 64, 32) and (metadata.height, metadata.width) == (64, 32)
+    assert frames[..., 16:].float().mean() < 100 < 150 < frames[..., :16].float().mean()
+
+
+def test_torchcodec_reads_the_same_frames(video, tmp_path):
+    if video_decoding._torchcodec_decoder_class() is None:
+        pytest.skip("torchcodec is not usable here: it is optional and needs an FFmpeg of the system")
+    for suffix in ("mp4", "mkv"):
+        path = write_video(tmp_path / f"video.{suffix}", moving_square(25))
+        frames, metadata = read_frames(path, sampler(24, 3, 3))
+        assert metadata.video_backend == "torchcodec"
+        assert torch.equal(frames, all_frames(path)[[24, 3, 3]])
+
+
+class Decoder:
+    """What a torchcodec decoder, the value of a decoded `datasets` column, looks like."""
+
+    class metadata:  # noqa: N801
+        num_frames, average_fps, duration_seconds = 6, 10.0, 0.6
+
+    def __init__(self, channels_last):
+        self.channels_last = channels_last
+
+    def get_frames_at(self, indices):
+        data = torch.stack([torch.full((3, 8, 10), index, dtype=torch.uint8) for index in indices])
+        return type("Batch", (), {"data": data.permute(0, 2, 3, 1) if self.channels_last else data})
+
+
+Decoder.__module__ = "torchcodec.decoders._video_decoder"
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_decoder_from_datasets(channels_last):
+    frames, metadata = read_frames(Decoder(channels_last), sampler(5, 0))
+    assert frames.shape == (2, 3, 8, 10) and frames[:, 0, 0, 0].tolist() == [5, 0]
+    assert (metadata.total_num_frames, metadata.height, metadata.width) == (6, 8, 10)
+
+
+# What can't be read
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.mp4"):
+        read_frames(tmp_path / "nowhere.mp4")
+    with pytest.raises(IsADirectoryError, match="folder"):
+        read_frames(tmp_path)
+    with pytest.raises(ValueError, match="`path` or `bytes`"):
+        read_frames({"path": None, "bytes": None})
+
+
+@pytest.mark.parametrize("name", ["text.mp4", "text.txt", "empty.mp4", "picture.mp4", "picture.png"])
+def test_not_a_video(tmp_path, name):
+    path = tmp_path / name
+    if name.startswith("picture"):
+        picture = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(picture, "png")
+        path.write_bytes(picture.getvalue())
+    else:
+        path.write_text("no video\n" * (100 if name.startswith("text") else 0))
+    with pytest.raises(BrokenVideoError, match=f"{name}: not a video") as raised:
+        read_frames(path)
+    assert raised.value.num_readable_frames == 0
+    with pytest.raises(BrokenVideoError, match="video from bytes: not a video"):
+        read_frames(path.read_bytes())
+
+
+def write_sound(path, codec="aac"):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_no_video_stream(tmp_path):
+    write_sound(tmp_path / "sound.mp4")
+    with pytest.raises(BrokenVideoError, match=r"sound\.mp4: it has no video stream"):
+        read_frames(tmp_path / "sound.mp4")
+
+
+def test_no_frame(tmp_path):
+    import av
+
+    path = tmp_path / "nothing.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        container.start_encoding()
+    with pytest.raises(BrokenVideoError, match=r"nothing\.mkv: (it has no frame|not a video)"):
+        read_frames(path)
+
+
+def test_a_truncated_file_says_how_many_frames_can_be_read(tmp_path):
+    import av
+
+    whole = write_video(tmp_path / "whole.mp4", moving_square(45))
+    # with its index at the front, as on the web, a truncated file still opens
+    path = tmp_path / "truncated.mp4"
+    with av.open(str(whole)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(BrokenVideoError, match=r"truncated\.mp4: truncated: \d+ of 45 frames can be read") as raised:
+        read_frames(path, sampler(0))
+    assert 0 < raised.value.num_readable_frames < 45
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert (str(copy), copy.num_readable_frames) == (str(raised.value), raised.value.num_readable_frames)
+
+    shutil.copy(whole, path)
+    path.write_bytes(path.read_bytes()[: whole.stat().st_size * 2 // 3])
+    with pytest.raises(BrokenVideoError, match="not a video, or truncated so that no frame can be read"):
+        read_frames(path)
+
+
+def test_damage_inside_a_file_is_an_error(tmp_path, without_torchcodec):
+    path = write_video(tmp_path / "damaged.mp4", moving_square(45), "mpeg4")
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + len(data) // 4
+    data[start : start + len(data) // 2] = bytes(len(data) // 2)
+    path.write_bytes(data)
+    with pytest.raises(BrokenVideoError, match=r"damaged\.mp4"):
+        read_frames(path)
