@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -95,14 +96,15 @@ def draw_picture(path: Path, results: list[Result], labels: list[list[dict[str, 
     )
     for (strip, bars), result, best in zip(axes, results, labels, strict=True):
         shown = torch.linspace(0, len(result.frames) - 1, min(len(result.frames), MAX_PICTURE_FRAMES)).round().long()
-        frames = (
-            result.frames[shown].permute(2, 0, 3, 1) * std + mean
-        )  # side by side: (height, frames, width, channels)
-        strip.imshow(frames.flatten(1, 2).clamp(0, 1).numpy(), aspect="equal")
+        frames = (result.frames[shown].movedim(1, -1) * std + mean).clamp(0, 1)
+        gap = max(1, frames.shape[2] // 32)
+        frames = F.pad(frames, (0, 0, 0, gap), value=1.0)  # white between the frames
+        strip.imshow(frames.movedim(0, 1).flatten(1, 2).numpy(), aspect="equal")
         strip.set_title(result.video, fontsize=9)
         strip.axis("off")
         bars.barh([item["label"] for item in best][::-1], [item["score"] for item in best][::-1])
-        bars.set_xlim(0, 1) if all(0 <= item["score"] <= 1 for item in best) else None
+        if all(0 <= item["score"] <= 1 for item in best):
+            bars.set_xlim(0, 1)
         bars.tick_params(labelsize=8)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

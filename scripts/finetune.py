@@ -117,7 +117,8 @@ def main() -> None:
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
         accuracy = evaluate(accelerator, model, test_loader)
-        bar.write(f"epoch {epoch + 1}: accuracy {accuracy:.4f} on the {test_split} split")
+        if accelerator.is_main_process:
+            bar.write(f"epoch {epoch + 1}: accuracy {accuracy:.4f} on the {test_split} split")
     bar.close()
 
     if accelerator.is_main_process:

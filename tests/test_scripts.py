@@ -1,0 +1,183 @@
+"""Every script, run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForVideoClassification, pipeline
+
+from modeling_videomamba import VideoMambaForVideoClassification, VideoMambaVideoProcessor
+from tests.conftest import NANO, ROOT, moving_square, tiny_config, write_video
+
+SCRIPTS = ROOT / "scripts"
+
+
+def run(*command):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def classify(*arguments):
+    return run(sys.executable, SCRIPTS / "classify.py", *arguments)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Clips that no training has seen: another seed, test digits, made by the script."""
+    folder = tmp_path_factory.mktemp("digits")
+    options = ("--train-clips", 32, "--test-clips", 160, "--seed", 1234)
+    result = run(sys.executable, SCRIPTS / "make_moving_digits.py", folder, *options)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+# classify.py
+
+
+def test_the_example_of_the_readme_is_classified_right():
+    result = classify(NANO / "example.mp4", "--json", "--top-k", 3)
+    assert result.returncode == 0, result.stderr
+    (report,) = json.loads(result.stdout)
+    assert len(report["labels"]) == 3
+    assert report["labels"][0]["label"] == "up-right" and report["labels"][0]["score"] > 0.9
+
+
+def test_the_table_shows_every_video(digits):
+    videos = sorted((digits / "test" / "left").glob("*.mp4"))[:3]
+    result = classify(*videos, "--top-k", 2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("left") >= 3
+    assert "videos" in result.stderr and "100%" in result.stderr  # the progress bar
+    assert "Loading weights" not in result.stderr and "Warning" not in result.stderr
+
+
+def test_the_picture_shows_frames_beside_bars(tmp_path):
+    result = classify(NANO / "example.mp4", "--picture", tmp_path / "picture.png")
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size[0] >= 1200 and len(picture.getcolors(10**6)) > 100
+
+
+def test_features_are_the_pooled_outputs(tmp_path):
+    result = classify(NANO / "example.mp4", "--features", tmp_path / "features.safetensors")
+    assert result.returncode == 0, result.stderr
+    features = load_file(tmp_path / "features.safetensors")[str(NANO / "example.mp4")]
+    model = AutoModelForVideoClassification.from_pretrained(NANO)
+    processor = VideoMambaVideoProcessor.from_pretrained(NANO)
+    with torch.no_grad():
+        expected = model.videomamba(**processor(NANO / "example.mp4", return_tensors="pt")).pooler_output[0]
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unreadable_videos_are_reported_and_counted_and_the_rest_goes_on(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    videos = tmp_path / "nowhere.mp4", NANO / "example.mp4", tmp_path / "text.mp4"
+    result = classify(*videos, "--json")
+    assert result.returncode == 1
+    report = json.loads(result.stdout)
+    assert [("labels" in item, "error" in item) for item in report] == [(True, False), (False, True), (False, True)]
+    assert "nowhere.mp4: no such video file" in result.stderr and "text.mp4: not a video" in result.stderr
+    assert "2 of 3 videos could not be read" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x.mp4", "--model", "no/such/folder"), "--model no/such/folder"),
+        (("x.mp4", "--top-k", "0"), "--top-k"),
+        (("x.mp4", "--features", "a", "--picture", "b"), "--picture"),
+        (("x.mp4", "x.mp4"), "twice"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, message):
+    result = classify(*arguments)
+    assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
+
+
+# The model that comes along
+
+
+def test_the_nano_model_is_small_and_has_a_card():
+    assert (NANO / "model.safetensors").stat().st_size < 1_000_000
+    assert "accuracy" in (NANO / "README.md").read_text("utf-8").lower()
+
+
+def test_the_nano_model_reaches_its_accuracy_on_clips_it_never_saw(digits):
+    videos = sorted((digits / "test").glob("*/*.mp4"))
+    classifier = pipeline("video-classification", model=str(NANO))
+    correct = sum(classifier(str(video), top_k=1)[0]["label"] == video.parent.name for video in videos)
+    assert len(videos) == 160
+    assert correct / len(videos) >= 0.97  # 99 % on 800 clips; one standard error on 160 clips is 0.8 %
+
+
+# make_moving_digits.py and finetune.py
+
+
+def test_the_clips_are_a_videofolder(digits):
+    labels = sorted(path.name for path in (digits / "train").iterdir())
+    assert labels == ["down", "down-left", "down-right", "left", "right", "up", "up-left", "up-right"]
+    assert len(list((digits / "train").glob("*/*.mp4"))) == 32
+
+
+def finetune(processes, digits, output, *options):
+    return run(
+        *(Path(sys.executable).with_name("accelerate"), "launch", "--num_processes", processes),
+        *(("--cpu",) if processes == 1 else ("--multi_gpu", "--main_process_port", 0)),  # MULTI_CPU without GPUs
+        *(SCRIPTS / "finetune.py", "--data", digits, "--output-dir", output, "--num-workers", 1, *options),
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_finetuning_from_scratch(digits, tmp_path, processes):
+    options = ("--config", NANO / "config.json", "--epochs", 1, "--batch-size", 8, "--warmup-epochs", 0.5)
+    result = finetune(processes, digits, tmp_path / "model", *options)
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("epoch 1: accuracy") == 1
+    classifier = pipeline("video-classification", model=str(tmp_path / "model"))
+    labels = {item["label"] for item in classifier(str(NANO / "example.mp4"), top_k=8)}
+    assert labels == {path.name for path in (digits / "train").iterdir()}
+
+
+def test_finetuning_goes_on_from_a_trained_model(digits, tmp_path):
+    result = finetune(1, digits, tmp_path / "model", "--model", NANO, "--epochs", 1, "--learning-rate", 1e-6)
+    assert result.returncode == 0, result.stderr
+    output = result.stdout + result.stderr
+    assert float(output.split("epoch 1: accuracy ")[1].split()[0]) >= 0.97
+
+
+def test_finetuning_from_an_image_model_gets_a_new_head(digits, tmp_path):
+    VideoMambaForVideoClassification(tiny_config(num_frames=None)).save_pretrained(tmp_path / "image")
+    options = ("--epochs", 1, "--num-frames", 4, "--warmup-epochs", 0)
+    result = finetune(1, digits, tmp_path / "model", "--model", tmp_path / "image", *options)
+    assert result.returncode == 0, result.stderr
+    assert "MISMATCH" in result.stdout + result.stderr  # the head is reported as fresh
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "model")
+    assert (model.config.num_frames, model.config.num_labels) == (4, 8)
+
+
+def test_finetuning_explains_what_it_lacks(digits, tmp_path):
+    result = finetune(1, digits, tmp_path / "model")
+    assert result.returncode != 0 and "pass either --model or --config" in result.stderr
+    for label in ("a", "b"):
+        (tmp_path / "data" / "train" / label).mkdir(parents=True)
+        write_video(tmp_path / "data" / "train" / label / "clip.mp4", moving_square(4))
+    result = finetune(1, tmp_path / "data", tmp_path / "model", "--config", NANO / "config.json")
+    assert result.returncode != 0 and "validation or test" in result.stderr
+
+
+def test_a_broken_training_clip_stops_the_run_with_its_path(digits, tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            write_video(tmp_path / "data" / split / label / "clip.mp4", moving_square(16))
+    (tmp_path / "data" / "train" / "a" / "broken.mp4").write_text("no video")
+    options = ("--config", NANO / "config.json", "--batch-size", 1, "--epochs", 1)
+    result = finetune(1, tmp_path / "data", tmp_path / "model", *options)
+    assert result.returncode != 0
+    assert "broken.mp4: not a video" in result.stderr
