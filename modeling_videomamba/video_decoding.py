@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
-from huggingface_hub import get_session
 from transformers.video_utils import VideoMetadata
 
 VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
@@ -59,6 +59,7 @@ def read_frames(
 
     Raises:
         `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
+        `OSError`: if it can't be read or downloaded.
         `BrokenVideoError`: if it is not a video, has no video stream or no frame, is truncated or can't be decoded.
         `ImportError`: if PyAV is missing.
     """
@@ -116,6 +117,8 @@ class VideoFile:
         try:
             self.container = self.av.open(source, metadata_errors="ignore")
         except self.av.error.FFmpegError as error:
+            if isinstance(error, OSError):  # no permission, say
+                raise
             reason = f"not a video, or truncated so that no frame can be read ({error.strerror})"
             raise BrokenVideoError(self.name, reason) from error
         kind = self.container.format.name
@@ -132,7 +135,7 @@ class VideoFile:
 
     def _index(self) -> tuple[list[int], list[int]]:
         """Timestamps of all frames and of the keyframes, sorted, from the packets (nothing is decoded if they tell)."""
-        frames, keyframes, num_packets = [], [], 0
+        frames, keyframes, num_packets, damaged = [], [], 0, False
         try:
             for packet in self.container.demux(self.stream):
                 if packet.size == 0 or packet.is_corrupt:
@@ -142,10 +145,10 @@ class VideoFile:
                     frames.append(packet.pts)
                     if packet.is_keyframe:
                         keyframes.append(packet.pts)
-        except self.av.error.FFmpegError:  # damaged behind here; counted below
-            pass
-        if num_packets < self.stream.frames:
-            reason = f"truncated: {len(frames)} of {self.stream.frames} frames can be read"
+        except self.av.error.FFmpegError:
+            damaged = True
+        if damaged or num_packets < self.stream.frames:
+            reason = f"truncated: {len(frames)} of {self.stream.frames or 'more'} frames can be read"
             raise BrokenVideoError(self.name, reason, len(frames))
         if None in frames or len(set(frames)) < len(frames):  # no usable timestamps, as in a raw stream
             self._restart()
@@ -242,14 +245,20 @@ def _open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
         return "video from bytes", io.BytesIO(video)
     path = os.fspath(video)
     if path.startswith(("http://", "https://")):
-        response = get_session().get(path, follow_redirects=True)
-        response.raise_for_status()
-        return path, io.BytesIO(response.content)
+        return path, io.BytesIO(_download(path))
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path}: a folder, not a video file")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such video file")
     return path, path
+
+
+def _download(url: str) -> bytes:
+    try:
+        with urlopen(url, timeout=60) as response:
+            return response.read()
+    except OSError as error:
+        raise OSError(f"{url}: can't be downloaded ({error})") from error
 
 
 # torchcodec: optional, faster on many files, in need of an FFmpeg of the system.

@@ -1,6 +1,9 @@
+import functools
+import http.server
 import io
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -62,21 +65,21 @@ def test_every_kind_of_source(video, kind):
     assert torch.equal(read_frames(source, sampler(3, 30))[0], all_frames(video)[[3, 30]])
 
 
-def test_a_url_is_downloaded(video, monkeypatch):
-    class Response:
-        content = video.read_bytes()
+@pytest.fixture
+def server(video):
+    """The folder of `video` on a port of this machine."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=video.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
 
-        def raise_for_status(self):
-            pass
 
-    class Session:
-        def get(self, url, follow_redirects):
-            assert url == "https://example.org/video.mp4" and follow_redirects
-            return Response()
-
-    monkeypatch.setattr(video_decoding, "get_session", Session)
-    frames, _ = read_frames("https://example.org/video.mp4", sampler(7))
+def test_a_url_is_downloaded(video, server):
+    frames, _ = read_frames(f"{server}/{video.name}", sampler(7))
     assert torch.equal(frames, all_frames(video)[[7]])
+    with pytest.raises(OSError, match=r"nowhere\.mp4: can't be downloaded.*404"):
+        read_frames(f"{server}/nowhere.mp4")
 
 
 def test_few_frames_of_a_long_video_are_sought(tmp_path, without_torchcodec, monkeypatch):
