@@ -218,7 +218,9 @@ class VideoFile:
             return
 
     def _number(self, timestamp: int) -> int:
-        return bisect.bisect_left(self.timestamps, timestamp)
+        """Number of the frame of a timestamp, -1 if the index has no such frame."""
+        number = bisect.bisect_left(self.timestamps, timestamp)
+        return number if self.timestamps[number : number + 1] == [timestamp] else -1
 
 
 def _to_rgb(frame) -> np.ndarray:
