@@ -24,17 +24,19 @@ from .video_processing_videomamba import VideoMambaVideoProcessor
 
 StateDict = dict[str, torch.Tensor]
 
-# Tensors without which a file is not a VideoMamba checkpoint.
-REQUIRED = (
-    "cls_token",
-    "pos_embed",
-    "patch_embed.proj.weight",
-    "patch_embed.proj.bias",
-    "layers.0.norm.weight",
-    "layers.0.mixer.in_proj.weight",
-    "layers.0.mixer.A_b_log",
-    "norm_f.weight",
-)
+# Tensors without which a file is not a VideoMamba checkpoint, and the dimensions they may have.
+REQUIRED = {
+    "cls_token": (3,),
+    "pos_embed": (3,),
+    "patch_embed.proj.weight": (4, 5),
+    "patch_embed.proj.bias": (1,),
+    "layers.0.norm.weight": (1,),
+    "layers.0.mixer.in_proj.weight": (2,),
+    "layers.0.mixer.conv1d.weight": (3,),
+    "layers.0.mixer.dt_proj.weight": (2,),
+    "layers.0.mixer.A_b_log": (2,),
+    "norm_f.weight": (1,),
+}
 
 # From the original's names to those of `VideoMambaForVideoClassification`, applied in turn.
 RENAMING = (
@@ -55,6 +57,7 @@ RENAMING = (
     (r"\.mixer\.(conv1d|x_proj|dt_proj)\.", r".mixer.scans.0.\1."),
 )
 
+WRAPPERS = ("model", "module")
 KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")
 
 
@@ -112,16 +115,21 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no checkpoint fails in any way
-        raise CheckpointError(f"{path}: not a file of plain tensors, so it is not read: {error}") from error
-    for key in ("model", "module"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a file of plain tensors, so it is not read: {reason}") from error
+    while isinstance(checkpoint, dict) and (
+        inner := [key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)]
+    ):
+        checkpoint = checkpoint[inner[0]]
     if not isinstance(checkpoint, dict) or not any(isinstance(tensor, torch.Tensor) for tensor in checkpoint.values()):
         raise CheckpointError(f"{path}: holds no state dict, neither at top level nor under 'model' or 'module'")
     strangers = [name for name, tensor in checkpoint.items() if not isinstance(tensor, torch.Tensor)]
     if strangers:
         raise CheckpointError(f"{path}: not only tensors in its state dict: {_listing(strangers)}")
-    return {re.sub(r"^((module|backbone|encoder)\.)+", "", name): tensor for name, tensor in checkpoint.items()}
+    state_dict = {re.sub(r"^((module|backbone|encoder)\.)+", "", name): tensor for name, tensor in checkpoint.items()}
+    if len(state_dict) < len(checkpoint):
+        raise CheckpointError(f"{path}: holds tensors that differ only in the prefix of their names")
+    return state_dict
 
 
 def recognise(state_dict: StateDict) -> str:
@@ -134,6 +142,9 @@ def recognise(state_dict: StateDict) -> str:
     missing = [name for name in REQUIRED if name not in state_dict]
     if missing:
         raise CheckpointError(f"This is not a VideoMamba checkpoint: it lacks {_listing(missing)}.")
+    for name, dimensions in REQUIRED.items():
+        if state_dict[name].ndim not in dimensions:
+            raise CheckpointError(f"This is not a VideoMamba checkpoint: `{name}` is {tuple(state_dict[name].shape)}.")
     if "distill_head" in prefixes:
         return "student"
     is_video = "temporal_pos_embedding" in state_dict or state_dict["patch_embed.proj.weight"].ndim == 5
@@ -143,8 +154,6 @@ def recognise(state_dict: StateDict) -> str:
 def infer_config(state_dict: StateDict) -> VideoMambaConfig:
     """The configuration that the shapes of the tensors imply."""
     kernel = state_dict["patch_embed.proj.weight"]
-    if kernel.ndim not in (4, 5):
-        raise CheckpointError(f"`patch_embed.proj.weight` has shape {tuple(kernel.shape)}, not that of a convolution.")
     tubelet_size = kernel.shape[2] if kernel.ndim == 5 else 1
     num_patches = state_dict["pos_embed"].shape[1] - 1
     grid = math.isqrt(num_patches)
@@ -152,7 +161,7 @@ def infer_config(state_dict: StateDict) -> VideoMambaConfig:
         raise CheckpointError(f"`pos_embed` holds {num_patches} patches, which is not the square of a whole number.")
     temporal = state_dict.get("temporal_pos_embedding")
     hidden_size = state_dict["cls_token"].shape[-1]
-    mixer = "layers.0.mixer."
+    mixer, names = "layers.0.mixer.", "\n".join(state_dict)
     channels, state_size = state_dict[mixer + "A_b_log"].shape
     distillation_head = state_dict.get("distill_head.1.weight")
     return VideoMambaConfig(
@@ -162,7 +171,7 @@ def infer_config(state_dict: StateDict) -> VideoMambaConfig:
         num_frames=None if temporal is None else temporal.shape[1] * tubelet_size,
         tubelet_size=tubelet_size,
         hidden_size=hidden_size,
-        num_hidden_layers=1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers.")),
+        num_hidden_layers=1 + max(int(index) for index in re.findall(r"^layers\.(\d+)\.", names, re.MULTILINE)),
         state_size=state_size,
         conv_kernel=state_dict[mixer + "conv1d.weight"].shape[-1],
         expand=channels // hidden_size,
@@ -184,7 +193,7 @@ def load_labels(source: str) -> list[str]:
 
     Args:
         source (`str`): `imagenet-1k`, `kinetics400`, `something-something-v2`, or a file: one name a line, or JSON with
-            a list of names or an object from index to name.
+            a list of names, or an object from index to name or from name to index.
 
     Raises:
         `FileNotFoundError`: if it is neither a known data set nor a file.
@@ -203,10 +212,13 @@ def load_labels(source: str) -> list[str]:
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
     labels = json.loads(text)
-    if isinstance(labels, dict) and sorted(labels, key=int) == [str(index) for index in range(len(labels))]:
-        labels = [labels[str(index)] for index in range(len(labels))]
+    if isinstance(labels, dict):
+        by_index = {str(index): name for index, name in labels.items()}
+        if set(by_index) != set(map(str, range(len(labels)))):  # Something-Something's own files go the other way
+            by_index = {str(index): name for name, index in labels.items()}
+        labels = [by_index.get(str(index)) for index in range(len(labels))]
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{source}: must hold a list of names, or an object from the indices 0, 1, ... to names")
+        raise ValueError(f"{source}: must hold a list of names, or an object between the indices 0, 1, ... and names")
     return labels
 
 

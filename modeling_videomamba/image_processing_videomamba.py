@@ -2,17 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     ImageInput,
     PILImageResampling,
-    is_valid_image,
-    make_flat_list_of_images,
-    make_nested_list_of_images,
+    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
@@ -20,23 +21,69 @@ from transformers.utils import TensorType
 from .configuration_videomamba import VideoMambaConfig
 
 
+def as_tensor(name: str, pixels: Any) -> torch.Tensor:
+    """A picture or an array as a tensor; a PIL image, and grey without a dimension for it, with the channels last."""
+    if isinstance(pixels, Image.Image):
+        if pixels.mode.startswith(("I", "F")):
+            raise ValueError(f"{name} in PIL mode {pixels.mode!r} have more than 8 bits: pass them as an array.")
+        pixels = np.array(pixels.convert("RGB"))
+    if isinstance(pixels, np.ndarray):
+        wide = pixels.dtype.kind == "u" and pixels.dtype.itemsize > 1  # hardly supported by PyTorch
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels.astype(np.int64) if wide else pixels))
+    return pixels.unsqueeze(-1) if pixels.ndim == 2 else pixels
+
+
+def rgb_tensor(name: str, pixels: Any, layout: str | ChannelDimension | None = None) -> torch.Tensor:
+    """
+    One picture, or the frames of a video in one array, as RGB with the channels before height and width. Grey becomes
+    RGB, transparency is dropped.
+
+    Args:
+        name (`str`): What the errors call it.
+        pixels (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            A picture `(height, width)`, `(height, width, channels)` or `(channels, height, width)`; an array may have a
+            dimension of frames before these three.
+        layout (`ChannelDimension`, *optional*): Whether the channels come first or last; found out if left out.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 3, height, width)` and the dtype of the pixels, signed where PyTorch needs it.
+
+    Raises:
+        `ValueError`: for another number of channels than 1, 3 and 4, or a PIL mode of more than 8 bits.
+    """
+    if isinstance(pixels, Image.Image) or pixels.ndim == 2:
+        layout = ChannelDimension.LAST
+    pixels = as_tensor(name, pixels)
+    if layout is None:
+        try:
+            layout = infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+        except ValueError as error:
+            raise ValueError(
+                f"{name} must have 1, 3 or 4 channels, before or after height and width, "
+                f"got shape {tuple(pixels.shape)}."
+            ) from error
+    if layout == ChannelDimension.LAST:
+        pixels = pixels.movedim(-1, -3)
+    if pixels.shape[-3] == 1:
+        return pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
+    return pixels[..., :3, :, :]
+
+
 def check_pixels(name: str, pixels: torch.Tensor, do_rescale: bool | None) -> torch.Tensor:
     """
-    Checks pixels `(..., channels, height, width)` before they are rescaled and normalised.
+    Checks pixels before they are rescaled and normalised.
 
     Args:
         name (`str`): What the errors call them.
-        pixels (`torch.Tensor`): RGB, 0 to 255 where they will be rescaled, else floating point from 0 to 1.
+        pixels (`torch.Tensor`): 0 to 255 where they will be rescaled, else floating point from 0 to 1.
         do_rescale (`bool`): Whether they will be divided by 255.
 
     Returns:
         `torch.Tensor`: the same pixels, uint8 if they are integers.
 
     Raises:
-        `ValueError`: for another number of channels than 3, a dtype that is no number, NaN, or values out of range.
+        `ValueError`: for empty pixels, a dtype that is no number, NaN, or values out of range.
     """
-    if pixels.ndim < 3 or pixels.shape[-3] != 3:
-        raise ValueError(f"{name} must have 3 (RGB), 1 or 4 channels, got shape {tuple(pixels.shape)}.")
     if pixels.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(pixels.shape)}.")
     if pixels.dtype == torch.uint8:
@@ -57,6 +104,11 @@ def check_pixels(name: str, pixels: torch.Tensor, do_rescale: bool | None) -> to
             )
         return pixels
     return pixels.to(torch.uint8)
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is one picture: of PIL, or an array of two or three dimensions."""
+    return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim in (2, 3))
 
 
 class VideoMambaImageProcessor(TorchvisionBackend):
@@ -111,21 +163,36 @@ class VideoMambaImageProcessor(TorchvisionBackend):
         if (images is None) == (videos is None):
             raise ValueError("Pass either `images` or `videos`.")
         if videos is not None:
-            images = make_nested_list_of_images(videos)
+            one = isinstance(videos, list | tuple) and all(map(is_picture, videos))
+            one = one or (isinstance(videos, np.ndarray | torch.Tensor) and videos.ndim == 4)
+            images = [list(videos)] if one else list(videos)
         return self.preprocess(images, *args, **kwargs)
 
-    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> ImageInput:
-        if isinstance(images, list | tuple) and images and all(isinstance(video, list | tuple) for video in images):
-            return make_nested_list_of_images(images, expected_ndims=expected_ndims)
-        if (
-            is_valid_image(images) and getattr(images, "ndim", 0) == expected_ndims + 2
-        ):  # a batch of videos in one array
-            return [list(video) for video in images]
-        return make_flat_list_of_images(self.fetch_images(images), expected_ndims=expected_ndims)
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        """A list of pictures, or a list of lists of them."""
+        if isinstance(images, str) or is_picture(images):
+            images = [images]
+        images = [self.fetch_images(image) if isinstance(image, str) else image for image in images]
+        if not images:
+            raise ValueError("`images` is an empty list.")
+        if all(map(is_picture, images)):
+            return images
+        videos = [list(video) for video in images if isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4]
+        if len(videos) == len(images) and all(video and all(map(is_picture, video)) for video in videos):
+            return videos
+        raise ValueError("`images` must be pictures (PIL images or arrays) or lists of them.")
 
-    def process_image(self, image: ImageInput, do_rescale: bool | None = None, **kwargs: Any) -> torch.Tensor:
-        image = super().process_image(image, **kwargs)
-        return check_pixels("Pixels of `images`", image, do_rescale)
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = True,
+        input_data_format: str | ChannelDimension | None = None,
+        device: str | torch.device | None = None,
+        do_rescale: bool | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        image = rgb_tensor("Pixels of `images`", image, input_data_format).to(device)
+        return check_pixels("Pixels of `images`", image, do_rescale).contiguous()
 
     def _preprocess(
         self, images: list[Any], return_tensors: str | TensorType | None = None, **kwargs: Any

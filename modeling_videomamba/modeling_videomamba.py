@@ -408,7 +408,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)
         depth = config.num_hidden_layers
-        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        rates = [config.drop_path_rate * i / (depth - 1) for i in range(depth - 1)] + [config.drop_path_rate]
         self.embeddings = VideoMambaEmbeddings(config)
         self.layers = nn.ModuleList(VideoMambaLayer(config, rate) for rate in rates)
         self.norm = VideoMambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)

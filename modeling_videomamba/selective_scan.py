@@ -77,12 +77,7 @@ def causal_conv1d(
     Returns:
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
     """
-    width = weight.shape[-1]
-    padding = (0, width - 1) if reverse else (width - 1, 0)
-    weight = weight.flip(-1) if reverse else weight
-    y = F.conv1d(F.pad(x.transpose(1, 2), padding), weight.to(x.dtype), groups=weight.shape[0])
-    y = y.transpose(1, 2)
-    return F.silu(y if bias is None else y + bias.to(x.dtype))
+    return _BACKENDS[_choose_backend(x.device.type)].convolution(x, weight, bias, reverse)
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,8 @@ def selective_scan_backends() -> dict[str, SelectiveScanBackend]:
     r"""
     The backends of [`selective_scan`] in order of preference, and why those that can't run here can't:
 
-    - `mamba_ssm`: CUDA kernels of the stock `mamba-ssm` release, for tensors on a GPU;
+    - `mamba_ssm`: CUDA kernels of the stock `mamba-ssm` release, and of `causal-conv1d` if that is installed, for
+      tensors on a GPU;
     - `torch`: the reference in plain PyTorch, everywhere.
 
     The first one that is usable on the device of the input is taken. The environment variable
@@ -162,6 +158,15 @@ def _torch_selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse):
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(x.dtype)
+
+
+def _torch_causal_conv1d(x, weight, bias, reverse):
+    width = weight.shape[-1]
+    padding = (0, width - 1) if reverse else (width - 1, 0)
+    weight = weight.flip(-1) if reverse else weight
+    y = F.conv1d(F.pad(x.transpose(1, 2), padding), weight.to(x.dtype), groups=weight.shape[0])
+    y = y.transpose(1, 2)
+    return F.silu(y if bias is None else y + bias.to(x.dtype))
 
 
 def _chunks(length: int, reverse: bool) -> Iterator[tuple[slice, int]]:
@@ -290,6 +295,20 @@ def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse):
     return y.flip(1) if reverse else y
 
 
+def _mamba_ssm_causal_conv1d(x, weight, bias, reverse):
+    """`causal_conv1d_fn` wants channels before length and widths of 2 to 4; it is a package of its own."""
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except Exception:  # not installed, or built for another PyTorch
+        return _torch_causal_conv1d(x, weight, bias, reverse)
+    if not 2 <= weight.shape[-1] <= 4:
+        return _torch_causal_conv1d(x, weight, bias, reverse)
+    sequence = (x.flip(1) if reverse else x).transpose(1, 2).contiguous()
+    bias = None if bias is None else bias.to(x.dtype)
+    y = causal_conv1d_fn(sequence, weight.squeeze(1).to(x.dtype), bias, activation="silu").transpose(1, 2)
+    return y.flip(1) if reverse else y
+
+
 def _mamba_ssm_unusable(device_type: str) -> str | None:
     if device_type != "cuda":
         return "needs tensors on a CUDA device"
@@ -305,14 +324,15 @@ def _mamba_ssm_unusable(device_type: str) -> str | None:
 @dataclass(frozen=True)
 class _Backend:
     scan: Callable[..., torch.Tensor]
+    convolution: Callable[..., torch.Tensor]
     unusable: Callable[[str], str | None]
     device_types: tuple[str, ...]
 
 
 # In order of preference. A new backend is one line here.
 _BACKENDS = {
-    "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_unusable, ("cuda",)),
-    "torch": _Backend(_torch_selective_scan, lambda device_type: None, ("cpu",)),
+    "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unusable, ("cuda",)),
+    "torch": _Backend(_torch_selective_scan, _torch_causal_conv1d, lambda device_type: None, ("cpu",)),
 }
 
 __all__ = ["causal_conv1d", "selective_scan", "selective_scan_backends"]

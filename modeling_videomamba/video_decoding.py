@@ -4,9 +4,13 @@ import bisect
 import io
 import itertools
 import os
+import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from urllib.request import urlopen
 
 import numpy as np
@@ -14,6 +18,10 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
+
+
+# What FFmpeg opens besides videos: texts, pictures, and lists that name other files.
+NOT_VIDEOS = ("tty", "image2", "concat", "hls", "dash", "sdp")
 
 
 class BrokenVideoError(ValueError):
@@ -64,8 +72,13 @@ def read_frames(
         `ImportError`: if PyAV is missing.
     """
     if _is_torchcodec_decoder(video):
+        video = getattr(video, "_hf_encoded", video)  # `datasets` keeps the path or bytes: read those, with all checks
+    if _is_torchcodec_decoder(video):
         metadata = _torchcodec_metadata(video)
-        frames = _torchcodec_frames(video, _wanted(metadata, sample_indices))
+        try:
+            frames = _torchcodec_frames(video, _wanted(metadata, sample_indices))
+        except RuntimeError as error:
+            raise BrokenVideoError("torchcodec decoder", str(error)) from error
     else:
         name, file = _open_source(video)
         with VideoFile(name, file) as reader:
@@ -117,12 +130,12 @@ class VideoFile:
         try:
             self.container = self.av.open(source, metadata_errors="ignore")
         except self.av.error.FFmpegError as error:
-            if isinstance(error, OSError):  # no permission, say
+            if isinstance(error, OSError) and isinstance(self.file, str):  # no permission, say
                 raise
             reason = f"not a video, or truncated so that no frame can be read ({error.strerror})"
             raise BrokenVideoError(self.name, reason) from error
         kind = self.container.format.name
-        if kind in ("tty", "image2") or kind.endswith("_pipe"):  # FFmpeg reads texts and pictures, too
+        if kind.split(",")[0] in NOT_VIDEOS or kind.endswith("_pipe"):
             self.container.close()
             raise BrokenVideoError(self.name, f"not a video but {kind.removesuffix('_pipe')}")
         cover = self.av.stream.Disposition.attached_pic
@@ -135,19 +148,24 @@ class VideoFile:
 
     def _index(self) -> tuple[list[int], list[int]]:
         """Timestamps of all frames and of the keyframes, sorted, from the packets (nothing is decoded if they tell)."""
-        frames, keyframes, num_packets, damaged = [], [], 0, False
+        frames, keyframes, num_packets, end, damaged = [], [], 0, 0, False
         try:
             for packet in self.container.demux(self.stream):
                 if packet.size == 0 or packet.is_corrupt:
                     continue
                 num_packets += 1
+                end = max(end, (packet.pts or 0) + (packet.duration or 0))
                 if not packet.is_discard:
                     frames.append(packet.pts)
                     if packet.is_keyframe:
                         keyframes.append(packet.pts)
         except self.av.error.FFmpegError:
             damaged = True
-        if damaged or num_packets < self.stream.frames:
+        # of Matroska and FLV files only the duration tells; the last frame may be a still one of any length
+        missing = self._stated_seconds() - float(end * self.stream.time_base)
+        gaps = [after - before for before, after in itertools.pairwise(sorted(filter(None, frames)))]
+        still = 2 * float(max(gaps, default=0) * self.stream.time_base)
+        if damaged or num_packets < len(self.stream.index_entries) or missing > max(0.5, still):
             reason = f"truncated: {len(frames)} of {self.stream.frames or 'more'} frames can be read"
             raise BrokenVideoError(self.name, reason, len(frames))
         if None in frames or len(set(frames)) < len(frames):  # no usable timestamps, as in a raw stream
@@ -156,6 +174,16 @@ class VideoFile:
         if not frames:
             raise BrokenVideoError(self.name, "it has no frame")
         return sorted(frames), sorted(keyframes)
+
+    def _stated_seconds(self) -> float:
+        """Length of the video by the header of a Matroska or FLV file, 0 where it does not tell."""
+        if not self.container.format.name.startswith(("matroska", "flv")):
+            return 0.0
+        if stated := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", self.stream.metadata.get("DURATION", "")):
+            hours, minutes, seconds = stated.groups()
+            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        alone = len(self.container.streams) == 1  # sound may be longer
+        return (self.container.duration or 0) / self.av.time_base if alone else 0.0
 
     def _metadata(self) -> VideoMetadata:
         rate = self.stream.average_rate
@@ -197,9 +225,12 @@ class VideoFile:
         """Numbers and frames from the keyframe of frame `index` on, or from an earlier one."""
         keyframe = self._keyframe_before(index)
         if keyframe > 0:
-            self.container.seek(self.timestamps[keyframe], stream=self.stream)
-            decoded = self._decoded()
-            first = next(decoded, None)
+            try:
+                self.container.seek(self.timestamps[keyframe], stream=self.stream)
+                decoded = self._decoded()
+                first = next(decoded, None)
+            except self.av.error.FFmpegError:  # not every container can
+                first = None
             if first is not None and first[0] <= index:
                 return itertools.chain([first], decoded)
         self._restart()  # nothing to seek to, or the seek went too far
@@ -257,9 +288,9 @@ def _open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
 
 def _download(url: str) -> bytes:
     try:
-        with urlopen(url, timeout=60) as response:
+        with urlopen(quote(url, safe=string.punctuation), timeout=60) as response:
             return response.read()
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise OSError(f"{url}: can't be downloaded ({error})") from error
 
 

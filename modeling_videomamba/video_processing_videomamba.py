@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -14,7 +13,6 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
 )
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import TensorType
@@ -22,7 +20,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .configuration_videomamba import VideoMambaConfig
-from .image_processing_videomamba import check_pixels
+from .image_processing_videomamba import as_tensor, check_pixels, is_picture, rgb_tensor
 from .video_decoding import is_video_source, read_frames
 
 
@@ -108,7 +106,8 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
     sampled frames need.
 
     Multi-view testing: `num_clips` x `num_crops` views of each video, one after the other along the batch; average the
-    scores of each `num_clips * num_crops` consecutive rows. The released weights are tested with 4 x 3 views.
+    scores of each `num_clips * num_crops` consecutive rows. The released weights are tested with 4 x 3 views. The
+    pipelines of Transformers look at the first row only: give them one view.
     """
 
     resample = PILImageResampling.BILINEAR
@@ -208,13 +207,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
     ) -> list[torch.Tensor]:
-        prepared = []
-        for video in videos:
-            layout = input_data_format or _layout(video)
-            if layout == ChannelDimension.LAST:
-                video = video.permute(0, 3, 1, 2)
-            prepared.append((self.convert_to_rgb(video) if do_convert_rgb else video).to(device))
-        return prepared
+        return [rgb_tensor("A video", video, input_data_format).to(device) for video in videos]
 
     def _preprocess(
         self,
@@ -255,10 +248,6 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         return BatchFeature({"pixel_values": views}, tensor_type=return_tensors)
 
 
-def _is_frame(value: Any) -> bool:
-    return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim in (2, 3))
-
-
 def _list_of_videos(videos: Any) -> list[Any]:
     """One video or several, as a list."""
     if is_video_source(videos):
@@ -274,7 +263,7 @@ def _list_of_videos(videos: Any) -> list[Any]:
         raise ValueError(f"`videos` must be paths, URLs, bytes, arrays or lists of frames, got {type(videos)}.")
     if not videos:
         raise ValueError("`videos` is an empty list.")
-    if all(map(_is_frame, videos)):
+    if all(map(is_picture, videos)):
         return [videos]
     return [video for item in videos for video in _list_of_videos(item)]
 
@@ -282,29 +271,14 @@ def _list_of_videos(videos: Any) -> list[Any]:
 def _tensor_of_frames(video: Any) -> torch.Tensor:
     """One array or list of frames as a tensor with the frames first."""
     if isinstance(video, list | tuple):
-        arrays = [np.asarray(frame.convert("RGB")) if isinstance(frame, Image.Image) else frame for frame in video]
-        frames = [torch.as_tensor(array) for array in arrays]
+        frames = [as_tensor("Frames of a video", frame) for frame in video]
         shapes = sorted({tuple(frame.shape) for frame in frames})
         if len(shapes) > 1:
             raise ValueError(f"The frames of a video must have one size, got the shapes {shapes}.")
-        video = torch.stack(frames)
-        if video.ndim == 3:  # grey
-            video = video.unsqueeze(1)
-    if isinstance(video, np.ndarray):
-        video = torch.from_numpy(np.ascontiguousarray(video))
+        return torch.stack(frames)
     if len(video) == 0:
         raise ValueError(f"A video in `videos` has no frames, its shape is {tuple(video.shape)}.")
-    return video
-
-
-def _layout(video: torch.Tensor) -> ChannelDimension:
-    try:
-        return infer_channel_dimension_format(video, num_channels=(1, 3, 4))
-    except ValueError as error:
-        raise ValueError(
-            "A video must have 1, 3 or 4 channels, in its second or its last dimension, got shape "
-            f"{tuple(video.shape)}."
-        ) from error
+    return as_tensor("A video", video)
 
 
 __all__ = [

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForVideoClassification, AutoVideoProcessor, logging
 
 import modeling_videomamba  # noqa: F401 - registers VideoMamba with the Auto classes
 
 NANO = Path(__file__).resolve().parents[1] / "hub_cards" / "videomamba-nano"
+PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 MAX_PICTURE_ROWS = 50
 MAX_PICTURE_FRAMES = 8
 
 
 @dataclass
 class Result:
-    """What the model makes of one video: `values` are the scores of all labels, or the embedding."""
+    """What the model makes of one video: the scores of all labels or the embedding, and the frames for a picture."""
 
     video: str
     values: torch.Tensor
@@ -45,8 +48,8 @@ class Failure:
     error: str
 
 
-def run_model(videos: list[str], model: Any, processor: Any) -> Iterator[Result | Failure]:
-    """Scores or, from a model without a head, embeddings; an unreadable video is reported and the rest goes on."""
+def run_model(videos: list[str], model: Any, processor: Any, keep_frames: bool) -> Iterator[Result | Failure]:
+    """Scores or, from a model without a head, embeddings, mean over the views that the processor makes of a video."""
     for video in videos:
         try:
             pixel_values = processor(video, return_tensors="pt")["pixel_values"]
@@ -56,7 +59,7 @@ def run_model(videos: list[str], model: Any, processor: Any) -> Iterator[Result 
         with torch.inference_mode():
             outputs = model(pixel_values.to(model.device))
         values = scores(outputs.logits, model.config.problem_type) if "logits" in outputs else outputs.pooler_output
-        yield Result(video, values[0].cpu(), pixel_values[0])
+        yield Result(video, values.mean(0).cpu(), pixel_values[0] if keep_frames else torch.empty(0))
 
 
 def scores(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
@@ -78,7 +81,7 @@ def print_table(console: Console, results: list[Result], labels: list[list[dict[
     table.columns[2].justify = "right"
     for result, best in zip(results, labels, strict=True):
         for rank, item in enumerate(best):
-            table.add_row("" if rank else result.video, item["label"], f"{item['score']:.3f}")
+            table.add_row(Text("" if rank else result.video), Text(item["label"]), f"{item['score']:.3f}")
         table.add_section()
     console.print(table)
 
@@ -100,9 +103,10 @@ def draw_picture(path: Path, results: list[Result], labels: list[list[dict[str, 
         gap = max(1, frames.shape[2] // 32)
         frames = F.pad(frames, (0, 0, 0, gap), value=1.0)  # white between the frames
         strip.imshow(frames.movedim(0, 1).flatten(1, 2).numpy(), aspect="equal")
-        strip.set_title(result.video, fontsize=9)
+        strip.set_title(result.video, fontsize=9, parse_math=False)
         strip.axis("off")
-        bars.barh([item["label"] for item in best][::-1], [item["score"] for item in best][::-1])
+        labels_up = [item["label"].replace("$", r"\$") for item in best][::-1]
+        bars.barh(labels_up, [item["score"] for item in best][::-1])
         if all(0 <= item["score"] <= 1 for item in best):
             bars.set_xlim(0, 1)
         bars.tick_params(labelsize=8)
@@ -123,6 +127,13 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--top-k must be at least 1, got {args.top_k}")
     if args.picture and len(args.videos) > MAX_PICTURE_ROWS:
         parser.error(f"--picture takes at most {MAX_PICTURE_ROWS} videos, got {len(args.videos)}")
+    for option, path in (("--features", args.features), ("--picture", args.picture)):
+        if path and not path.absolute().parent.is_dir():
+            parser.error(f"{option} {path}: there is no such folder")
+    if args.picture and args.picture.suffix not in PICTURE_SUFFIXES:
+        parser.error(f"--picture {args.picture}: must end in {', '.join(PICTURE_SUFFIXES)}")
+    if args.picture and not find_spec("matplotlib"):
+        parser.error("--picture needs matplotlib: pip install matplotlib")
     if args.picture and args.features:
         parser.error("--picture shows labels, --features has none: pass one of them")
     if len(set(args.videos)) < len(args.videos):
@@ -138,13 +149,16 @@ def main() -> None:
     auto_class = AutoModel if args.features else AutoModelForVideoClassification
     try:
         processor = AutoVideoProcessor.from_pretrained(args.model)
-        model = auto_class.from_pretrained(args.model).to(device).eval()
+        model, info = auto_class.from_pretrained(args.model, output_loading_info=True)
     except (OSError, ValueError) as error:
         sys.exit(f"error: --model {args.model}: {error}")
+    if info["missing_keys"]:
+        sys.exit(f"error: --model {args.model} has no weights for {', '.join(sorted(info['missing_keys']))}")
+    model = model.to(device).eval()
 
     console = Console(stderr=True)
     bar = len(args.videos) > 1
-    running = run_model(args.videos, model, processor)
+    running = run_model(args.videos, model, processor, keep_frames=args.picture is not None)
     results = list(track(running, "videos", len(args.videos), console=console, disable=not bar))
     failed = [result for result in results if isinstance(result, Failure)]
     read = [result for result in results if isinstance(result, Result)]

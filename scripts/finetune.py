@@ -10,10 +10,12 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
@@ -44,10 +46,17 @@ class Arguments:
 
 def load_model(args: Arguments, labels: list[str]) -> VideoMambaForVideoClassification:
     """The model to train, with a head for `labels`."""
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
     if args.config is not None:
-        config = VideoMambaConfig(**{**json.loads(args.config.read_text("utf-8")), **names})
-        return VideoMambaForVideoClassification(config)
+        fields = {**json.loads(args.config.read_text("utf-8")), **names}
+        if args.num_frames is not None:
+            fields["num_frames"] = args.num_frames
+        return VideoMambaForVideoClassification(VideoMambaConfig(**fields))
+    # a distillation head would get no gradient here, which several processes don't bear
+    names["teacher_hidden_size"] = None
     model = VideoMambaForVideoClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **names)
     if model.config.num_frames is None:
         return model.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames)
@@ -70,14 +79,22 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
     if (args.model is None) == (args.config is None):
         sys.exit("error: pass either --model or --config")
+    if args.warmup_epochs > args.epochs:
+        sys.exit(f"error: --warmup-epochs {args.warmup_epochs} is above --epochs {args.epochs}")
     set_seed(args.seed)
     accelerator = Accelerator()
-    splits = load_videos(args.data)
+    try:
+        splits = load_videos(args.data)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: --data {args.data}: {error}")
     test_split = next((name for name in ("validation", "test") if name in splits), None)
     if test_split is None or "train" not in splits:
         sys.exit(f"error: {args.data} must have the splits train and validation or test, got {', '.join(splits)}")
 
-    model = load_model(args, splits["train"].features["label"].names)
+    try:
+        model = load_model(args, splits["train"].features["label"].names)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        sys.exit(f"error: {error}")
     processor = VideoMambaVideoProcessor.for_model(model.config)
     loaders = [
         DataLoader(

@@ -60,8 +60,6 @@ def test_wrappers_and_prefixes(tmp_path, wrap, prefix):
         "module": {"module": state_dict, "optimizer": {"state": {}}},
         "model in module": {"module": {"model": state_dict}},
     }[wrap]
-    if wrap == "model in module":
-        content = {"model": {"module": state_dict}}
     converted = convert_checkpoint(save(tmp_path, content))
     expected = convert_checkpoint(save(tmp_path, original()))
     for name, tensor in expected.model.state_dict().items():
@@ -77,13 +75,21 @@ def test_a_checkpoint_without_head_becomes_the_encoder(tmp_path):
     assert torch.equal(converted.model(pixel_values).pooler_output, whole(pixel_values).pooler_output)
 
 
-@pytest.mark.parametrize("name", ["extra", "layers.0.mixer.extra.weight"])
+@pytest.mark.parametrize("name", ["extra", "layers.0.mixer.extra", "layers.some.extra"])
 def test_a_tensor_without_a_place_is_named(tmp_path, name):
     with pytest.raises(CheckpointError, match=f"no place for.*{name.split('.')[-1]}"):
         convert_checkpoint(save(tmp_path, {**original(), name: torch.zeros(3)}))
 
 
+def test_names_that_collide_without_their_prefix_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="prefix"):
+        convert_checkpoint(save(tmp_path, {**original(), "module.cls_token": torch.zeros(1, 1, 48)}))
+
+
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path):
+    state_dict = {**original(), "pos_embed": torch.zeros(10)}
+    with pytest.raises(CheckpointError, match="not a VideoMamba checkpoint: `pos_embed` is"):
+        convert_checkpoint(save(tmp_path, state_dict))
     state_dict = original()
     del state_dict["layers.1.mixer.out_proj.weight"]
     with pytest.raises(CheckpointError, match=r"lacks.*layers\.1\.mixer\.out_proj\.weight"):
@@ -150,7 +156,8 @@ def test_label_files(tmp_path):
     (tmp_path / "lines.txt").write_text("walk\nrun\n\njump\n")
     (tmp_path / "list.json").write_text(json.dumps(names))
     (tmp_path / "object.json").write_text(json.dumps({"1": "run", "0": "walk", "2": "jump"}))
-    for file in ("lines.txt", "list.json", "object.json"):
+    (tmp_path / "reversed.json").write_text(json.dumps({"walk": "0", "jump": "2", "run": "1"}))
+    for file in ("lines.txt", "list.json", "object.json", "reversed.json"):
         assert load_labels(str(tmp_path / file)) == names
     (tmp_path / "wrong.json").write_text(json.dumps({"0": "walk", "2": "jump"}))
     with pytest.raises(ValueError, match=r"wrong\.json"):

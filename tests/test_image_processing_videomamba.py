@@ -36,11 +36,13 @@ def test_every_kind_of_image_gives_the_same(kind):
     image = picture()
     if kind == "grey":
         grey = image[..., 0]
-        assert torch.equal(pixels(Image.fromarray(grey)), pixels(np.repeat(grey[..., None], 3, axis=-1)))
+        for same in (Image.fromarray(grey), grey, grey[..., None], grey[None]):
+            assert torch.equal(pixels(same), pixels(np.repeat(grey[..., None], 3, axis=-1)))
         return
     if kind == "transparent":
-        opaque = Image.fromarray(image).convert("RGBA")
-        assert torch.equal(pixels(opaque), pixels(image))
+        clear = np.concatenate([image, np.full_like(image[..., :1], 100)], axis=-1)
+        assert torch.equal(pixels(clear), pixels(image))
+        assert torch.equal(pixels(Image.fromarray(clear)), pixels(image))
         return
     source = {
         "PIL": Image.fromarray(image),
@@ -62,7 +64,9 @@ def test_lists_of_frames_are_videos():
     video = pixels(videos=frames)
     assert video.shape == (1, 3, 3, 224, 224)
     assert torch.equal(video[0], pixels(frames))
-    for batch in ([frames, frames[::-1]], np.stack([frames, frames[::-1]])):
+    assert torch.equal(pixels(videos=np.stack(frames)), video)
+    assert torch.equal(pixels(videos=np.stack([frames, frames])), torch.cat([video, video]))
+    for batch in ([frames, frames[::-1]], np.stack([frames, frames[::-1]]), [np.stack(frames), np.stack(frames[::-1])]):
         values = pixels(batch)
         assert values.shape == (2, 3, 3, 224, 224)
         assert torch.equal(values[0], video[0]) and torch.equal(values[1], video[0].flip(0))
@@ -87,6 +91,14 @@ def test_either_images_or_videos():
 def test_wrong_pixels_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         pixels(change(picture()))
+
+
+def test_wrong_structures_are_refused():
+    for images, message in (([], "empty"), ([picture(), [picture()]], "lists of them"), (5, "not iterable|pictures")):
+        with pytest.raises((ValueError, TypeError), match=message):
+            pixels(images)
+    with pytest.raises(ValueError, match="PIL mode 'I'"):
+        pixels(Image.fromarray(picture()[..., 0].astype(np.int32)))
 
 
 def test_a_wrong_number_of_channels_is_refused():

@@ -282,6 +282,7 @@ def test_drop_path_rates_grow_with_depth_and_the_expectation_is_kept():
     model = build(drop_path_rate=0.4)
     assert [round(layer.drop_path.rate, 6) for layer in model.videomamba.layers] == [0.0, 0.2, 0.4]
     assert torch.equal(model(video()).logits, build()(video()).logits)  # not in evaluation
+    assert build(drop_path_rate=0.3, num_hidden_layers=1).videomamba.layers[0].drop_path.rate == 0.3
     torch.manual_seed(0)
     drop_path = VideoMambaDropPath(0.25).train()
     dropped = drop_path(torch.ones(4000, 2, 3))

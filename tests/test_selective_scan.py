@@ -235,3 +235,28 @@ def test_mamba_ssm_is_called_with_the_layout_it_wants(monkeypatch, reverse, dtyp
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
     if dtype == torch.float32:
         assert_same_gradients(actual, expected, inputs, 1e-3)
+
+
+def causal_conv1d_fn(x, weight, bias=None, activation=None):
+    """A twin of `causal_conv1d`'s function, with its layout `(batch, channels, length)`."""
+    assert activation == "silu" and weight.ndim == 2 and x.is_contiguous()
+    assert x.dtype == weight.dtype == bias.dtype and x.shape[1] == weight.shape[0]
+    padded = F.pad(x, (weight.shape[1] - 1, 0))
+    return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[1]))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("width", [4, 5])
+def test_causal_conv1d_is_called_with_the_layout_it_wants(monkeypatch, reverse, width):
+    package = types.ModuleType("causal_conv1d")
+    calls = []
+    package.causal_conv1d_fn = lambda *args, **kwargs: calls.append(1) or causal_conv1d_fn(*args, **kwargs)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
+    module = sys.modules["modeling_videomamba.selective_scan"]
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 9, 3), torch.randn(3, 1, width), torch.randn(3)
+    actual = module._mamba_ssm_causal_conv1d(x, weight, bias, reverse)
+    torch.testing.assert_close(actual, causal_conv1d(x, weight, bias, reverse=reverse))
+    assert len(calls) == (width == 4)  # its kernels go to a width of 4
+    monkeypatch.setitem(sys.modules, "causal_conv1d", None)
+    torch.testing.assert_close(module._mamba_ssm_causal_conv1d(x, weight, bias, reverse), actual)

@@ -3,6 +3,7 @@ import http.server
 import io
 import pickle
 import shutil
+import struct
 import threading
 from pathlib import Path
 
@@ -78,8 +79,12 @@ def server(video):
 def test_a_url_is_downloaded(video, server):
     frames, _ = read_frames(f"{server}/{video.name}", sampler(7))
     assert torch.equal(frames, all_frames(video)[[7]])
+    shutil.copy(video, video.with_name("vidéo 1.mp4"))
+    assert len(read_frames(f"{server}/vidéo 1.mp4")[0]) == 45
     with pytest.raises(OSError, match=r"nowhere\.mp4: can't be downloaded.*404"):
         read_frames(f"{server}/nowhere.mp4")
+    with pytest.raises(OSError, match="http://: can't be downloaded"):
+        read_frames("http://")
 
 
 def test_few_frames_of_a_long_video_are_sought(tmp_path, without_torchcodec, monkeypatch):
@@ -151,6 +156,12 @@ def test_a_decoder_from_datasets(channels_last):
     frames, metadata = read_frames(Decoder(channels_last), sampler(5, 0))
     assert frames.shape == (2, 3, 8, 10) and frames[:, 0, 0, 0].tolist() == [5, 0]
     assert (metadata.total_num_frames, metadata.height, metadata.width) == (6, 8, 10)
+
+
+def test_a_decoder_from_datasets_is_read_anew_from_its_file(video):
+    decoder = Decoder(channels_last=False)
+    decoder._hf_encoded = {"path": str(video), "bytes": None}
+    assert torch.equal(read_frames(decoder, sampler(3))[0], all_frames(video)[[3]])
 
 
 # What can't be read
@@ -235,6 +246,38 @@ def test_a_truncated_file_says_how_many_frames_can_be_read(tmp_path):
     path.write_bytes(path.read_bytes()[: whole.stat().st_size * 2 // 3])
     with pytest.raises(BrokenVideoError, match="not a video, or truncated so that no frame can be read"):
         read_frames(path)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "flv"])
+def test_a_truncated_file_without_a_count_of_frames_is_found_by_its_length(tmp_path, suffix):
+    path = write_video(tmp_path / f"video.{suffix}", moving_square(45), "libx264" if suffix == "mkv" else "flv")
+    assert len(read_frames(path)[0]) == 45
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(BrokenVideoError, match=r"truncated: \d+ of more frames can be read"):
+        read_frames(path)
+
+
+@pytest.mark.parametrize(("start", "seconds", "frames"), [(0, 2.0, 20), (1, 3.5, 35), (1, 2.0, 20)])
+def test_a_trimmed_video_is_not_truncated(tmp_path, start, seconds, frames):
+    path = write_video(tmp_path / "trimmed.mp4", moving_square(45), bf="0")
+    expected = all_frames(path)
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"elst") + 12  # duration (1/1000 s), first time (in ticks of the track), speed
+    ticks = 10240 * start  # PyAV writes 10 frames a second in a time base of 1/10240
+    struct.pack_into(">Ii", data, entry, round(seconds * 1000), struct.unpack_from(">i", data, entry + 4)[0] + ticks)
+    path.write_bytes(data)
+    assert torch.equal(read_frames(path)[0], all_frames(path))
+    assert torch.equal(all_frames(path), expected[10 * start : 10 * start + frames])
+
+
+def test_lists_of_other_files_are_not_videos(video, tmp_path):
+    (tmp_path / "list.ffconcat").write_text(f"ffconcat version 1.0\nfile '{video.name}'\n")
+    shutil.copy(video, tmp_path)
+    with pytest.raises(BrokenVideoError, match="not a video"):
+        read_frames(tmp_path / "list.ffconcat")
+    with pytest.raises(BrokenVideoError, match="not a video"):
+        read_frames((tmp_path / "list.ffconcat").read_bytes())
 
 
 def test_damage_inside_a_file_is_an_error(tmp_path, without_torchcodec):

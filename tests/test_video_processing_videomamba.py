@@ -145,8 +145,23 @@ def test_grey_and_transparent_videos_become_rgb():
     grey = np.random.default_rng(0).integers(0, 256, (8, 32, 32), dtype=np.uint8)
     rgb = np.repeat(grey[..., None], 3, axis=-1)
     opaque = np.concatenate([rgb, np.full_like(rgb[..., :1], 255)], axis=-1)
-    for same in (grey[..., None], list(grey), opaque, [Image.fromarray(frame) for frame in grey]):
+    clear = np.concatenate([rgb, np.full_like(rgb[..., :1], 128)], axis=-1)
+    pictures = [Image.fromarray(frame) for frame in grey]
+    for same in (grey[..., None], list(grey), opaque, clear, pictures, [Image.fromarray(frame) for frame in clear]):
         assert torch.equal(pixels(same), pixels(rgb))
+    torch.testing.assert_close(pixels(clear / 255, do_rescale=False), pixels(rgb), rtol=0, atol=0.03)
+    assert torch.equal(pixels(rgb.astype(np.uint16)), pixels(rgb))
+
+
+def test_the_layout_can_be_told_where_it_is_ambiguous():
+    frames = np.random.default_rng(0).integers(0, 256, (8, 3, 5, 3), dtype=np.uint8)
+    kept = {"do_resize": False, "do_center_crop": False}
+    last = pixels(frames, input_data_format="channels_last", **kept)
+    assert last.shape == (1, 8, 3, 3, 5)
+    assert torch.equal(pixels(frames.transpose(0, 3, 1, 2), input_data_format="channels_first", **kept), last)
+    assert torch.equal(
+        pixels([Image.fromarray(frame) for frame in frames], input_data_format="channels_last", **kept), last
+    )
 
 
 def test_rescaled_floats_need_do_rescale_false():
@@ -173,6 +188,8 @@ def test_rescaled_floats_need_do_rescale_false():
         (lambda frames: frames[:0], "no frames"),
         (lambda frames: frames[0], "4-D"),
         (lambda frames: [frames[0], frames[1, :10]], "one size"),
+        (lambda frames: [Image.fromarray(frames[0, ..., 0].astype(np.int32))], "PIL mode 'I'"),
+        (lambda frames: [Image.fromarray(frames[0, ..., 0].astype(np.float32))], "PIL mode 'F'"),
         (lambda frames: [], "empty list"),
         (lambda frames: 5, "paths, URLs"),
     ],
