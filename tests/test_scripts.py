@@ -89,7 +89,7 @@ def test_unreadable_videos_are_reported_and_counted_and_the_rest_goes_on(tmp_pat
 
 
 def test_names_with_markup_are_shown_as_they_are(tmp_path):
-    path = tmp_path / "clip [/a] [id] $x$.mp4"
+    path = tmp_path / "clip [bold] [id] $x$.mp4"
     path.write_bytes((NANO / "example.mp4").read_bytes())
     result = run(sys.executable, SCRIPTS / "classify.py", path.name, "--picture", "p.png", folder=tmp_path)
     assert result.returncode == 0, result.stderr
