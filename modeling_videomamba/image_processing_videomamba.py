@@ -29,11 +29,13 @@ def as_tensor(name: str, pixels: Any) -> torch.Tensor:
         pixels = np.array(pixels.convert("RGB"))
     if isinstance(pixels, np.ndarray):
         wide = pixels.dtype.kind == "u" and pixels.dtype.itemsize > 1  # hardly supported by PyTorch
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels.astype(np.int64) if wide else pixels))
+        pixels = torch.from_numpy(np.require(pixels, np.int64 if wide else None, ["C", "W"]))
     return pixels.unsqueeze(-1) if pixels.ndim == 2 else pixels
 
 
-def rgb_tensor(name: str, pixels: Any, layout: str | ChannelDimension | None = None) -> torch.Tensor:
+def rgb_tensor(
+    name: str, pixels: Any, layout: str | ChannelDimension | None = None, do_convert_rgb: bool | None = True
+) -> torch.Tensor:
     """
     One picture, or the frames of a video in one array, as RGB with the channels before height and width. Grey becomes
     RGB, transparency is dropped.
@@ -44,6 +46,7 @@ def rgb_tensor(name: str, pixels: Any, layout: str | ChannelDimension | None = N
             A picture `(height, width)`, `(height, width, channels)` or `(channels, height, width)`; an array may have a
             dimension of frames before these three.
         layout (`ChannelDimension`, *optional*): Whether the channels come first or last; found out if left out.
+        do_convert_rgb (`bool`, defaults to `True`): Whether arrays may be grey or have transparency.
 
     Returns:
         `torch.Tensor` of shape `(..., 3, height, width)` and the dtype of the pixels, signed where PyTorch needs it.
@@ -54,16 +57,15 @@ def rgb_tensor(name: str, pixels: Any, layout: str | ChannelDimension | None = N
     if isinstance(pixels, Image.Image) or pixels.ndim == 2:
         layout = ChannelDimension.LAST
     pixels = as_tensor(name, pixels)
-    if layout is None:
-        try:
-            layout = infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
-        except ValueError as error:
-            raise ValueError(
-                f"{name} must have 1, 3 or 4 channels, before or after height and width, "
-                f"got shape {tuple(pixels.shape)}."
-            ) from error
+    allowed = (1, 3, 4) if do_convert_rgb else (3,)
+    shape = tuple(pixels.shape)
+    if layout is None and {shape[-3], shape[-1]} & set(allowed):
+        layout = infer_channel_dimension_format(pixels, num_channels=allowed)
     if layout == ChannelDimension.LAST:
         pixels = pixels.movedim(-1, -3)
+    if pixels.shape[-3] not in allowed:
+        numbers = "1, 3 or 4 channels" if do_convert_rgb else "3 channels"
+        raise ValueError(f"{name} must have {numbers}, before or after height and width, got shape {shape}.")
     if pixels.shape[-3] == 1:
         return pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
     return pixels[..., :3, :, :]
@@ -86,7 +88,7 @@ def check_pixels(name: str, pixels: torch.Tensor, do_rescale: bool | None) -> to
     """
     if pixels.numel() == 0:
         raise ValueError(f"{name} must not be empty, got shape {tuple(pixels.shape)}.")
-    if pixels.dtype == torch.uint8:
+    if pixels.dtype == torch.uint8 and do_rescale:
         return pixels
     if pixels.dtype == torch.bool or pixels.is_complex():
         raise ValueError(f"{name} must be integers or floating point, got {pixels.dtype}.")
@@ -191,7 +193,7 @@ class VideoMambaImageProcessor(TorchvisionBackend):
         do_rescale: bool | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        image = rgb_tensor("Pixels of `images`", image, input_data_format).to(device)
+        image = rgb_tensor("Pixels of `images`", image, input_data_format, do_convert_rgb).to(device)
         return check_pixels("Pixels of `images`", image, do_rescale).contiguous()
 
     def _preprocess(

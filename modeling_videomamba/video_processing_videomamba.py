@@ -207,7 +207,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
     ) -> list[torch.Tensor]:
-        return [rgb_tensor("A video", video, input_data_format).to(device) for video in videos]
+        return [rgb_tensor("A video", video, input_data_format, do_convert_rgb).to(device) for video in videos]
 
     def _preprocess(
         self,

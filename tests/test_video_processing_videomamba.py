@@ -159,9 +159,12 @@ def test_the_layout_can_be_told_where_it_is_ambiguous():
     last = pixels(frames, input_data_format="channels_last", **kept)
     assert last.shape == (1, 8, 3, 3, 5)
     assert torch.equal(pixels(frames.transpose(0, 3, 1, 2), input_data_format="channels_first", **kept), last)
-    assert torch.equal(
-        pixels([Image.fromarray(frame) for frame in frames], input_data_format="channels_last", **kept), last
-    )
+    pictures = [Image.fromarray(frame) for frame in frames]
+    assert torch.equal(pixels(pictures, input_data_format="channels_last", **kept), last)
+    with pytest.raises(ValueError, match="1, 3 or 4 channels"):
+        pixels(frames[..., :2], input_data_format="channels_last", **kept)
+    with pytest.raises(ValueError, match="must have 3 channels"):
+        pixels(frames[..., :1], input_data_format="channels_last", do_convert_rgb=False, **kept)
 
 
 def test_rescaled_floats_need_do_rescale_false():
@@ -172,8 +175,9 @@ def test_rescaled_floats_need_do_rescale_false():
     torch.testing.assert_close(pixels(frames.astype(np.int64)), expected)
     with pytest.raises(ValueError, match="do_rescale=False"):
         pixels(frames.astype(np.float32) / 255)
-    with pytest.raises(ValueError, match=r"between 0 and 1 with `do_rescale=False`, got 0 to 255"):
-        pixels(frames.astype(np.float32), do_rescale=False)
+    for wrong in (frames, frames.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"between 0 and 1 with `do_rescale=False`, got \d+ to 25\d"):
+            pixels(wrong, do_rescale=False)
 
 
 @pytest.mark.parametrize(
