@@ -102,8 +102,10 @@ def test_wrong_structures_are_refused():
 
 
 def test_a_wrong_number_of_channels_is_refused():
-    with pytest.raises(ValueError, match="channel"):
+    with pytest.raises(ValueError, match="1, 3 or 4 channels"):
         pixels(picture()[..., :2])
+    with pytest.raises(ValueError, match="must have 3 channels"):
+        pixels(picture()[..., :1], do_convert_rgb=False)
 
 
 def test_the_size_follows_the_model(tmp_path):

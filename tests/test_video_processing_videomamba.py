@@ -163,8 +163,6 @@ def test_the_layout_can_be_told_where_it_is_ambiguous():
     assert torch.equal(pixels(pictures, input_data_format="channels_last", **kept), last)
     with pytest.raises(ValueError, match="1, 3 or 4 channels"):
         pixels(frames[..., :2], input_data_format="channels_last", **kept)
-    with pytest.raises(ValueError, match="must have 3 channels"):
-        pixels(frames[..., :1], input_data_format="channels_last", do_convert_rgb=False, **kept)
 
 
 def test_rescaled_floats_need_do_rescale_false():
