@@ -46,18 +46,17 @@ class Arguments:
 
 def load_model(args: Arguments, labels: list[str]) -> VideoMambaForVideoClassification:
     """The model to train, with a head for `labels`."""
-    names: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
+        "teacher_hidden_size": None,  # a distillation head gets no gradient here, which several processes don't bear
     }
     if args.config is not None:
-        fields = {**json.loads(args.config.read_text("utf-8")), **names}
+        fields = {**json.loads(args.config.read_text("utf-8")), **changes}
         if args.num_frames is not None:
             fields["num_frames"] = args.num_frames
         return VideoMambaForVideoClassification(VideoMambaConfig(**fields))
-    # a distillation head would get no gradient here, which several processes don't bear
-    names["teacher_hidden_size"] = None
-    model = VideoMambaForVideoClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **names)
+    model = VideoMambaForVideoClassification.from_pretrained(args.model, ignore_mismatched_sizes=True, **changes)
     if model.config.num_frames is None:
         return model.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames)
     return model.resize_position_embeddings(num_frames=args.num_frames)

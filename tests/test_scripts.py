@@ -187,13 +187,14 @@ def test_finetuning_goes_on_from_a_trained_model(digits, tmp_path):
 
 
 def test_finetuning_from_an_image_model_gets_a_new_head(digits, tmp_path):
-    VideoMambaForVideoClassification(tiny_config(num_frames=None)).save_pretrained(tmp_path / "image")
+    student = tiny_config(num_frames=None, teacher_hidden_size=8)
+    VideoMambaForVideoClassification(student).save_pretrained(tmp_path / "image")
     options = ("--epochs", 1, "--num-frames", 4, "--warmup-epochs", 0)
     result = finetune(1, digits, tmp_path / "model", "--model", tmp_path / "image", *options)
     assert result.returncode == 0, result.stderr
     assert "MISMATCH" in result.stdout + result.stderr  # the head is reported as fresh
     model = AutoModelForVideoClassification.from_pretrained(tmp_path / "model")
-    assert (model.config.num_frames, model.config.num_labels) == (4, 8)
+    assert (model.config.num_frames, model.config.num_labels, model.distillation_head) == (4, 8, None)
 
 
 def test_finetuning_explains_what_it_lacks(digits, tmp_path):
