@@ -90,7 +90,7 @@ print(json.dumps(pipeline("video-classification", model=sys.argv[1])(sys.argv[2]
         expected = model(**processor(video, return_tensors="pt")).logits[0].softmax(-1)
     assert scores == pytest.approx({model.config.id2label[i]: value for i, value in enumerate(expected.tolist())})
     several = pipeline("video-classification", model=str(directories / "video"))([str(video)] * 2, num_frames=6)
-    assert len(several) == 2 and several[0] == several[1]
+    assert [item["label"] for item in several[0]] == [item["label"] for item in several[1]] and len(several) == 2
 
 
 def test_the_image_pipeline_agrees_with_the_model_and_warns_of_nothing(directories, picture):
@@ -138,7 +138,8 @@ assert len(pipeline("image-classification", model=image_model, trust_remote_code
 first.model.save_pretrained(out)  # what was loaded from code can be saved and loaded again
 first.video_processor.save_pretrained(out)
 again = pipeline("video-classification", model=out, trust_remote_code=True)
-assert first(video) == again(video) and len(first(video)) == 5
+scores = [{item["label"]: round(item["score"], 4) for item in classifier(video)} for classifier in (first, again)]
+assert scores[0] == scores[1] and len(scores[0]) == 5
 """
     result = python(
         code,

@@ -41,6 +41,11 @@ def video(batch=2, frames=4, height=32, width=32, seed=0):
     return torch.randn(batch, frames, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_equal(actual, expected):
+    """Up to the order of sums, which matrix products choose by the alignment of memory."""
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def main_output(outputs):
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
@@ -168,7 +173,8 @@ def test_saving_and_loading_keeps_outputs_and_writes_safetensors_only(tmp_path, 
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
     loaded, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    assert torch.equal(main_output(loaded(video())), main_output(model(video())))
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert_equal(main_output(loaded(video())), main_output(model(video())))
 
 
 def test_a_sharded_checkpoint_loads(tmp_path):
@@ -176,14 +182,14 @@ def test_a_sharded_checkpoint_loads(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = VideoMambaForVideoClassification.from_pretrained(tmp_path)
-    assert torch.equal(loaded(video()).logits, model(video()).logits)
+    assert_equal(loaded(video()).logits, model(video()).logits)
 
 
 def test_the_encoder_and_a_new_head_load_from_a_classifier(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(base(video()).last_hidden_state, model.videomamba(video()).last_hidden_state)
+    assert_equal(base(video()).last_hidden_state, model.videomamba(video()).last_hidden_state)
     other = AutoModelForVideoClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
     assert other(video()).logits.shape == (2, 9)
 
@@ -204,14 +210,14 @@ def test_hidden_states(model_class):
 def test_tuples_equal_model_outputs(model_class):
     model = build(model_class)
     for tensor, other in zip(model(video(), return_dict=False), model(video()).to_tuple(), strict=True):
-        assert torch.equal(tensor, other)
+        assert_equal(tensor, other)
 
 
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
 def test_outputs_are_deterministic_and_batching_equals_one_by_one(model_class):
     model = build(model_class)
     together = main_output(model(video(3)))
-    assert torch.equal(together, main_output(model(video(3))))
+    assert_equal(together, main_output(model(video(3))))
     for index in range(3):
         alone = main_output(model(video(3)[index : index + 1]))
         torch.testing.assert_close(alone, together[index : index + 1], rtol=1e-4, atol=1e-5)
@@ -281,7 +287,7 @@ def test_the_input_embeddings_are_the_patch_embeddings():
 def test_drop_path_rates_grow_with_depth_and_the_expectation_is_kept():
     model = build(drop_path_rate=0.4)
     assert [round(layer.drop_path.rate, 6) for layer in model.videomamba.layers] == [0.0, 0.2, 0.4]
-    assert torch.equal(model(video()).logits, build()(video()).logits)  # not in evaluation
+    assert_equal(model(video()).logits, build()(video()).logits)  # not in evaluation
     assert build(drop_path_rate=0.3, num_hidden_layers=1).videomamba.layers[0].drop_path.rate == 0.3
     torch.manual_seed(0)
     drop_path = VideoMambaDropPath(0.25).train()
@@ -318,13 +324,13 @@ def test_device_map(tmp_path):
     names = {type(module).__name__ for module in model.modules()}
     assert set(model._no_split_modules) <= names
     loaded = VideoMambaForVideoClassification.from_pretrained(tmp_path, device_map="auto")
-    assert torch.equal(loaded(video()).logits.cpu(), model(video()).logits)
+    assert_equal(loaded(video()).logits.cpu(), model(video()).logits)
     layers = {f"videomamba.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
     others = dict.fromkeys(["videomamba.embeddings", "videomamba.norm", "classifier"], "cpu")
     split = VideoMambaForVideoClassification.from_pretrained(
         tmp_path, device_map={**layers, **others}, offload_folder=tmp_path / "offload"
     )
-    assert torch.equal(split(video()).logits, model(video()).logits)
+    assert_equal(split(video()).logits, model(video()).logits)
 
 
 # Compilation
