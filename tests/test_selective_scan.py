@@ -120,6 +120,18 @@ def test_half_precision_keeps_its_dtype_and_a_float32_state(dtype, reverse):
     assert all(tensor.grad.dtype == dtype and tensor.grad.isfinite().all() for tensor in half.values())
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_autocast_leaves_the_scan_in_float32(reverse):
+    inputs = make_inputs(2, 40, 8, 16)
+    expected = call(selective_scan, inputs, reverse=reverse)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = call(selective_scan, inputs, reverse=reverse)
+        grads = torch.autograd.grad(actual.square().sum(), list(inputs.values()))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for grad, exact in zip(grads, torch.autograd.grad(expected.square().sum(), list(inputs.values())), strict=True):
+        assert (grad - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
 @pytest.mark.parametrize(("dt", "log_a"), [(80.0, 6.0), (-80.0, 6.0), (80.0, -20.0), (1e4, 3.0), (-1e4, 0.0)])
 def test_extreme_time_steps_stay_finite(dt, log_a):
     inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 70, 4, 8).items()}

@@ -117,7 +117,7 @@ def test_other_containers(tmp_path, suffix, codec):
     assert torch.equal(read_frames(path, sampler(24, 3, 11))[0], expected[[24, 3, 11]])
 
 
-def test_turned_videos_come_upright():
+def test_turned_videos_come_upright(without_torchcodec):
     # stored lying, with a rotation of 90 degrees, as by a phone held upright; players show the bright half on the left
     frames, metadata = read_frames(Path(__file__).parent / "data" / "turned.mp4")
     assert frames.shape == (4, 3, 64, 32) and (metadata.height, metadata.width) == (64, 32)
