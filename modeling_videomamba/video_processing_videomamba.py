@@ -170,15 +170,19 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"`fps` is not supported, got {kwargs['fps']}: VideoMamba samples `num_frames` frames.")
         if kwargs.get("video_metadata") is not None:
             raise ValueError("`video_metadata` is not supported: sampling depends on the frames of the video alone.")
-        for name in ("num_frames", "num_clips", "num_crops", "do_sample_frames"):
-            if kwargs.get(name) is None:  # pipelines pass `num_frames=None` for an image model
+        for name in ("num_clips", "num_crops", "do_sample_frames"):
+            if kwargs.get(name) is None:
                 kwargs[name] = getattr(self, name)
         if kwargs["num_clips"] > 1 and not kwargs["do_sample_frames"]:
             raise ValueError(f"`num_clips` {kwargs['num_clips']} needs `do_sample_frames=True`.")
         return super().preprocess(videos, **kwargs)
 
-    def sample_frames(self, metadata: VideoMetadata, num_frames: int, num_clips: int, **kwargs: Any) -> np.ndarray:
+    def sample_frames(
+        self, metadata: VideoMetadata, num_frames: int | None = None, num_clips: int | None = None, **kwargs: Any
+    ) -> np.ndarray:
         """Indices of the frames of all clips, `(num_clips * num_frames,)`; see [`sample_frame_indices`]."""
+        num_frames = self.num_frames if num_frames is None else num_frames
+        num_clips = self.num_clips if num_clips is None else num_clips
         return sample_frame_indices(metadata.total_num_frames, num_frames, num_clips).flatten()
 
     def _decode_and_sample_videos(

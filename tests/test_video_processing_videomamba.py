@@ -116,6 +116,10 @@ def test_batches_equal_one_by_one(video):
     assert torch.equal(pixels(np.stack([other, other[::-1]])), torch.cat([pixels(other), pixels(other[::-1])]))
 
 
+def test_pipelines_pass_no_number_of_frames_for_an_image_model(video):
+    assert torch.equal(pixels(video, num_frames=None), pixels(video))
+
+
 def test_a_short_video_repeats_frames():
     frames = np.stack([np.full((32, 32, 3), value, np.uint8) for value in (0, 100, 200)])
     values = pixels(frames, num_frames=8)
