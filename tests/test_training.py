@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from modeling_videomamba import VideoMambaForVideoClassification
 from modeling_videomamba.training.losses import distillation_loss
+from modeling_videomamba.training.metrics import retrieval_recall
 from modeling_videomamba.training.optimization import cosine_schedule, parameter_groups
 from tests.conftest import GOLDEN, tiny_config
 
@@ -60,3 +61,26 @@ def test_distillation_compares_directions():
     torch.testing.assert_close(distillation_loss(3 * teacher, teacher), torch.tensor(0.0), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="student_features.*teacher_features"):
         distillation_loss(student, teacher[:, :4])
+
+
+def test_recall_is_that_of_the_original():
+    case = json.loads((GOLDEN / "protocol.json").read_text("utf-8"))["retrieval_metrics"]
+    scores = torch.tensor(case["scores_video_to_text"]), torch.tensor(case["scores_text_to_video"])
+    recall = retrieval_recall(*scores, torch.tensor(case["text_to_video"]))
+    names = {"video_to_text": "txt", "text_to_video": "img"}
+    for direction, name in names.items():
+        for k in (1, 5, 10):
+            assert round(recall[f"{direction}_r{k}"], 2) == case["expected"][f"{name}_r{k}"]
+        mean = sum(recall[f"{direction}_r{k}"] for k in (1, 5, 10)) / 3
+        assert round(mean, 2) == case["expected"][f"{name}_r_mean"]
+    assert round(sum(recall.values()) / 6, 2) == case["expected"]["r_mean"]
+
+
+def test_recall_of_equal_scores_and_of_wrong_shapes():
+    texts = torch.arange(20)
+    assert set(retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 20), texts).values()) == {0.0}
+    assert set(retrieval_recall(torch.eye(20), torch.eye(20), texts).values()) == {100.0}
+    with pytest.raises(ValueError, match="text_to_video"):
+        retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 19), texts)
+    with pytest.raises(ValueError, match=r"no text to the videos \[19\]"):
+        retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 20), texts.clamp(max=18))

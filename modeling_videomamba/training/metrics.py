@@ -1,0 +1,45 @@
+"""Metrics of video-text retrieval as pure functions."""
+
+import torch
+
+
+def retrieval_recall(
+    video_to_text: torch.Tensor, text_to_video: torch.Tensor, video_of_text: torch.Tensor
+) -> dict[str, float]:
+    r"""
+    Recall at 1, 5 and 10 in percent: how often the best ranked true match is among the first. A video may have several
+    texts. Wrong candidates with the score of the true one rank before it, so that equal scores earn nothing.
+
+    Args:
+        video_to_text (`torch.Tensor` of shape `(videos, texts)`): Scores by which texts are ranked for each video.
+        text_to_video (`torch.Tensor` of shape `(texts, videos)`): Scores by which videos are ranked for each text.
+        video_of_text (`torch.Tensor` of shape `(texts,)`): Index of the video that each text describes.
+
+    Returns:
+        `dict[str, float]`: `video_to_text_r1`, `..._r5`, `..._r10`, and the same for `text_to_video`.
+
+    Raises:
+        `ValueError`: if the shapes do not fit, or a video has no text.
+    """
+    videos, texts = video_to_text.shape
+    if text_to_video.shape != (texts, videos) or video_of_text.shape != (texts,):
+        raise ValueError(
+            f"`video_to_text` is {tuple(video_to_text.shape)}: `text_to_video` must be {(texts, videos)} and "
+            f"`video_of_text` {(texts,)}, got {tuple(text_to_video.shape)} and {tuple(video_of_text.shape)}."
+        )
+    matches = video_of_text == torch.arange(videos, device=video_of_text.device).unsqueeze(1)  # (videos, texts)
+    if not matches.any(dim=1).all():
+        without = (~matches.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"`video_of_text` gives no text to the videos {without}.")
+    ranks = {"video_to_text": _ranks(video_to_text, matches), "text_to_video": _ranks(text_to_video, matches.T)}
+    return {
+        f"{direction}_r{k}": 100 * (rank < k).double().mean().item()
+        for direction, rank in ranks.items()
+        for k in (1, 5, 10)
+    }
+
+
+def _ranks(scores: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
+    """Number of wrong candidates before the best true one, `(queries,)`."""
+    best = scores.masked_fill(~matches, float("-inf")).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~matches).sum(dim=1)
