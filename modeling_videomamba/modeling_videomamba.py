@@ -3,7 +3,9 @@
 import copy
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
-from .selective_scan import causal_conv1d, selective_scan
+from .selective_scan import causal_conv1d, scans_in_pieces, selective_scan
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
 # ("temporal"), from the first to the last or, where `reverse`, from the last to the first (paper, figure 4).
@@ -27,6 +29,11 @@ SCANS = {
     "spatiotemporal_v1": (("spatial", False), ("temporal", True)),
     "spatiotemporal_v2": (("spatial", False), ("spatial", True), ("temporal", False), ("temporal", True)),
 }
+
+# Inference on a CPU takes a long sequence in pieces whose `x` and `z` have this many entries, and that are not shorter
+# than this many tokens.
+PIECE_SIZE = 2**20
+MIN_PIECE_LENGTH = 64
 
 # Which class of this file each Auto class loads, for directories that carry their code.
 AUTO_MAP = {
@@ -213,8 +220,8 @@ class VideoMambaCausalConv1d(nn.Conv1d):
         super().__init__(channels, channels, kernel_size, groups=channels)
         self.reverse = reverse
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse)
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse, context=context)
 
 
 class VideoMambaScan(nn.Module):
@@ -232,13 +239,35 @@ class VideoMambaScan(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(channels, state))
         self.D = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(batch, length, E)` to `(batch, length, E)`."""
-        x = self.conv1d(x)
+    def forward(
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        z: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        state: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        `(batch, length, E)` to the same: the scan of `x`, plus `add` (the output of the scans before this one), times
+        `SiLU(z)`. `context` and `state` continue the scan of an earlier piece of the tokens.
+        """
+        x = self.conv1d(x, context)
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         A = -torch.exp(self.A_log.float())
         dt = self.dt_proj(dt_low)
-        return selective_scan(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, reverse=self.reverse)
+        return selective_scan(
+            x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add, state=state
+        )
+
+
+class VideoMambaInputProjection(nn.Linear):
+    """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`, or one of them alone."""
+
+    def forward(self, hidden_states: torch.Tensor, only: str | None = None) -> torch.Tensor:
+        if only is None:
+            return super().forward(hidden_states)
+        x, z = self.weight.chunk(2)
+        return F.linear(hidden_states, {"x": x, "z": z}[only])
 
 
 class VideoMambaOutputProjection(nn.Linear):
@@ -251,20 +280,44 @@ class VideoMambaMixer(nn.Module):
     def __init__(self, config: VideoMambaConfig):
         super().__init__()
         self.orders = [order for order, _ in SCANS[config.scan_order]]
-        self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.state_size, self.context_length = config.state_size, config.conv_kernel - 1
+        self.in_proj = VideoMambaInputProjection(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.scans = nn.ModuleList(VideoMambaScan(config, reverse) for _, reverse in SCANS[config.scan_order])
         self.out_proj = VideoMambaOutputProjection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        y = torch.zeros_like(x)
+        y = None
         for order, scan in zip(self.orders, self.scans, strict=True):
+            gate = z if scan is self.scans[-1] else None
             if order == "temporal" and permutation is not None:
-                y = y + scan(x[:, permutation])[:, permutation.argsort()]
+                sequences = [None if s is None else s[:, permutation] for s in (x, y, gate)]
+                y = scan(*sequences)[:, permutation.argsort()]
             else:
-                y = y + scan(x)
-        return self.out_proj(y * F.silu(z))
+                y = scan(x, y, gate)
+        return self.out_proj(y)
+
+    def forward_in_pieces(self, pieces: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        """
+        What `forward` computes of the tokens of all `pieces` one after the other, in spatial-first order, without
+        gradients. A piece gives its hidden states `(batch, length, D)` when called, twice. Of all tokens there are only
+        `x` and `y` at the same time; the rest exists for one piece, small enough to stay in the cache of a processor.
+        """
+        x: list[Any] = [None] * len(pieces)
+        y: list[Any] = [None] * len(pieces)
+        for scan in self.scans:
+            context = state = None
+            is_last = scan is self.scans[-1]
+            for i in reversed(range(len(pieces))) if scan.reverse else range(len(pieces)):
+                x_i = self.in_proj(pieces[i](), only="x") if x[i] is None else x[i]
+                z_i = self.in_proj(pieces[i](), only="z") if is_last else None
+                if state is None:
+                    state = x_i.new_zeros(x_i.shape[0], self.state_size, x_i.shape[2], dtype=torch.float32)
+                y_i = scan(x_i, y[i], z_i, context, state)
+                context = x_i[:, : self.context_length] if scan.reverse else x_i[:, -self.context_length :]
+                x[i], y[i] = (None, self.out_proj(y_i)) if is_last else (x_i, y_i)
+        return y
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):
@@ -278,7 +331,24 @@ class VideoMambaLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same, both float32."""
-        return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())
+        num_pieces = self._num_pieces(hidden_states) if permutation is None else 1
+        if num_pieces == 1:
+            mixed = self.mixer(self.norm(hidden_states), permutation)
+        else:
+            pieces = hidden_states.tensor_split(num_pieces, dim=1)
+            mixed = torch.cat(self.mixer.forward_in_pieces([partial(self.norm, piece) for piece in pieces]), dim=1)
+        return hidden_states + self.drop_path(mixed.float())
+
+    def _num_pieces(self, hidden_states: torch.Tensor) -> int:
+        in_proj = self.mixer.in_proj
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return 1
+        if not isinstance(in_proj, VideoMambaInputProjection):  # wrapped, by an adapter for example
+            return 1
+        if not scans_in_pieces(hidden_states.device.type, in_proj.weight.dtype):
+            return 1
+        batch, length, _ = hidden_states.shape
+        return min(batch * length * in_proj.out_features // PIECE_SIZE, length // MIN_PIECE_LENGTH) or 1
 
 
 class VideoMambaPreTrainedModel(PreTrainedModel):
@@ -444,7 +514,8 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             permutation = temporal_first(num_steps, (tokens.shape[1] - 1) // num_steps, tokens.device)
 
         hidden_states = tokens.float()
-        all_hidden_states: tuple[torch.Tensor, ...] = (hidden_states,)
+        del tokens
+        all_hidden_states = (hidden_states,) if output_hidden_states else ()
         for layer in self.layers:
             hidden_states = layer(hidden_states, permutation)
             if output_hidden_states:

@@ -3,12 +3,17 @@
 The backends and the setting that forces one are described in [`selective_scan_backends`].
 """
 
+import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from . import selective_scan_cpu, selective_scan_triton
+from .operators import operator
 
 BACKEND_VARIABLE = "VIDEOMAMBA_SCAN_BACKEND"
 
@@ -27,6 +32,8 @@ def selective_scan(
     z: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
     reverse: bool = False,
+    add: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     The selective scan, with `dt_t <- softplus(dt_t + dt_bias)` (Mamba, algorithm 2 and equation 2):
@@ -34,9 +41,9 @@ def selective_scan(
         h_t = exp(dt_t * A) * h_{t-1} + dt_t * B_t * x_t
         y_t = C_t . h_t + D * x_t
 
-    and `y_t * SiLU(z_t)` where `z` is given. The state, the exponential and the sums are in float32 (in float64 for
-    float64 `x`) whatever the dtype of the inputs. Differentiable in every tensor; the backward pass recomputes the
-    states.
+    then `y_t + add_t` where `add` is given, then `y_t * SiLU(z_t)` where `z` is given. The state, the exponential and
+    the sums are in float32 (in float64 for float64 `x`) whatever the dtype of the inputs. Differentiable in every
+    tensor; the backward pass recomputes the states.
 
     Args:
         x (`torch.Tensor` of shape `(batch, length, channels)`): Input, floating point.
@@ -48,21 +55,34 @@ def selective_scan(
         z (`torch.Tensor` of shape `(batch, length, channels)`, *optional*): Gate.
         dt_bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added to `dt` before the softplus.
         reverse (`bool`, defaults to `False`): Scan from the last step to the first.
+        add (`torch.Tensor` of shape `(batch, length, channels)`, *optional*): Added before the gate: the output of the
+            scan in the other direction.
+        state (`torch.Tensor` of shape `(batch, state, channels)`, float32, *optional*): The state before the first
+            step, which is overwritten with that after the last, so that a long sequence can be scanned piece by piece.
+            On a CPU and without gradients only.
 
     Returns:
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
 
     Raises:
-        `ValueError`: if a shape does not fit the others.
+        `ValueError`: if a shape does not fit the others, or if `state` is given where it is not supported.
         `RuntimeError`: if the backend that the environment asks for is unknown or not usable.
     """
-    _check_shapes(x, dt, A, B, C, D, z, dt_bias)
-    scan = _BACKENDS[_choose_backend(x.device.type)].scan
-    return scan(x, dt, A, B, C, D, z, dt_bias, reverse)
+    _check_shapes(x, dt, A, B, C, D, z, dt_bias, add)
+    backend = _BACKENDS[_choose_backend(x.device.type, x.dtype)]
+    if state is None:
+        return backend.scan(x, dt, A, B, C, D, z, dt_bias, add, reverse)
+    _check_state("state", state, (x.shape[0], A.shape[1], x.shape[2]), backend)
+    return backend.scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, state)
 
 
 def causal_conv1d(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, reverse: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    reverse: bool = False,
+    context: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     SiLU of a depthwise convolution that is causal in the direction of the scan: step `t` sees the `width - 1` steps
@@ -73,11 +93,26 @@ def causal_conv1d(
         weight (`torch.Tensor` of shape `(channels, 1, width)`): Depthwise kernel.
         bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the SiLU.
         reverse (`bool`, defaults to `False`): Causal from the last step to the first.
+        context (`torch.Tensor` of shape `(batch, width - 1, channels)`, *optional*): The steps before `x`, or, with
+            `reverse`, after it, where `x` is a piece of a sequence; zeros otherwise. On a CPU and without gradients
+            only.
 
     Returns:
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
+
+    Raises:
+        `ValueError`: if a shape does not fit the others, or if `context` is given where it is not supported.
     """
-    return _BACKENDS[_choose_backend(x.device.type)].convolution(x, weight, bias, reverse)
+    backend = _BACKENDS[_choose_backend(x.device.type, x.dtype)]
+    if x.ndim != 3 or weight.ndim != 3 or weight.shape[:2] != (x.shape[2], 1):
+        raise ValueError(
+            "`x` must be (batch, length, channels) and `weight` (channels, 1, width), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}."
+        )
+    if context is None:
+        return backend.convolution(x, weight, bias, reverse)
+    _check_state("context", context, (x.shape[0], weight.shape[2] - 1, x.shape[2]), backend)
+    return backend.convolution(x, weight, bias, reverse, context)
 
 
 @dataclass(frozen=True)
@@ -94,9 +129,11 @@ def selective_scan_backends() -> dict[str, SelectiveScanBackend]:
 
     - `mamba_ssm`: CUDA kernels of the stock `mamba-ssm` release, and of `causal-conv1d` if that is installed, for
       tensors on a GPU;
+    - `triton`: the Triton kernels of this package, for tensors on a GPU;
+    - `cpu`: the compiled kernel of this package, for tensors of at most float32 on a CPU;
     - `torch`: the reference in plain PyTorch, everywhere.
 
-    The first one that is usable on the device of the input is taken. The environment variable
+    The first one that is usable for the device and the dtype of the input is taken. The environment variable
     `VIDEOMAMBA_SCAN_BACKEND` forces one by name.
 
     Returns:
@@ -111,19 +148,33 @@ def selective_scan_backends() -> dict[str, SelectiveScanBackend]:
 
 
 @torch.compiler.assume_constant_result
-def _choose_backend(device_type: str) -> str:
+def _choose_backend(device_type: str, dtype: torch.dtype) -> str:
     forced = os.environ.get(BACKEND_VARIABLE)
     if forced is None:
-        return next(name for name, backend in _BACKENDS.items() if backend.unusable(device_type) is None)
+        name = next(name for name, backend in _BACKENDS.items() if backend.reason_against(device_type, dtype) is None)
+        if name == "torch" and dtype != torch.float64:
+            _warn_of_slow_scan(device_type)
+        return name
     if forced not in _BACKENDS:
         raise RuntimeError(f"{BACKEND_VARIABLE}={forced!r} is not a backend. Backends: {', '.join(_BACKENDS)}.")
-    reason = _BACKENDS[forced].unusable(device_type)
+    reason = _BACKENDS[forced].reason_against(device_type, dtype)
     if reason is not None:
-        raise RuntimeError(f"{BACKEND_VARIABLE}={forced!r} is not usable for tensors on {device_type!r}: {reason}.")
+        raise RuntimeError(
+            f"{BACKEND_VARIABLE}={forced!r} is not usable for {dtype} tensors on {device_type!r}: {reason}."
+        )
     return forced
 
 
-def _check_shapes(x, dt, A, B, C, D, z, dt_bias):
+@functools.cache
+def _warn_of_slow_scan(device_type: str) -> None:
+    reasons = {name: backend.unusable(device_type) for name, backend in _BACKENDS.items()}
+    reason = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    warnings.warn(
+        f"The selective scan on {device_type!r} runs in plain PyTorch, many times slower. {reason}", stacklevel=2
+    )
+
+
+def _check_shapes(x, dt, A, B, C, D, z, dt_bias, add):
     if x.ndim != 3 or x.shape[1] == 0 or not x.is_floating_point():
         raise ValueError(
             "`x` must be a floating-point tensor (batch, length, channels) of at least one step, "
@@ -140,21 +191,31 @@ def _check_shapes(x, dt, A, B, C, D, z, dt_bias):
         "D": (D, (channels,)),
         "z": (z, (batch, length, channels)),
         "dt_bias": (dt_bias, (channels,)),
+        "add": (add, (batch, length, channels)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"`{name}` must have shape {shape} to fit `x` and `A`, got {tuple(tensor.shape)}.")
 
 
+def _check_state(name, tensor, shape, backend):
+    if not backend.in_pieces or torch.is_grad_enabled():
+        raise ValueError(f"`{name}` is supported on a CPU and without gradients (`torch.no_grad()`) only.")
+    if tuple(tensor.shape) != shape or (name == "state" and tensor.dtype != torch.float32):
+        raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)} {tensor.dtype}.")
+
+
 # The reference, in PyTorch.
 
 
-def _torch_selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse):
+def _torch_selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
     dtype = torch.promote_types(x.dtype, torch.float32)
     u = x.to(dtype)
     dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
-    y, _ = _scan(u, F.softplus(dt), A.to(dtype), B.to(dtype), C.to(dtype), reverse)
+    y, _ = reference_scan(u, F.softplus(dt), A.to(dtype), B.to(dtype), C.to(dtype), reverse)
     y = y + D.to(dtype) * u
+    if add is not None:
+        y = y + add.to(dtype)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(x.dtype)
@@ -191,8 +252,8 @@ def _dot(states, vectors):
 
 
 # An operator of its own, so that `torch.compile` and `torch.export` keep it whole instead of unrolling every step.
-@torch.library.custom_op("videomamba::selective_scan", mutates_args=())
-def _scan(
+@operator
+def reference_scan(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, reverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`y_t = C_t . h_t`, and the states before each chunk `(chunks, batch, channels, state)`, in the scan's order."""
@@ -207,15 +268,15 @@ def _scan(
     return y, torch.stack(checkpoints)
 
 
-@_scan.register_fake
+@reference_scan.register_fake
 def _(x, dt, A, B, C, reverse):
     num_chunks = (x.shape[1] + CHUNK_SIZE - 1) // CHUNK_SIZE
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(num_chunks, x.shape[0], *A.shape)
 
 
-@torch.library.custom_op("videomamba::selective_scan_backward", mutates_args=())
-def _scan_backward(
+@operator
+def reference_scan_backward(
     grad_y: torch.Tensor,
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -252,7 +313,7 @@ def _scan_backward(
     return grad_x, grad_dt, grad_A, grad_B, grad_C
 
 
-@_scan_backward.register_fake
+@reference_scan_backward.register_fake
 def _(grad_y, x, dt, A, B, C, checkpoints, reverse):
     return tuple(map(torch.empty_like, (x, dt, A, B, C)))
 
@@ -263,16 +324,16 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y, grad_checkpoints):
-    return *_scan_backward(grad_y, *ctx.saved_tensors, ctx.reverse), None
+    return *reference_scan_backward(grad_y, *ctx.saved_tensors, ctx.reverse), None
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+reference_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 # The stock `mamba-ssm` release.
 
 
-def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse):
+def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
     """`selective_scan_fn` wants channels before length, one dtype for the sequences, float32 for the rest."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -287,12 +348,16 @@ def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, reverse):
         sequence(B),
         sequence(C),
         D.float(),
-        z=None if z is None else sequence(z),
+        z=None if z is None or add is not None else sequence(z),
         delta_bias=None if dt_bias is None else dt_bias.float(),
         delta_softplus=True,
     )
     y = y.transpose(1, 2)
-    return y.flip(1) if reverse else y
+    y = y.flip(1) if reverse else y
+    if add is None:
+        return y
+    y = y + add.to(x.dtype)
+    return y if z is None else y * F.silu(z.to(x.dtype))
 
 
 def _mamba_ssm_causal_conv1d(x, weight, bias, reverse):
@@ -327,12 +392,42 @@ class _Backend:
     convolution: Callable[..., torch.Tensor]
     unusable: Callable[[str], str | None]
     device_types: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    in_pieces: bool = False  # takes `state` and `context`
+
+    def reason_against(self, device_type: str, dtype: torch.dtype) -> str | None:
+        return self.unusable(device_type) if dtype in self.dtypes else f"does not compute in {dtype}"
 
 
-# In order of preference. A new backend is one line here.
+# In order of preference. A new backend is one entry here.
 _BACKENDS = {
     "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unusable, ("cuda",)),
-    "torch": _Backend(_torch_selective_scan, _torch_causal_conv1d, lambda device_type: None, ("cpu",)),
+    "triton": _Backend(
+        selective_scan_triton.selective_scan,
+        selective_scan_triton.causal_conv1d,
+        selective_scan_triton.unusable,
+        ("cuda", "xpu"),
+    ),
+    "cpu": _Backend(
+        selective_scan_cpu.selective_scan,
+        selective_scan_cpu.causal_conv1d,
+        selective_scan_cpu.unusable,
+        ("cpu",),
+        in_pieces=True,
+    ),
+    "torch": _Backend(
+        _torch_selective_scan,
+        _torch_causal_conv1d,
+        lambda device_type: None,
+        ("cpu",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    ),
 }
 
-__all__ = ["causal_conv1d", "selective_scan", "selective_scan_backends"]
+
+def scans_in_pieces(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether [`selective_scan`] takes `state` and [`causal_conv1d`] takes `context` for such tensors."""
+    return _BACKENDS[_choose_backend(device_type, dtype)].in_pieces
+
+
+__all__ = ["causal_conv1d", "scans_in_pieces", "selective_scan", "selective_scan_backends"]

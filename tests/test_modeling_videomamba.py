@@ -1,6 +1,7 @@
 """The models: parity with the original implementation, and what Transformers' common model tests cover."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from modeling_videomamba.modeling_videomamba import (
     resize_temporal_positions,
 )
 from modeling_videomamba.training.losses import distillation_loss
-from tests.conftest import load_golden, strip_prefix, tiny_config
+from tests.conftest import load_golden, needs_kernel, strip_prefix, tiny_config
 
 MODEL_CLASSES = [VideoMambaModel, VideoMambaForImageClassification, VideoMambaForVideoClassification]
 
@@ -530,3 +531,65 @@ def test_tokens_are_the_class_token_and_then_the_patches_frame_by_frame():
             pixels = pixel_values[0, frame, :, row : row + 16, column : column + 16]
             expected = (kernel[:, :, 0] * pixels).sum((1, 2, 3)) + bias + positions[1 + patch] + times[frame]
             torch.testing.assert_close(tokens[0, 1 + 4 * frame + patch], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Inference in many pieces; the lengths of the pieces that were scanned."""
+    modeling = importlib.import_module("modeling_videomamba.modeling_videomamba")
+    monkeypatch.setattr(modeling, "PIECE_SIZE", 1)
+    monkeypatch.setattr(modeling, "MIN_PIECE_LENGTH", 4)
+    lengths, scan = [], modeling.selective_scan
+    monkeypatch.setattr(
+        modeling, "selective_scan", lambda x, *rest, **kw: lengths.append(x.shape[1]) or scan(x, *rest, **kw)
+    )
+    return lengths
+
+
+@needs_kernel
+@pytest.mark.parametrize("scan_order", ["spatial_first", "temporal_first", "spatiotemporal_v1", "spatiotemporal_v2"])
+@pytest.mark.parametrize("is_image", [False, True])
+def test_inference_in_pieces_changes_nothing(small_pieces, scan_order, is_image):
+    model = build(VideoMambaModel, image_size=48, scan_order=scan_order)
+    pixels = torch.randn(2, 3, 48, 48) if is_image else torch.randn(2, 4, 3, 48, 48)
+    expected = model(pixels).last_hidden_state.detach()  # with gradients: whole
+    length = 10 if is_image else 37
+    assert set(small_pieces) == {length}
+    small_pieces.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    in_pieces = scan_order == "spatial_first"  # the others scan permuted tokens
+    assert max(small_pieces) < length if in_pieces else set(small_pieces) == {length}
+
+
+@needs_kernel
+def test_inference_in_pieces_is_left_to_modules_that_can(small_pieces):
+    class Adapter(torch.nn.Module):
+        """As parameter-efficient fine-tuning wraps a linear layer."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x)
+
+    model = build(VideoMambaModel)
+    for layer in model.layers:
+        layer.mixer.in_proj = Adapter(layer.mixer.in_proj)
+    with torch.no_grad():
+        model(torch.randn(1, 4, 3, 32, 32))
+    assert set(small_pieces) == {17}
+
+
+@needs_kernel
+def test_inference_in_pieces_under_autocast_and_in_bfloat16(small_pieces):
+    model = build(VideoMambaModel)
+    pixels = torch.randn(1, 4, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model(pixels).last_hidden_state
+        half = model.bfloat16()(pixels).last_hidden_state
+    for actual in (autocast, half):
+        assert (actual.float() - expected).norm() <= 3e-2 * expected.norm()

@@ -1,5 +1,9 @@
+import ctypes
+import functools
+import importlib
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,59 +12,177 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_videomamba import selective_scan, selective_scan_backends
-from modeling_videomamba.selective_scan import CHUNK_SIZE, causal_conv1d
+from modeling_videomamba.selective_scan import CHUNK_SIZE, causal_conv1d, scans_in_pieces
+from tests.conftest import needs_kernel
+from tests.scan_reference import DEVICE, assert_same, make_inputs, naive_conv, naive_scan
 
-NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+# by name, as the package has a function of the name of the module
+module = importlib.import_module("modeling_videomamba.selective_scan")
+cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")
+triton_kernels = importlib.import_module("modeling_videomamba.selective_scan_triton")
 
-
-def naive_scan(x, dt, A, B, C, D, *, z=None, dt_bias=None, reverse=False):
-    """The recurrence, step by step, differentiated by autograd."""
-    dt = F.softplus(dt if dt_bias is None else dt + dt_bias)
-    h, ys = x.new_zeros(x.shape[0], *A.shape), {}
-    steps = range(x.shape[1])
-    for t in reversed(steps) if reverse else steps:
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None]
-        ys[t] = (h * C[:, t, None]).sum(-1) + D * x[:, t]
-    y = torch.stack([ys[t] for t in steps], dim=1)
-    return y if z is None else y * F.silu(z)
+VARIANTS = ("baseline", "avx2", "avx512")
 
 
-def make_inputs(batch=2, length=11, channels=5, state=4, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def kernel_path(variant):
+    folders = [Path(cpu.__file__).parent, *(Path(path) / "modeling_videomamba" for path in sys.path)]
+    return next((path for folder in folders for path in folder.glob(f"_cpu_{variant}.*so")), None)
 
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    tensors = {
-        "x": randn(batch, length, channels),
-        "dt": randn(batch, length, channels),
-        "A": -torch.exp(randn(channels, state)),
-        "B": randn(batch, length, state),
-        "C": randn(batch, length, state),
-        "D": randn(channels),
-        "z": randn(batch, length, channels),
-        "dt_bias": randn(channels),
+def usable_variants():
+    capability = torch.backends.cpu.get_cpu_capability()
+    return VARIANTS[: 1 + {"AVX2": 1, "AVX512": 2}.get(capability, 0)]
+
+
+def selective_scan_fn(u, delta, A, B=None, C=None, D=None, z=None, delta_bias=None, delta_softplus=False):
+    """A twin of `mamba_ssm`'s function, with its layout `(batch, channels, length)` and its checks."""
+    assert delta_softplus and A.dtype == D.dtype == torch.float32
+    assert delta_bias is None or delta_bias.dtype == torch.float32
+    sequences = [u, delta, B, C] if z is None else [u, delta, B, C, z]
+    assert all(tensor.dtype == u.dtype and tensor.is_contiguous() for tensor in sequences) and A.is_contiguous()
+    assert u.shape == delta.shape and B.shape == C.shape == (u.shape[0], A.shape[1], u.shape[2])
+    u_, delta_, B_, C_, *z_ = (tensor.float().transpose(1, 2) for tensor in sequences)
+    y = naive_scan(u_, delta_, A, B_, C_, D, z_[0] if z_ else None, delta_bias, None, False)
+    return y.transpose(1, 2).to(u.dtype)
+
+
+def causal_conv1d_fn(x, weight, bias=None, activation=None):
+    """A twin of `causal_conv1d`'s function, with its layout `(batch, channels, length)`."""
+    assert activation == "silu" and weight.ndim == 2 and x.is_contiguous() and x.shape[1] == weight.shape[0]
+    assert x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    padded = F.pad(x, (weight.shape[1] - 1, 0))
+    return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[1]))
+
+
+@pytest.fixture
+def mamba_ssm_twin(monkeypatch):
+    interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.selective_scan_fn = selective_scan_fn
+    package = types.ModuleType("causal_conv1d")
+    package.causal_conv1d_fn = causal_conv1d_fn
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
+
+
+@pytest.fixture(params=["mamba_ssm", "triton", *(f"cpu-{variant}" for variant in VARIANTS), "torch"])
+def backend(request, monkeypatch):
+    """Each entry of the table of backends: `mamba_ssm` by a twin, `triton` under its interpreter where no GPU is."""
+    name, _, variant = request.param.partition("-")
+    if name == "mamba_ssm":
+        request.getfixturevalue("mamba_ssm_twin")
+    elif name == "triton":
+        if triton_kernels._IMPORT_ERROR is not None:
+            pytest.skip("Triton is not installed")
+        for constant, value in (("BLOCK_CHANNELS", 4), ("BLOCK_STEPS", 4), ("MIN_CHUNK_STEPS", 8)):
+            monkeypatch.setattr(triton_kernels, constant, value)
+    elif name == "cpu":
+        if variant not in usable_variants() or kernel_path(variant) is None:
+            pytest.skip(f"no kernel for {variant}, or no such processor")
+        library = ctypes.CDLL(str(kernel_path(variant)))
+        monkeypatch.setattr(cpu, "_library", lambda: library)
+    return module._BACKENDS[name]
+
+
+@pytest.fixture
+def inputs_of(backend):
+    """Inputs on the device of the backend."""
+    return functools.partial(make_inputs, device=DEVICE if "cuda" in backend.device_types else "cpu")
+
+
+# Every backend against the recurrence. The sizes are small because Triton's interpreter goes element by element.
+# (batch, length, channels, state, without)
+SHAPES = [
+    (2, 13, 3, 8, ()),
+    (1, 37, 17, 2, ("z",)),
+    (1, 1, 5, 16, ()),
+    (1, 5, 3, 64, ("dt_bias",)),
+    (3, 7, 1, 16, ("add",)),
+    (1, 33, 2, 5, ("z", "dt_bias", "add")),
+    (1, 2, 19, 3, ("z", "add")),
+]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("batch", "length", "channels", "state", "without"), SHAPES)
+def test_parity_of_outputs_and_gradients(backend, inputs_of, batch, length, channels, state, without, reverse):
+    inputs = inputs_of(batch, length, channels, state, without=without)
+    assert_same(backend.scan, naive_scan, inputs.values(), reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parity_in_half_precision(backend, inputs_of, dtype, reverse):
+    inputs = inputs_of(1, 18, 3, 4, dtype)
+    assert_same(backend.scan, naive_scan, inputs.values(), reverse, 3e-2, 3e-2)
+    parameters = [torch.randn(3, 1, 4, device=inputs["x"].device), torch.randn(3, device=inputs["x"].device)]
+    convolution = [inputs["x"], *(tensor.requires_grad_() for tensor in parameters)]
+    assert_same(backend.convolution, naive_conv, convolution, reverse, 3e-2, 3e-2)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_parity_where_columns_are_apart_and_dtypes_differ(backend, inputs_of, reverse):
+    apart = {
+        name: tensor.detach().mT.contiguous().mT.requires_grad_() if tensor.ndim > 1 else tensor
+        for name, tensor in inputs_of(2, 9, 5, 3).items()
     }
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    assert_same(backend.scan, naive_scan, apart.values(), reverse)
+    mixed = inputs_of(1, 9, 3, 4)
+    for name, dtype in (("x", torch.bfloat16), ("B", torch.float16), ("D", torch.bfloat16), ("add", torch.bfloat16)):
+        mixed[name] = mixed[name].detach().to(dtype).requires_grad_()
+    assert_same(backend.scan, naive_scan, mixed.values(), reverse, 3e-2, 3e-2)
 
 
-def call(function, inputs, **kwargs):
-    positional = [inputs[name] for name in NAMES[:6]]
-    return function(*positional, z=inputs.get("z"), dt_bias=inputs.get("dt_bias"), **kwargs)
+def test_parity_of_an_empty_batch(backend, inputs_of):
+    inputs = inputs_of(0)
+    y = backend.scan(*inputs.values(), False)
+    grads = torch.autograd.grad(y.sum(), list(inputs.values()))
+    assert y.shape == (0, 11, 5)
+    assert all(grad.shape == t.shape and grad.abs().sum() == 0 for grad, t in zip(grads, inputs.values(), strict=True))
+    weight = torch.randn(5, 1, 4, device=y.device)
+    assert backend.convolution(inputs["x"], weight, None, True).shape == (0, 11, 5)
 
 
-def assert_same_gradients(actual, expected, inputs, tolerance):
-    weights = torch.randn_like(expected.double()).to(expected.dtype)
-    tensors = list(inputs.values())
-    for name, one, other in zip(
-        inputs,
-        torch.autograd.grad((actual * weights).sum(), tensors),
-        torch.autograd.grad((expected * weights).sum(), tensors),
-        strict=True,
-    ):
-        scale = other.abs().max().clamp(min=1e-6) if other.numel() else 1.0
-        assert ((one - other).abs() / scale).max().item() <= tolerance if other.numel() else True, name
-        assert one.dtype == other.dtype
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("dt", "log_a"), [(1e4, 6.0), (-1e4, 6.0), (1e4, -20.0), (-1e4, -20.0), (80.0, 2.0)])
+def test_extreme_values_stay_finite(backend, inputs_of, dt, log_a, reverse):
+    inputs = {name: tensor.detach() for name, tensor in inputs_of(1, 11, 2, 2).items()}
+    inputs["dt"].fill_(dt)[:, 5] = 1e-3
+    inputs["z"].fill_(-dt)
+    inputs["A"].fill_(-torch.tensor(log_a).exp())
+    inputs = [tensor.requires_grad_() for tensor in inputs.values()]
+    y = backend.scan(*inputs, reverse)
+    grads = torch.autograd.grad(y.sum(), inputs)
+    assert y.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    for grad, other in zip(grads, torch.autograd.grad(naive_scan(*exact, reverse).sum(), exact), strict=True):
+        assert (grad - other).abs().max() <= 1e-3 * other.abs().max().clamp(min=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("length", "channels", "width", "with_bias"),
+    [(35, 5, 4, True), (1, 3, 3, True), (6, 37, 1, False), (130, 2, 5, True)],
+)
+def test_parity_of_the_convolution(backend, inputs_of, length, channels, width, with_bias, reverse):
+    x = inputs_of(2, length, channels)["x"]
+    weight = torch.randn(channels, 1, width, device=x.device).requires_grad_()
+    bias = torch.randn(channels, device=x.device).requires_grad_() if with_bias else None
+    assert_same(backend.convolution, naive_conv, [x, weight, bias], reverse)
+
+
+def test_small_time_steps_keep_their_digits(backend, inputs_of):
+    """`softplus(-16)` is 1e-7; by way of `log(1 + 1e-7)` it would be 1.2e-7."""
+    inputs = [tensor.detach().abs() for tensor in list(inputs_of(1, 9, 2, 2).values())[:6]]
+    inputs[1] = torch.linspace(-16, 4, 18, device=inputs[0].device).reshape(1, 9, 2)
+    inputs[2], inputs[5] = -inputs[2], 0 * inputs[5]
+    actual = backend.scan(*inputs, None, None, None, False)
+    expected = naive_scan(*(tensor.double() for tensor in inputs), None, None, None, False)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+
+
+# The reference.
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,205 +192,250 @@ def assert_same_gradients(actual, expected, inputs, tolerance):
     channels=st.integers(1, 9),
     state=st.sampled_from([1, 3, 8, 16]),
     reverse=st.booleans(),
-    with_z=st.booleans(),
-    with_bias=st.booleans(),
+    without=st.sets(st.sampled_from(["z", "dt_bias", "add"])),
 )
-def test_outputs_and_gradients_are_those_of_the_recurrence(batch, length, channels, state, reverse, with_z, with_bias):
-    inputs = make_inputs(batch, length, channels, state, torch.float64)
-    if not with_z:
-        del inputs["z"]
-    if not with_bias:
-        del inputs["dt_bias"]
-    actual = call(selective_scan, inputs, reverse=reverse)
-    expected = call(naive_scan, inputs, reverse=reverse)
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    assert_same_gradients(actual, expected, inputs, 1e-9)
+def test_the_reference_is_the_recurrence(batch, length, channels, state, reverse, without):
+    inputs = make_inputs(batch, length, channels, state, torch.float64, without)
+    assert_same(module._BACKENDS["torch"].scan, naive_scan, inputs.values(), reverse, 1e-10, 1e-9)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_float32_is_close_to_float64(reverse):
-    single, double = (make_inputs(2, 300, 8, 16, dtype) for dtype in (torch.float32, torch.float64))
-    actual, expected = call(selective_scan, single, reverse=reverse), call(naive_scan, double, reverse=reverse)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
-    weights = torch.randn_like(expected)
-    grads = torch.autograd.grad((actual.double() * weights).sum(), list(single.values()))
-    exact = torch.autograd.grad((expected * weights).sum(), list(double.values()))
-    for one, other in zip(grads, exact, strict=True):
-        assert (one - other).abs().max() <= 1e-3 * other.abs().max()
-
-
-def test_gradients_pass_gradcheck():
+def test_gradients_pass_gradcheck(reverse):
     inputs = make_inputs(1, 5, 2, 3, torch.float64)
-    for reverse in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda *tensors, reverse=reverse: call(
-                selective_scan, dict(zip(NAMES, tensors, strict=True)), reverse=reverse
-            ),
-            list(inputs.values()),
-        )
+    assert torch.autograd.gradcheck(
+        lambda x, dt, A, B, C, D, z, dt_bias, add: selective_scan(
+            x, dt, A, B, C, D, z=z, dt_bias=dt_bias, add=add, reverse=reverse
+        ),
+        list(inputs.values()),
+    )
 
 
+# The CPU kernel.
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    length=st.sampled_from([1, 2, 31, 32, 33, 64, 100]),
+    channels=st.integers(1, 70),
+    state=st.sampled_from([1, 3, 8, 16, 20, 64]),
+    reverse=st.booleans(),
+    without=st.sets(st.sampled_from(["z", "dt_bias", "add"])),
+    threads=st.integers(1, 5),
+)
+def test_the_kernel_with_any_sizes_and_threads(batch, length, channels, state, reverse, without, threads):
+    inputs = make_inputs(batch, length, channels, state, without=without)
+    previous = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same(cpu.selective_scan, naive_scan, inputs.values(), reverse)
+        weight = torch.randn(channels, 1, 4).requires_grad_()
+        assert_same(cpu.causal_conv1d, naive_conv, [inputs["x"], weight, inputs["D"]], reverse)
+    finally:
+        torch.set_num_threads(previous)
+
+
+@needs_kernel
+def test_the_kernel_over_a_long_sequence():
+    inputs = {name: t.detach().requires_grad_() for name, t in make_inputs(1, 3000, 24, 16).items()}
+    with torch.no_grad():
+        inputs["dt"] -= 4  # long memory
+    assert_same(cpu.selective_scan, module._BACKENDS["torch"].scan, inputs.values(), True)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_as_by_torch(dtype):
+    """Of every 16-bit number, infinities and NaN among them; without scan the output is `D * x + add`."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).reshape(1, -1, 64)
+    ones, zeros = torch.ones(64), torch.zeros(1, x.shape[1], 1, dtype=dtype)
+    A, dt, add = -torch.ones(64, 1), torch.full_like(x, -100.0), torch.zeros_like(x)
+    finite = x.nan_to_num(0, 0, 0)
+    y = cpu.selective_scan(finite, dt, A, zeros, zeros, 1.0009765625 * ones, None, None, add, False)
+    assert torch.equal(y, (finite.float() * 1.0009765625).to(dtype))
+    y = cpu.selective_scan(add, dt, A, zeros, zeros, ones, None, None, x, False)
+    torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["x", "dt", "B", "C", "z", "add", "A", "D", "dt_bias"])
+def test_a_nan_is_not_hidden(name):
+    inputs = {key: tensor.detach() for key, tensor in make_inputs(1, 40, 20, 16).items()}
+    inputs[name][(0,) * inputs[name].ndim] = float("nan")
+    assert cpu.selective_scan(*inputs.values(), False).isnan().any()
+
+
+@needs_kernel
 @pytest.mark.parametrize("reverse", [False, True])
-def test_half_precision_keeps_its_dtype_and_a_float32_state(dtype, reverse):
-    half = make_inputs(2, 200, 8, 16, dtype)
-    single = {name: tensor.detach().float() for name, tensor in half.items()}
-    y = call(selective_scan, half, reverse=reverse)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y, call(naive_scan, single, reverse=reverse).to(dtype), rtol=2e-2, atol=2e-2)
-    y.float().sum().backward()
-    assert all(tensor.grad.dtype == dtype and tensor.grad.isfinite().all() for tensor in half.values())
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_a_sequence_can_be_scanned_in_pieces(reverse, pieces):
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 47, 19, 16).items()}
+    weight, bias = torch.randn(19, 1, 4), torch.randn(19)
+    whole = causal_conv1d(inputs["x"], weight, bias, reverse=reverse)
+    names = [name for name, tensor in inputs.items() if tensor.ndim == 3]
+    parts = [
+        dict(zip(names, p, strict=True)) for p in zip(*(inputs[n].tensor_split(pieces, 1) for n in names), strict=True)
+    ]
+    parameters = {name: inputs[name] for name in ("A", "D", "dt_bias")}
+    state, context, convolved, scanned = torch.zeros(2, 16, 19), None, [None] * pieces, [None] * pieces
+    with torch.no_grad():
+        for i in reversed(range(pieces)) if reverse else range(pieces):
+            x = parts[i]["x"]
+            convolved[i] = causal_conv1d(x, weight, bias, reverse=reverse, context=context)
+            context = x[:, :3] if reverse else x[:, -3:]
+            scanned[i] = selective_scan(**{**parts[i], **parameters}, reverse=reverse, state=state)
+    torch.testing.assert_close(torch.cat(convolved, 1), whole)
+    torch.testing.assert_close(torch.cat(scanned, 1), selective_scan(**inputs, reverse=reverse))
+
+
+@needs_kernel
+def test_pieces_are_for_a_cpu_without_gradients():
+    inputs, state = make_inputs(1, 5, 3, 4), torch.zeros(1, 4, 3)
+    assert scans_in_pieces("cpu", torch.float32) and not scans_in_pieces("cpu", torch.float64)
+    with pytest.raises(ValueError, match="`state` is supported on a CPU and without gradients"):
+        selective_scan(**inputs, state=state)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"`state` must have shape \(1, 4, 3\), got \(1, 3, 4\)"):
+        selective_scan(**inputs, state=state.mT)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"`context` must have shape \(1, 3, 3\)"):
+        causal_conv1d(inputs["x"], torch.randn(3, 1, 4), context=inputs["x"][:, :2])
+
+
+@needs_kernel
+def test_gradients_are_the_same_each_time():
+    inputs = list(make_inputs(1, 200, 70, 16).values())
+    first, *others = (torch.autograd.grad(cpu.selective_scan(*inputs, True).sum(), inputs) for _ in range(4))
+    for other in others:
+        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
+@needs_kernel
+def test_inference_keeps_nothing_and_training_no_states():
+    length, channels, state = 16 * cpu.CHUNK_SIZE, 8, 16
+    inputs, saved = make_inputs(2, length, channels, state), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+        cpu.selective_scan(*inputs.values(), False)
+    assert saved and max(saved) <= 2 * length * state
+    with torch.no_grad():
+        kept = torch.ops.videomamba.cpu_selective_scan(*inputs.values(), False, False)
+    assert [tensor.numel() for tensor in kept] == [2 * length * channels, 0, 0]
+
+
+def test_the_kernel_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "VERSION", -1)
+    cpu._library.cache_clear()
+    reason = cpu.unusable("cpu")
+    assert "another version" in reason or "was not compiled" in reason
+    cpu._library.cache_clear()
+
+
+def test_without_the_kernel_the_reference_runs_and_says_so(monkeypatch):
+    monkeypatch.setattr(cpu.Path, "glob", lambda self, pattern: iter(()))
+    cpu._library.cache_clear()
+    module._warn_of_slow_scan.cache_clear()
+    with pytest.warns(UserWarning, match=r"plain PyTorch.*cpu: the compiled kernel can't be loaded.*C\+\+20"):
+        call(make_inputs())
+    assert not selective_scan_backends()["cpu"].usable
+    cpu._library.cache_clear()
+
+
+# The contract, and the choice of a backend.
+
+
+def call(inputs, **kwargs):
+    positional = [inputs[name] for name in ("x", "dt", "A", "B", "C", "D")]
+    optional = {name: inputs[name] for name in ("z", "dt_bias", "add")}
+    return selective_scan(*positional, **optional, **kwargs)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_autocast_leaves_the_scan_in_float32(reverse):
-    inputs = make_inputs(2, 40, 8, 16)
-    expected = call(selective_scan, inputs, reverse=reverse)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = call(selective_scan, inputs, reverse=reverse)
-        grads = torch.autograd.grad(actual.square().sum(), list(inputs.values()))
+def test_autocast_leaves_the_scan_in_float32(backend, inputs_of, reverse):
+    inputs = list(inputs_of(1, 12, 3, 4).values())
+    expected = backend.scan(*inputs, reverse)
+    with torch.autocast(expected.device.type, torch.bfloat16):
+        actual = backend.scan(*inputs, reverse)
+        grads = torch.autograd.grad(actual.square().sum(), inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    for grad, exact in zip(grads, torch.autograd.grad(expected.square().sum(), list(inputs.values())), strict=True):
+    for grad, exact in zip(grads, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
         assert (grad - exact).abs().max() <= 1e-4 * exact.abs().max()
 
 
-@pytest.mark.parametrize(("dt", "log_a"), [(80.0, 6.0), (-80.0, 6.0), (80.0, -20.0), (1e4, 3.0), (-1e4, 0.0)])
-def test_extreme_time_steps_stay_finite(dt, log_a):
-    inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 70, 4, 8).items()}
-    inputs["dt"].fill_(dt)
-    inputs["A"] = -torch.exp(torch.full_like(inputs["A"], log_a))
-    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-    for reverse in (False, True):
-        y = call(selective_scan, inputs, reverse=reverse)
-        grads = torch.autograd.grad(y.sum(), list(inputs.values()))
-        assert y.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+def test_the_operators_fulfil_the_contract_of_torch():
+    x, dt, A, B, C, D, z, dt_bias, add = make_inputs(2, 40, 3, 4).values()
+    torch.library.opcheck(torch.ops.videomamba.reference_scan.default, (x, dt, A, B, C, True))
+    if cpu.unusable("cpu") is None:
+        for optional in ((z, dt_bias, add), (None, None, add), (z, None, None)):
+            arguments = (x, dt, A, B, C, D, *optional, True, True)
+            torch.library.opcheck(torch.ops.videomamba.cpu_selective_scan.default, arguments)
+        weight = torch.randn(3, 4).requires_grad_()
+        torch.library.opcheck(torch.ops.videomamba.cpu_causal_conv1d.default, (x, weight, D, True))
 
 
-def test_non_contiguous_inputs_and_an_empty_batch():
-    inputs = {name: tensor.detach() for name, tensor in make_inputs(3, 40, 6, 4).items()}
-    strided = {
-        name: tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.ndim == 3 else tensor
-        for name, tensor in inputs.items()
-    }
-    torch.testing.assert_close(call(selective_scan, strided), call(selective_scan, inputs))
-    empty = {name: tensor[:0].requires_grad_() if tensor.ndim == 3 else tensor for name, tensor in inputs.items()}
-    y = call(selective_scan, empty)
-    y.sum().backward()
-    assert y.shape == (0, 40, 6)
+def test_a_second_copy_of_the_code_has_operators_of_its_own():
+    """As code from a Hub repository beside the installed package has: the first keeps working."""
+    inputs = make_inputs()
+    expected = call(inputs)
+    spec = importlib.util.spec_from_file_location("modeling_videomamba.second", module.__file__)
+    second = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(second)
+    copy = module._BACKENDS["torch"].scan(*inputs.values(), False)
+    torch.testing.assert_close(second._BACKENDS["torch"].scan(*inputs.values(), False), copy)
+    torch.testing.assert_close(call(inputs), expected)
+    assert second.reference_scan._opoverload is not module.reference_scan._opoverload
 
 
-def test_the_backward_pass_keeps_no_states():
-    inputs = make_inputs(2, 8 * CHUNK_SIZE, 8, 16)
-    states = 2 * 8 * CHUNK_SIZE * 8 * 16
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
-        call(selective_scan, inputs)
-    assert max(saved) <= states / 8
-
-
-def test_as_an_operator_it_fulfils_the_contract_of_torch():
-    x, dt, A, B, C = (tensor.detach() for tensor in list(make_inputs(2, 40, 3, 4).values())[:5])
-    inputs = [tensor.requires_grad_() for tensor in (x, F.softplus(dt), A, B, C)]
-    torch.library.opcheck(torch.ops.videomamba.selective_scan.default, (*inputs, True))
-
-
-@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "z", "dt_bias"])
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "z", "dt_bias", "add"])
 def test_a_shape_that_does_not_fit_is_named(name):
     inputs = make_inputs()
     inputs[name] = inputs[name][..., :-1]
     with pytest.raises(ValueError, match=f"`{'dt' if name == 'A' else name}`|`B`"):
-        call(selective_scan, inputs)
+        call(inputs)
 
 
 def test_x_must_be_a_sequence_of_floats():
     inputs = make_inputs()
     for x in (inputs["x"][0], inputs["x"][:, :0], inputs["x"].long()):
         with pytest.raises(ValueError, match="`x`"):
-            call(selective_scan, {**inputs, "x": x})
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_causal_conv1d_sees_only_the_past_of_its_direction(reverse):
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(2, 9, 3), torch.randn(3, 1, 4), torch.randn(3)
-    expected = torch.zeros_like(x)
-    for t in range(9):
-        for tap in range(4):
-            source = t + (3 - tap) * (1 if reverse else -1)
-            if 0 <= source < 9:
-                expected[:, t] += weight[:, 0, tap] * x[:, source]
-    torch.testing.assert_close(causal_conv1d(x, weight, bias, reverse=reverse), F.silu(expected + bias))
+            call({**inputs, "x": x})
+    with pytest.raises(ValueError, match=r"`weight` \(channels, 1, width\)"):
+        causal_conv1d(inputs["x"], torch.randn(5, 4))
 
 
 def test_backends_are_reported_with_reasons():
     report = selective_scan_backends()
-    assert list(report) == ["mamba_ssm", "torch"]
+    assert list(report) == ["mamba_ssm", "triton", "cpu", "torch"]
     assert report["torch"].usable and report["torch"].reason == ""
+    assert all(bool(entry.reason) != entry.usable for entry in report.values())
     if not torch.cuda.is_available():
-        assert not report["mamba_ssm"].usable and "CUDA" in report["mamba_ssm"].reason
+        assert "CUDA" in report["mamba_ssm"].reason and "cuda" in report["triton"].reason
 
 
 def test_a_backend_can_be_forced(monkeypatch):
     inputs = make_inputs()
-    monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "torch")
-    call(selective_scan, inputs)
+    for name, backend in selective_scan_backends().items():
+        monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", name)
+        if backend.usable:
+            call(inputs)
     monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "mamba_ssm")
     with pytest.raises(RuntimeError, match="VIDEOMAMBA_SCAN_BACKEND='mamba_ssm'.*cpu"):
-        call(selective_scan, inputs)
+        call(inputs)
+    monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match=r"not usable for torch.float64 tensors on 'cpu': does not compute in"):
+        call(make_inputs(dtype=torch.float64))
     monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "abacus")
-    with pytest.raises(RuntimeError, match="abacus.*mamba_ssm, torch"):
-        call(selective_scan, inputs)
+    with pytest.raises(RuntimeError, match="abacus.*mamba_ssm, triton, cpu, torch"):
+        call(inputs)
 
 
-def selective_scan_fn(u, delta, A, B=None, C=None, D=None, z=None, delta_bias=None, delta_softplus=False):
-    """A twin of `mamba_ssm`'s function, with its layout `(batch, channels, length)` and its checks."""
-    assert delta_softplus and A.dtype == D.dtype == delta_bias.dtype == torch.float32
-    assert u.dtype == delta.dtype == B.dtype == C.dtype == z.dtype
-    assert all(tensor.is_contiguous() for tensor in (u, delta, A, B, C, z))
-    assert u.shape == delta.shape == z.shape and B.shape == C.shape == (u.shape[0], A.shape[1], u.shape[2])
-    tensors = [tensor.float().transpose(1, 2) for tensor in (u, delta, B, C, z)]
-    u_, delta_, B_, C_, z_ = tensors
-    return naive_scan(u_, delta_, A, B_, C_, D, z=z_, dt_bias=delta_bias).transpose(1, 2).to(u.dtype)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mamba_ssm_is_called_with_the_layout_it_wants(monkeypatch, reverse, dtype):
-    interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
-    interface.selective_scan_fn = selective_scan_fn
-    for name in ("mamba_ssm", "mamba_ssm.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, interface.__name__, interface)
-    module = sys.modules["modeling_videomamba.selective_scan"]
-    inputs = make_inputs(2, 21, 6, 4, dtype)
-    actual = module._mamba_ssm_selective_scan(*inputs.values(), reverse)
-    expected = call(selective_scan, inputs, reverse=reverse)
-    assert actual.dtype == dtype
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
-    if dtype == torch.float32:
-        assert_same_gradients(actual, expected, inputs, 1e-3)
-
-
-def causal_conv1d_fn(x, weight, bias=None, activation=None):
-    """A twin of `causal_conv1d`'s function, with its layout `(batch, channels, length)`."""
-    assert activation == "silu" and weight.ndim == 2 and x.is_contiguous()
-    assert x.dtype == weight.dtype == bias.dtype and x.shape[1] == weight.shape[0]
-    padded = F.pad(x, (weight.shape[1] - 1, 0))
-    return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[1]))
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("width", [4, 5])
-def test_causal_conv1d_is_called_with_the_layout_it_wants(monkeypatch, reverse, width):
-    package = types.ModuleType("causal_conv1d")
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_causal_conv1d_of_a_package_is_left_out_where_it_can_not_run(monkeypatch, mamba_ssm_twin, width):
     calls = []
+    package = sys.modules["causal_conv1d"]
     package.causal_conv1d_fn = lambda *args, **kwargs: calls.append(1) or causal_conv1d_fn(*args, **kwargs)
-    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
-    module = sys.modules["modeling_videomamba.selective_scan"]
-    torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 9, 3), torch.randn(3, 1, width), torch.randn(3)
-    actual = module._mamba_ssm_causal_conv1d(x, weight, bias, reverse)
-    torch.testing.assert_close(actual, causal_conv1d(x, weight, bias, reverse=reverse))
-    assert len(calls) == (width == 4)  # its kernels go to a width of 4
+    actual = module._mamba_ssm_causal_conv1d(x, weight, bias, True)
+    torch.testing.assert_close(actual, naive_conv(x, weight, bias, True))
+    assert len(calls) == (width == 4)  # its kernels go from a width of 2 to 4
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
-    torch.testing.assert_close(module._mamba_ssm_causal_conv1d(x, weight, bias, reverse), actual)
+    torch.testing.assert_close(module._mamba_ssm_causal_conv1d(x, weight, bias, True), actual)

@@ -1,0 +1,50 @@
+// What the Python side (selective_scan_cpu.py) passes; both must list the same fields.
+#pragma once
+
+#include <cstdint>
+
+constexpr int64_t kVersion = 1;  // to be raised with every change of what is passed
+
+extern "C" {
+
+enum VideoMambaDtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// A tensor (batch, length, width) in the dtype of the call whose last dimension is contiguous; strides count entries.
+// Absent tensors have no data.
+struct VideoMambaSequence {
+    void* data;
+    int64_t batch_stride, row_stride;
+};
+
+struct VideoMambaScan {
+    int64_t batch, length, channels, state, threads;
+    int32_t dtype, reverse;
+    VideoMambaSequence x, dt, B, C, z, add;
+    const float *A, *D, *dt_bias;  // (channels, state), (channels,), (channels,) or null
+    float* h;                      // (batch, state, channels) or null: the state before the first step, then after the last
+    float* checkpoints;            // (chunks, batch, state, channels) or null: the states before each chunk of kChunk steps
+    VideoMambaSequence y, ungated;  // outputs; `ungated` is y before the gate, for the backward pass
+};
+
+// Gradients that are sums over the batch or over channels come in parts, which the caller adds up: threads that share a
+// sample have a slot each for B and C.
+struct VideoMambaScanGradients {
+    VideoMambaSequence y, x, dt, z, add;  // that of y is an input
+    float *A, *D, *dt_bias;               // (batch, state, channels), (batch, channels), (batch, channels)
+    float *B, *C;                         // (slots, batch, length, state), zero before the call
+};
+
+struct VideoMambaConvolution {
+    int64_t batch, length, channels, width, threads;
+    int32_t dtype, reverse;
+    VideoMambaSequence x, context;  // the `width - 1` steps before x, or after it if `reverse`; zeros where absent
+    const float *weight, *bias;     // (channels, width), (channels,) or null
+    VideoMambaSequence y;
+};
+
+struct VideoMambaConvolutionGradients {
+    VideoMambaSequence y, x;
+    float *weight, *bias;  // (batch, width, channels), (batch, channels)
+};
+
+}  // extern "C"

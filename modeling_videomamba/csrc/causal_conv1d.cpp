@@ -1,0 +1,168 @@
+// SiLU of the depthwise causal convolution in front of the scan (Mamba, arXiv 2312.00752, section 3.4), on a CPU.
+
+#include "parallel.h"
+#include "workspace.h"
+
+namespace videomamba {
+namespace {
+
+constexpr int kChunk = 64;  // steps of the backward pass whose gradients stay in the first cache
+
+template <class T>
+struct Convolution {
+    const VideoMambaConvolution& convolution;
+    const int64_t first, count;  // blocks of channels
+    Workspace workspace;
+    Vector *weight, *bias;  // [block][tap], [block]
+    std::vector<T> zeros;   // in place of the steps before the sequence
+
+    Convolution(const VideoMambaConvolution& convolution, int64_t first, int64_t last)
+        : convolution(convolution),
+          first(first),
+          count(last - first),
+          workspace(count * (convolution.width + 1)),
+          zeros(convolution.channels) {
+        const int64_t width = convolution.width;
+        weight = workspace.take(count * width);
+        bias = workspace.take(count);
+        for (int64_t block = 0; block < count; ++block) {
+            for (int64_t tap = 0; tap < width; ++tap)
+                weight[block * width + tap] = gather(convolution.weight + channel(block) * width, width, tap, lanes(block));
+            if (convolution.bias) bias[block] = load(convolution.bias + channel(block), lanes(block));
+        }
+    }
+
+    int64_t channel(int64_t block) const { return (first + block) * kLanes; }
+    int lanes(int64_t block) const { return lanes_at(channel(block), convolution.channels); }
+
+    // The step that `tap` sees from step t.
+    int64_t source(int64_t t, int64_t tap) const {
+        const int64_t distance = convolution.width - 1 - tap;
+        return convolution.reverse ? t + distance : t - distance;
+    }
+
+    // Row t of x, before and after it that of the context.
+    const T* input(int64_t sample, int64_t t) const {
+        if (t >= 0 && t < convolution.length) return row<T>(convolution.x, sample, t);
+        if (!convolution.context.data) return zeros.data();
+        return row<T>(convolution.context, sample, t < 0 ? t + convolution.width - 1 : t - convolution.length);
+    }
+
+    // The rows that the taps see from step t.
+    void inputs(int64_t sample, int64_t t, std::vector<const T*>& rows) const {
+        for (int64_t tap = 0; tap < convolution.width; ++tap) rows[tap] = input(sample, source(t, tap));
+    }
+
+    Vector before_silu(const T* const* rows, int64_t block, int lanes) const {
+        const Vector* taps = weight + block * convolution.width;
+        Vector y = bias[block];
+        for (int64_t tap = 0; tap < convolution.width; ++tap) y += taps[tap] * load(rows[tap] + channel(block), lanes);
+        return y;
+    }
+};
+
+template <class T>
+void forward(const VideoMambaConvolution& convolution, int64_t sample, int64_t first, int64_t last) {
+    const Convolution<T> kernel(convolution, 0, vectors(convolution.channels));
+    const int64_t full = convolution.channels / kLanes;
+    std::vector<const T*> rows(convolution.width);
+    for (int64_t t = first; t < last; ++t) {
+        kernel.inputs(sample, t, rows);
+        T* target = row<T>(convolution.y, sample, t);
+        const auto write = [&](int64_t block, int lanes) {
+            const Vector y = kernel.before_silu(rows.data(), block, lanes);
+            store(target + block * kLanes, y * sigmoid(y), lanes);
+        };
+        for (int64_t block = 0; block < full; ++block) write(block, kLanes);
+        if (full < kernel.count) write(full, kernel.lanes(full));
+    }
+}
+
+template <class T>
+void backward(const VideoMambaConvolution& convolution, const VideoMambaConvolutionGradients& gradients, int64_t sample,
+              int64_t first, int64_t last) {
+    const Convolution<T> kernel(convolution, first, last);
+    const int64_t length = convolution.length, channels = convolution.channels, width = convolution.width;
+    Workspace workspace(kChunk + width - 1 + kernel.count * (width + 1));
+    Vector *grad = workspace.take(kChunk + width - 1), *grad_weight = workspace.take(kernel.count * width),
+           *grad_bias = workspace.take(kernel.count);
+    std::vector<const T*> rows(width);
+    for (int64_t start = 0; start < length; start += kChunk) {
+        const int64_t end = std::min(start + kChunk, length);
+        // the steps that see a step of the chunk
+        const int64_t from = convolution.reverse ? std::max<int64_t>(start - width + 1, 0) : start;
+        const int64_t to = convolution.reverse ? end : std::min(end + width - 1, length);
+        for (int64_t block = 0; block < kernel.count; ++block) {
+            const int64_t channel = kernel.channel(block);
+            const int lanes = kernel.lanes(block);
+            for (int64_t t = from; t < to; ++t) {
+                kernel.inputs(sample, t, rows);
+                const Vector y = kernel.before_silu(rows.data(), block, lanes), gate = sigmoid(y);
+                const Vector grad_y = load(row<T>(gradients.y, sample, t) + channel, lanes);
+                grad[t - from] = grad_y * gate * (1.0f + y * (1.0f - gate));
+            }
+            for (int64_t t = start; t < end; ++t) {
+                Vector grad_x{};
+                for (int64_t tap = 0; tap < width; ++tap) {
+                    const int64_t seen = kernel.source(t, tap), seen_by = t - (seen - t);
+                    if (seen >= 0 && seen < length)
+                        grad_weight[block * width + tap] +=
+                            grad[t - from] * load(row<T>(convolution.x, sample, seen) + channel, lanes);
+                    if (seen_by >= from && seen_by < to)
+                        grad_x += kernel.weight[block * width + tap] * grad[seen_by - from];
+                }
+                grad_bias[block] += grad[t - from];
+                store(row<T>(gradients.x, sample, t) + channel, grad_x, lanes);
+            }
+        }
+    }
+    for (int64_t block = 0; block < kernel.count; ++block) {
+        const int64_t channel = kernel.channel(block);
+        for (int64_t tap = 0; tap < width; ++tap)
+            store(gradients.weight + (sample * width + tap) * channels + channel, grad_weight[block * width + tap],
+                  kernel.lanes(block));
+        store(gradients.bias + sample * channels + channel, grad_bias[block], kernel.lanes(block));
+    }
+}
+
+template <class T>
+void forward_all(const VideoMambaConvolution& convolution) {
+    const int64_t parts = std::min(convolution.threads, convolution.batch * convolution.length);
+    parallel(parts, [&](int64_t part) {
+        for_share(convolution.batch, convolution.length, part, parts, [&](int64_t sample, int64_t first, int64_t last) {
+            forward<T>(convolution, sample, first, last);
+        });
+    });
+}
+
+template <class T>
+void backward_all(const VideoMambaConvolution& convolution, const VideoMambaConvolutionGradients& gradients) {
+    const int64_t blocks = vectors(convolution.channels), parts = std::min(convolution.threads, convolution.batch * blocks);
+    parallel(parts, [&](int64_t part) {
+        for_share(convolution.batch, blocks, part, parts, [&](int64_t sample, int64_t first, int64_t last) {
+            backward<T>(convolution, gradients, sample, first, last);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace videomamba
+
+using namespace videomamba;
+
+extern "C" __attribute__((visibility("default"))) void videomamba_causal_conv1d(const VideoMambaConvolution* convolution) {
+    switch (convolution->dtype) {
+        case kFloat32: return forward_all<float>(*convolution);
+        case kBFloat16: return forward_all<BFloat16>(*convolution);
+        case kFloat16: return forward_all<Half>(*convolution);
+    }
+}
+
+extern "C" __attribute__((visibility("default"))) void videomamba_causal_conv1d_backward(
+    const VideoMambaConvolution* convolution, const VideoMambaConvolutionGradients* gradients) {
+    switch (convolution->dtype) {
+        case kFloat32: return backward_all<float>(*convolution, *gradients);
+        case kBFloat16: return backward_all<BFloat16>(*convolution, *gradients);
+        case kFloat16: return backward_all<Half>(*convolution, *gradients);
+    }
+}

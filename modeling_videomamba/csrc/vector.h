@@ -1,0 +1,151 @@
+// Vectors of float32 in the vector extensions of GCC and Clang: one source for SSE2, AVX2, AVX-512 and NEON. The flags
+// of the compiler choose the width.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace videomamba {
+
+#if defined(__AVX512F__)
+#define VIDEOMAMBA_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VIDEOMAMBA_VECTOR_BYTES 32
+#else
+#define VIDEOMAMBA_VECTOR_BYTES 16
+#endif
+
+constexpr int kLanes = VIDEOMAMBA_VECTOR_BYTES / 4;
+
+using Vector [[gnu::vector_size(VIDEOMAMBA_VECTOR_BYTES)]] = float;
+using Integers [[gnu::vector_size(VIDEOMAMBA_VECTOR_BYTES)]] = int32_t;
+using Bits [[gnu::vector_size(VIDEOMAMBA_VECTOR_BYTES)]] = uint32_t;
+using HalfBits [[gnu::vector_size(VIDEOMAMBA_VECTOR_BYTES / 2)]] = uint16_t;
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+inline Vector broadcast(float value) { return Vector{} + value; }
+// Of a NaN and a bound, the NaN.
+inline Vector at_most(Vector v, float bound) { return bound < v ? broadcast(bound) : v; }
+inline Vector at_least(Vector v, float bound) { return bound > v ? broadcast(bound) : v; }
+inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
+inline Vector absolute(Vector a) { return (Vector)((Bits)a & 0x7fffffffu); }
+
+// Conversions. Those of float16 work on its bits, because not every compiler knows the type.
+
+inline Vector widen(HalfBits halves, BFloat16) { return (Vector)(__builtin_convertvector(halves, Bits) << 16); }
+
+inline HalfBits narrow(Vector value, BFloat16) {
+    const Bits bits = (Bits)value;
+    const Bits nearest_even = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
+    const Bits quiet_nan = (bits >> 16) | 0x40u;
+    return __builtin_convertvector(value == value ? nearest_even : quiet_nan, HalfBits);
+}
+
+inline Vector widen(HalfBits halves, Half) {
+    const Bits bits = __builtin_convertvector(halves, Bits);
+    const Bits sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+    // 2^112 moves the exponent from the bias of float16 to that of float32, also where it was denormal
+    const Vector finite = (Vector)(magnitude << 13) * 0x1p112f;
+    const Bits infinite_or_nan = (magnitude << 13) | 0x7f800000u;
+    return (Vector)(((magnitude >= 0x7c00u) ? infinite_or_nan : (Bits)finite) | sign);
+}
+
+inline HalfBits narrow(Vector value, Half) {
+    const Bits bits = (Bits)value, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    const Bits rebiased = magnitude - (112u << 23);
+    const Bits normal = (rebiased + (0xfffu + ((rebiased >> 13) & 1u))) >> 13;
+    // adding 0.5 leaves the bits of a denormal float16 at the end of the mantissa, rounded to the nearest even
+    const Bits denormal = (Bits)((Vector)magnitude + 0.5f) - 0x3f000000u;
+    const Bits overflow = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+    const Bits finite = magnitude < (113u << 23) ? denormal : normal;
+    return __builtin_convertvector((magnitude >= 0x477ff000u ? overflow : finite) | sign, HalfBits);
+}
+
+// Reads and writes of the first `lanes` entries of a vector; the other entries are zero.
+
+template <class T>
+inline Vector load(const T* source, int lanes = kLanes) {
+    using Stored = std::conditional_t<std::is_same_v<T, float>, Vector, HalfBits>;
+    Stored stored{};
+    if (lanes == kLanes)
+        std::memcpy(&stored, source, sizeof stored);
+    else
+        std::memcpy(&stored, source, lanes * sizeof(T));
+    if constexpr (std::is_same_v<T, float>)
+        return stored;
+    else
+        return widen(stored, T{});
+}
+
+template <class T>
+inline void store(T* target, Vector value, int lanes = kLanes) {
+    const auto write = [&](auto stored) {
+        if (lanes == kLanes)
+            std::memcpy(target, &stored, sizeof stored);
+        else
+            std::memcpy(target, &stored, lanes * sizeof(T));
+    };
+    if constexpr (std::is_same_v<T, float>)
+        write(value);
+    else
+        write(narrow(value, T{}));
+}
+
+inline float sum(const Vector& value) {
+    float lanes[kLanes], total = 0;
+    std::memcpy(lanes, &value, sizeof value);
+    for (int width = kLanes / 2; width >= 4; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    for (int i = 0; i < 4; ++i) total += lanes[i];
+    return total;
+}
+
+// Functions.
+
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kExponents = 126;  // 2^v is a normal float for |v| up to here
+
+// 2^v for |v| <= kExponents, within 2e-7 relative. 2^0 is exactly 1: decays close to 1 are applied thousands of times.
+inline Vector exp2_bounded(Vector v) {
+    const Vector shifted = v + 0x1.8p23f;  // its last bits are the nearest integer
+    const Vector f = v - (shifted - 0x1.8p23f);
+    Vector p = broadcast(0.001326472731307149f);
+    p = p * f + 0.009671512991189957f;
+    p = p * f + 0.05550733581185341f;
+    p = p * f + 0.24022242426872253f;
+    p = p * f + 0.6931470036506653f;
+    p = p * f + 1.0f;
+    return (Vector)((Integers)p + ((Integers)shifted << 23));
+}
+
+inline Vector bounded(Vector v) { return at_most(at_least(v, -kExponents), kExponents); }
+
+inline Vector sigmoid(Vector v) { return 1.0f / (1.0f + exp2_bounded(bounded(v * -kLog2E))); }
+
+// log(1 + w) for 0 <= w <= 1, within 1e-7 relative.
+inline Vector log1p_unit(Vector w) {
+    Vector p = broadcast(0.005232692696154118f);
+    p = p * w - 0.029505232349038124f;
+    p = p * w + 0.07822594046592712f;
+    p = p * w - 0.13663244247436523f;
+    p = p * w + 0.19106006622314453f;
+    p = p * w - 0.2484298199415207f;
+    p = p * w + 0.3331909775733948f;
+    p = p * w - 0.4999949336051941f;
+    p = p * w + 0.9999999403953552f;
+    return p * w;
+}
+
+inline Vector softplus(Vector v) {
+    const Vector w = exp2_bounded(at_least(absolute(v) * -kLog2E, -kExponents));
+    return at_least(v, 0.0f) + log1p_unit(w);
+}
+
+}  // namespace videomamba

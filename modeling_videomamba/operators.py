@@ -1,0 +1,22 @@
+"""Registration of operators with PyTorch."""
+
+from collections.abc import Callable
+from itertools import count
+
+import torch
+
+
+def operator(function: Callable) -> torch.library.CustomOpDef:
+    """
+    Makes `function` the operator `videomamba::<its name>`, which `torch.compile` and `torch.export` keep whole.
+
+    Code that was loaded from a Hub repository can be in a process several times, also in several versions. To register
+    a name anew would pull the operator from under the copy that has it, so that a later copy takes `videomamba_1`, and
+    so on.
+    """
+    name = function.__name__
+    for copy in count():
+        namespace = f"videomamba_{copy}" if copy else "videomamba"
+        if not hasattr(getattr(torch.ops, namespace), name):
+            return torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=())
+    raise AssertionError("unreachable")

@@ -1,0 +1,714 @@
+"""
+The selective scan and the convolution before it as Triton kernels, for CUDA, ROCm and XPU.
+
+A time-varying linear recurrence `h_t = a_t * h_{t-1} + b_t` composes: two steps in a row are `(a, b)` followed by
+`(a', b')` = `(a' * a, a' * b + b')`, which is associative. Here `a_t = exp(dt_t * A)` and `b_t = dt_t * B_t * x_t`. Of
+that, three passes are made, so that one long sequence fills a GPU as well as many short ones do:
+
+1. each chunk of the sequence finds the state at its end as if it began with zero (`_chunk_kernel`);
+2. one short loop over the chunks turns these into the state before each chunk (`_carry_kernel`);
+3. each chunk scans again from the state before it, and writes `y` (`_scan_kernel`).
+
+The adjoint `e_t = dL/dh_t = C_t * dL/dy_t + a_{t+1} * e_{t+1}` is the same recurrence from the other end, and takes the
+same three passes. With a single chunk only the third is left.
+
+A program holds `BLOCK_STEPS` steps of all states of `BLOCK_CHANNELS` channels in registers, as `(step, state, channel)`
+tiles: channels last, so that neighbouring threads read neighbouring addresses, and steps first, so that a thread holds
+all steps of its channel and the scan over them needs no exchange between threads. A `step` counts in the order of the
+scan; its place in memory is `length - 1 - step` in the reverse direction, and nothing is flipped or copied.
+"""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .operators import operator
+
+_IMPORT_ERROR = None
+try:
+    import triton
+    import triton.language as tl
+except Exception as error:  # a build for another system fails with more than ImportError
+    _IMPORT_ERROR = error
+    # enough to define the kernels all the same
+    triton = tl = SimpleNamespace(jit=lambda function=None, **_: function or triton.jit, constexpr=None)
+
+BLOCK_CHANNELS = 32
+BLOCK_STEPS = 16
+# Elements of a tile at most: 32 in each thread of 8 warps. The backward pass has about six tiles alive.
+TILE_SIZE = 8192
+NUM_WARPS = 8
+# A sequence is cut into chunks until there are as many programs, but into none shorter than `MIN_CHUNK_STEPS`: the
+# states between chunks, `(batch, chunks, state, channels)`, are then at most a quarter of `x` in float32 (16 states).
+TARGET_PROGRAMS = 512
+MIN_CHUNK_STEPS = 64
+CONVOLUTION_STEPS, CONVOLUTION_CHANNELS = 32, 64
+# Their values make no faster code, and videos of another length shall not compile the kernels anew.
+ANY_SIZE = ["batch_size", "length", "num_chunks", "num_tiles"]
+
+
+def unusable(device_type: str) -> str | None:
+    """Why these kernels can't run for tensors on a device of that type, or `None` if they can."""
+    if device_type not in ("cuda", "xpu"):
+        return "needs tensors on a CUDA, ROCm or XPU device"
+    if not getattr(torch, device_type).is_available():
+        return f"needs a device and a PyTorch build for {device_type!r}"
+    if _IMPORT_ERROR is not None:
+        return f"`triton` can't be imported ({_IMPORT_ERROR})"
+    return None
+
+
+def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse) -> Tensor:
+    r"""
+    The selective scan of `selective_scan.py`, and with `add` the sum of both directions before the gate:
+
+        h_t = exp(dt_t * A) * h_{t-1} + dt_t * B_t * x_t,  dt_t <- softplus(dt_t + dt_bias)
+        y_t = (C_t . h_t + D * x_t + add_t) * SiLU(z_t)
+
+    Args:
+        x (`torch.Tensor` of shape `(batch, length, channels)`): Input, float32, bfloat16 or float16 like all others.
+        dt (`torch.Tensor` of shape `(batch, length, channels)`): Time steps before bias and softplus.
+        A (`torch.Tensor` of shape `(channels, state)`): State matrix, not positive.
+        B (`torch.Tensor` of shape `(batch, length, state)`): Input matrix of each step.
+        C (`torch.Tensor` of shape `(batch, length, state)`): Output matrix of each step.
+        D (`torch.Tensor` of shape `(channels,)`): Skip connection.
+        z (`torch.Tensor` of shape `(batch, length, channels)`, *optional*): Gate.
+        dt_bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added to `dt`.
+        add (`torch.Tensor` of shape `(batch, length, channels)`, *optional*): Output of the other direction.
+        reverse (`bool`): Scan from the last step to the first.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
+    """
+    tensors = (x, dt, A, B, C, D, z, dt_bias, add)
+    # only a backward pass needs what is kept for it
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return triton_selective_scan(*tensors, reverse, save)[0]
+
+
+def causal_conv1d(x, weight, bias, reverse) -> Tensor:
+    r"""
+    SiLU of a depthwise convolution that is causal in the direction of the scan.
+
+    Args:
+        x (`torch.Tensor` of shape `(batch, length, channels)`): Input, float32, bfloat16 or float16.
+        weight (`torch.Tensor` of shape `(channels, 1, width)`): Depthwise kernel, its last tap that of the step itself.
+        bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the SiLU.
+        reverse (`bool`): Causal from the last step to the first.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
+    """
+    return triton_causal_conv1d(x, weight, bias, reverse)
+
+
+# What the kernels share. Everything is computed in float32; offsets are 64-bit, as tensors can have 2**31 elements.
+
+
+@triton.jit
+def _program(num_chunks, channels, E: tl.constexpr):
+    """Sequence, chunk and block of channels of a program. Those of one chunk follow each other: they share B and C."""
+    num_blocks = (channels + E - 1) // E
+    index = tl.program_id(0)
+    batch = (index // num_blocks // num_chunks).to(tl.int64)
+    return batch, index // num_blocks % num_chunks, index % num_blocks
+
+
+@triton.jit
+def _contiguous(batch, steps, columns, width, length, REVERSE: tl.constexpr):
+    """Offsets in a contiguous `(batch, length, width)`."""
+    times = length - 1 - steps if REVERSE else steps
+    return ((batch * length + times) * width)[:, None] + columns[None, :]
+
+
+@triton.jit
+def _load(pointer, batch_stride, step_stride, batch, steps, columns, width, length, REVERSE: tl.constexpr):
+    """`(steps, columns)` of a sequence, zero outside of it."""
+    times = length - 1 - steps if REVERSE else steps
+    offsets = batch * batch_stride + times.to(tl.int64)[:, None] * step_stride + columns[None, :]
+    mask = ((steps >= 0) & (steps < length))[:, None] & (columns < width)[None, :]
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_row(pointer, columns, width):
+    return tl.load(pointer + columns, mask=columns < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_matrix(A, n, e, state, channels):
+    mask = (n < state)[:, None] & (e < channels)[None, :]
+    return tl.load(A + e[None, :] * state + n[:, None], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _state_offsets(index, n, e, state, channels):
+    return index * state * channels + n[:, None] * channels + e[None, :]
+
+
+@triton.jit
+def _sigmoid(v):
+    small = tl.exp(-tl.abs(v))
+    return tl.where(v >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _softplus(v):
+    """`max(v, 0) + log1p(exp(-|v|))`; a logarithm of `1 + tiny` would lose time steps as small as the usual 1e-3."""
+    small = tl.exp(-tl.abs(v))
+    s = small / (2.0 + small)  # log1p(small) = 2 artanh(s), s <= 1/3
+    q = s * s
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
+    return tl.maximum(v, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def _load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE: tl.constexpr):
+    """`dt + dt_bias`; outside of the sequence -inf, of which the softplus is zero: no decay, no input."""
+    v = _load(dt, dt_batch, dt_step, batch, steps, e, channels, length, REVERSE)
+    if dt_bias is not None:
+        v += _load_row(dt_bias, e, channels)[None, :]
+    return tl.where(((steps >= 0) & (steps < length))[:, None], v, float("-inf"))
+
+
+@triton.jit
+def _load_grad(
+    grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE: tl.constexpr
+):
+    """The gradient of `y` before the gate."""
+    grad_y = _load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
+    if z is not None:
+        gate = _load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
+        grad_y *= gate * _sigmoid(gate)
+    return grad_y
+
+
+@triton.jit
+def _compose(a1, b1, a2, b2):
+    return a1 * a2, a2 * b1 + b2
+
+
+@triton.jit
+def _recurrence(a, b, h, BACKWARDS: tl.constexpr):
+    """All `h_t = a_t * h_{t-1} + b_t` of a tile `(step, state, channel)`, from the state `h` before it."""
+    product, states = tl.associative_scan((a, b), 0, _compose, reverse=BACKWARDS)
+    return states + product * h[None, :, :]
+
+
+@triton.jit
+def _step(tile, index, T: tl.constexpr):
+    return tl.sum(tl.where((tl.arange(0, T) == index)[:, None, None], tile, 0.0), 0)
+
+
+# The three passes.
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def _chunk_kernel(
+    x, x_batch, x_step, z, z_batch, z_step, dt, dt_batch, dt_step, A, B, B_batch, B_step, dt_bias,
+    ends, dt_sums, length, channels, state, num_chunks, num_tiles,
+    REVERSE: tl.constexpr, ADJOINT: tl.constexpr, T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """
+    What a chunk makes of a zero state, `ends`, and the sum of its time steps, which is all there is to its decay:
+    `h_end = end + exp(A * dt_sum) * h`. For the adjoint, `x` is the gradient of the output and `B` is C.
+    """
+    batch, chunk, block = _program(num_chunks, channels, E)
+    e = block * E + tl.arange(0, E)
+    n = tl.arange(0, N)
+    a = _load_matrix(A, n, e, state, channels)
+    h = tl.zeros((N, E), tl.float32)
+    dt_sum = tl.zeros((E,), tl.float32)
+    for i in range(num_tiles):
+        tile = num_tiles - 1 - i if ADJOINT else i
+        steps = (chunk * num_tiles + tile) * T + tl.arange(0, T)
+        if ADJOINT:
+            weight = _load_grad(
+                x, x_batch, x_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE
+            )  # fmt: skip
+            dt_tile = _softplus(
+                _load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps + 1, e, channels, length, REVERSE)
+            )
+        else:
+            dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE))
+            weight = dt_tile * _load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
+        b = _load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
+        decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
+        states = _recurrence(decay, weight[:, None, :] * b[:, :, None], h, ADJOINT)
+        h = _step(states, 0 if ADJOINT else T - 1, T)
+        dt_sum += tl.sum(dt_tile, 0)
+    index = batch * num_chunks + chunk
+    inside = e < channels
+    tl.store(ends + _state_offsets(index, n, e, state, channels), h, mask=(n < state)[:, None] & inside[None, :])
+    tl.store(dt_sums + index * channels + e, dt_sum, mask=inside)
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def _carry_kernel(
+    A, ends, dt_sums, starts, channels, state, num_chunks, ADJOINT: tl.constexpr, N: tl.constexpr, E: tl.constexpr
+):  # fmt: skip
+    """The state before each chunk, `starts`; after it in time, for the adjoint."""
+    batch, _, block = _program(1, channels, E)
+    e = block * E + tl.arange(0, E)
+    n = tl.arange(0, N)
+    mask = (n < state)[:, None] & (e < channels)[None, :]
+    a = _load_matrix(A, n, e, state, channels)
+    h = tl.zeros((N, E), tl.float32)
+    for i in range(num_chunks):
+        index = batch * num_chunks + (num_chunks - 1 - i if ADJOINT else i)
+        offsets = _state_offsets(index, n, e, state, channels)
+        tl.store(starts + offsets, h, mask=mask)
+        dt_sum = _load_row(dt_sums + index * channels, e, channels)
+        h = tl.exp(dt_sum[None, :] * a) * h + tl.load(ends + offsets, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def _scan_kernel(
+    x, x_batch, x_step, dt, dt_batch, dt_step, A, B, B_batch, B_step, C, C_batch, C_step, D,
+    z, z_batch, z_step, dt_bias, add, add_batch, add_step,
+    starts, tile_starts, y, ungated, length, channels, state, num_chunks, num_tiles,
+    REVERSE: tl.constexpr, T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """The scan from `starts`. Writes `y`, or, for the backward pass, only the state before each tile."""
+    batch, chunk, block = _program(num_chunks, channels, E)
+    e = block * E + tl.arange(0, E)
+    n = tl.arange(0, N)
+    a = _load_matrix(A, n, e, state, channels)
+    state_mask = (n < state)[:, None] & (e < channels)[None, :]
+    index = batch * num_chunks + chunk
+    h = tl.load(starts + _state_offsets(index, n, e, state, channels), mask=state_mask, other=0.0)
+    for tile in range(num_tiles):
+        if tile_starts is not None:
+            offsets = _state_offsets(index * num_tiles + tile, n, e, state, channels)
+            tl.store(tile_starts + offsets, h, mask=state_mask)
+        steps = (chunk * num_tiles + tile) * T + tl.arange(0, T)
+        x_tile = _load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
+        dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE))
+        b = _load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
+        decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
+        states = _recurrence(decay, (dt_tile * x_tile)[:, None, :] * b[:, :, None], h, False)
+        h = _step(states, T - 1, T)
+        if y is not None:
+            c = _load(C, C_batch, C_step, batch, steps, n, state, length, REVERSE)
+            y_tile = tl.sum(c[:, :, None] * states, 1) + _load_row(D, e, channels)[None, :] * x_tile
+            if add is not None:
+                y_tile += _load(add, add_batch, add_step, batch, steps, e, channels, length, REVERSE)
+            offsets = _contiguous(batch, steps, e, channels, length, REVERSE)
+            mask = (steps < length)[:, None] & (e < channels)[None, :]
+            if ungated is not None:
+                tl.store(ungated + offsets, y_tile, mask=mask)
+            if z is not None:
+                gate = _load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
+                y_tile *= gate * _sigmoid(gate)
+            tl.store(y + offsets, y_tile, mask=mask)
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def _adjoint_kernel(
+    grad, grad_batch, grad_step, x, x_batch, x_step, dt, dt_batch, dt_step, A, B, B_batch, B_step, C, C_batch, C_step,
+    D, z, z_batch, z_step, dt_bias, ungated, tile_starts, adjoints,
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias, grad_add,
+    batch_size, length, channels, state, num_chunks, num_tiles,
+    REVERSE: tl.constexpr, T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """
+    The adjoint scan from `adjoints`, last tile first, and from it all gradients. Those of `A, D, dt_bias` are sums over
+    the chunk, those of `B, C` over the block of channels: what is left of each sum is for `torch.sum`, in fixed order.
+    """
+    batch, chunk, block = _program(num_chunks, channels, E)
+    e = block * E + tl.arange(0, E)
+    n = tl.arange(0, N)
+    first = tl.arange(0, T) == 0
+    a = _load_matrix(A, n, e, state, channels)
+    d = _load_row(D, e, channels)
+    state_mask = (n < state)[:, None] & (e < channels)[None, :]
+    index = batch * num_chunks + chunk
+    carry = tl.load(adjoints + _state_offsets(index, n, e, state, channels), mask=state_mask, other=0.0)
+    sum_A = tl.zeros((N, E), tl.float32)
+    sum_D = tl.zeros((E,), tl.float32)
+    sum_dt = tl.zeros((E,), tl.float32)
+    for i in range(num_tiles):
+        tile = num_tiles - 1 - i
+        steps = (chunk * num_tiles + tile) * T + tl.arange(0, T)
+        offsets = _contiguous(batch, steps, e, channels, length, REVERSE)
+        mask = (steps < length)[:, None] & (e < channels)[None, :]
+
+        # h_{t-1}, from the steps one earlier than the tile's: the difference h_t - dt_t B_t x_t would be inexact
+        earlier = tl.where(first, -1, steps - 1)
+        dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, earlier, e, channels, length, REVERSE))
+        x_tile = _load(x, x_batch, x_step, batch, earlier, e, channels, length, REVERSE)
+        b = _load(B, B_batch, B_step, batch, earlier, n, state, length, REVERSE)
+        decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
+        start = _state_offsets(index * num_tiles + tile, n, e, state, channels)
+        h = tl.load(tile_starts + start, mask=state_mask, other=0.0)
+        before = _recurrence(decay, (dt_tile * x_tile)[:, None, :] * b[:, :, None], h, False)
+
+        # e_t = C_t * grad_y_t + exp(dt_{t+1} * A) * e_{t+1}
+        grad_y = _load_grad(
+            grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE
+        )  # fmt: skip
+        c = _load(C, C_batch, C_step, batch, steps, n, state, length, REVERSE)
+        dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps + 1, e, channels, length, REVERSE))
+        decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
+        grad_h = _recurrence(decay, grad_y[:, None, :] * c[:, :, None], carry, True)
+        carry = _step(grad_h, 0, T)
+
+        x_tile = _load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
+        v = _load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE)
+        dt_tile = _softplus(v)
+        b = _load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
+        decayed = tl.exp(dt_tile[:, None, :] * a[None, :, :]) * before
+        dt_x = dt_tile * x_tile
+        states = decayed + dt_x[:, None, :] * b[:, :, None]
+        partial = _contiguous(block * batch_size + batch, steps, n, state, length, REVERSE)
+        partial_mask = (steps < length)[:, None] & (n < state)[None, :]
+        tl.store(grad_C + partial, tl.sum(grad_y[:, None, :] * states, 2), mask=partial_mask)
+        tl.store(grad_B + partial, tl.sum(grad_h * dt_x[:, None, :], 2), mask=partial_mask)
+
+        grad_dtA = grad_h * decayed
+        grad_dt_x = tl.sum(grad_h * b[:, :, None], 1)
+        grad_v = (tl.sum(grad_dtA * a[None, :, :], 1) + grad_dt_x * x_tile) * _sigmoid(v)
+        tl.store(grad_dt + offsets, grad_v, mask=mask)
+        tl.store(grad_x + offsets, grad_dt_x * dt_tile + d[None, :] * grad_y, mask=mask)
+        sum_A += tl.sum(grad_dtA * dt_tile[:, None, :], 0)
+        sum_D += tl.sum(grad_y * x_tile, 0)
+        sum_dt += tl.sum(tl.where(mask, grad_v, 0.0), 0)
+        if grad_add is not None:
+            tl.store(grad_add + offsets, grad_y, mask=mask)
+        if z is not None:
+            gate = _load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
+            grad_z_tile = _load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
+            grad_z_tile *= _sigmoid(gate) * (1.0 + gate * _sigmoid(-gate))
+            grad_z_tile *= tl.load(ungated + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(grad_z + offsets, grad_z_tile, mask=mask)
+    tl.store(grad_A + _state_offsets(index, n, e, state, channels), sum_A, mask=state_mask)
+    tl.store(grad_D + index * channels + e, sum_D, mask=e < channels)
+    tl.store(grad_dt_bias + index * channels + e, sum_dt, mask=e < channels)
+
+
+# The scan as operators.
+
+
+def _blocks(channels: int, state: int) -> dict[str, int]:
+    """Shape of a tile."""
+    N, E = triton.next_power_of_2(state), min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
+    return {"T": max(2, min(BLOCK_STEPS, TILE_SIZE // (N * E))), "N": N, "E": E, "num_warps": NUM_WARPS}
+
+
+def _num_chunks(batch, length, channels):
+    """Written for symbolic sizes too: no branches, hence no guards."""
+    programs = torch.sym_max(batch * _ceil(channels, BLOCK_CHANNELS), 1)
+    return torch.sym_max(torch.sym_min(TARGET_PROGRAMS // programs, _ceil(length, MIN_CHUNK_STEPS)), 1)
+
+
+def _ceil(count, block):
+    return (count + block - 1) // block
+
+
+def _strided(sequence):
+    """A sequence for a kernel: pointer, and strides of batch and step. Columns are next to each other."""
+    if sequence is None:
+        return None, 0, 0
+    sequence = sequence if sequence.stride(-1) == 1 else sequence.contiguous()
+    return sequence, *sequence.stride()[:2]
+
+
+def _launch(kernel, num_programs, *arguments, **options):
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    guard = nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+    with guard:
+        if num_programs:  # an empty grid is an error
+            kernel[(num_programs,)](*arguments, **options)
+
+
+def _starts(x, z, dt, A, B, dt_bias, num_chunks, num_tiles, blocks, reverse, adjoint):
+    """Passes 1 and 2: the state before each chunk, `(batch, chunks, state, channels)`."""
+    (batch, length, channels), state = x.shape, A.shape[1]
+    sizes, programs = (batch, num_chunks, state, channels), batch * _ceil(channels, blocks["E"])
+    if num_chunks == 1:
+        return torch.zeros(sizes, dtype=torch.float32, device=x.device)
+    starts, ends = (torch.empty(sizes, dtype=torch.float32, device=x.device) for _ in range(2))
+    dt_sums = torch.empty((batch, num_chunks, channels), dtype=torch.float32, device=x.device)
+    _launch(
+        _chunk_kernel, programs * num_chunks, *_strided(x), *_strided(z), *_strided(dt), A, *_strided(B), dt_bias,
+        ends, dt_sums, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, ADJOINT=adjoint, **blocks,
+    )  # fmt: skip
+    blocks = {**blocks, "num_warps": 4}
+    del blocks["T"]
+    _launch(
+        _carry_kernel, programs, A, ends, dt_sums, starts, channels, state, num_chunks, ADJOINT=adjoint, **blocks
+    )  # fmt: skip
+    return starts
+
+
+@operator
+def triton_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    add: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`y`, and for the backward pass `y` before the gate and the states before each chunk, or two empty tensors."""
+    (batch, length, channels), state = x.shape, A.shape[1]
+    blocks = _blocks(channels, state)
+    num_chunks = _num_chunks(batch, length, channels)
+    num_tiles = _ceil(_ceil(length, num_chunks), blocks["T"])
+    A, D, dt_bias = A.contiguous(), D.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    ungated = torch.empty_like(y) if save and z is not None else None
+    starts = _starts(x, None, dt, A, B, dt_bias, num_chunks, num_tiles, blocks, reverse, adjoint=False)
+    _launch(
+        _scan_kernel, batch * num_chunks * _ceil(channels, blocks["E"]),
+        *_strided(x), *_strided(dt), A, *_strided(B), *_strided(C), D, *_strided(z), dt_bias, *_strided(add),
+        starts, None, y, ungated, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
+    )  # fmt: skip
+    return y, y.new_empty(0) if ungated is None else ungated, starts if save else starts.new_empty(0)
+
+
+@triton_selective_scan.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, add, reverse, save):
+    batch, length, channels = x.shape
+    starts = (batch, _num_chunks(batch, length, channels), A.shape[1], channels) if save else (0,)
+    ungated = x.shape if save and z is not None else (0,)
+    return x.new_empty(x.shape), x.new_empty(ungated), x.new_empty(starts, dtype=torch.float32)
+
+
+@operator
+def triton_selective_scan_backward(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    ungated: Tensor,
+    starts: Tensor,
+    reverse: bool,
+    with_add: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """
+    Gradients of `x, dt, A, B, C, D, z, dt_bias, add`, empty for those that are not there.
+
+    Beside them, it needs for a while `state / T` times `x` in float32 for the states before each tile of T steps, and
+    `2 * state / E` times that for the sums over E channels in the gradients of `B` and `C`: with 16 states, twice `x`.
+    """
+    (batch, length, channels), state = x.shape, A.shape[1]
+    blocks = _blocks(channels, state)
+    num_chunks, num_blocks = starts.shape[1], _ceil(channels, blocks["E"])
+    num_tiles = _ceil(_ceil(length, num_chunks), blocks["T"])
+    num_programs = batch * num_chunks * num_blocks
+    A_, D_, dt_bias_ = A.contiguous(), D.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+
+    tile_starts = starts.new_empty(batch, num_chunks * num_tiles, state, channels)
+    _launch(
+        _scan_kernel, num_programs,
+        *_strided(x), *_strided(dt), A_, *_strided(B), None, 0, 0, None, None, 0, 0, dt_bias_, None, 0, 0,
+        starts, tile_starts, None, None, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
+    )  # fmt: skip
+    adjoints = _starts(grad, z, dt, A_, C, dt_bias_, num_chunks, num_tiles, blocks, reverse, adjoint=True)
+
+    grad_x, grad_dt = (torch.empty(x.shape, dtype=tensor.dtype, device=x.device) for tensor in (x, dt))
+    grad_z = None if z is None else torch.empty(x.shape, dtype=z.dtype, device=x.device)
+    grad_add = torch.empty_like(grad_x) if with_add else None
+    grad_A = starts.new_empty(batch * num_chunks, state, channels)
+    grad_D, grad_dt_bias = (starts.new_empty(batch * num_chunks, channels) for _ in range(2))
+    grad_B, grad_C = (starts.new_empty(num_blocks, batch, length, state) for _ in range(2))
+    _launch(
+        _adjoint_kernel, num_programs,
+        *_strided(grad), *_strided(x), *_strided(dt), A_, *_strided(B), *_strided(C), D_, *_strided(z), dt_bias_,
+        ungated, tile_starts, adjoints,
+        grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias, grad_add,
+        batch, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
+    )  # fmt: skip
+    empty = x.new_empty
+    return (
+        grad_x,
+        grad_dt,
+        grad_A.sum(0).t().to(A.dtype, memory_format=torch.contiguous_format),
+        grad_B.sum(0).to(B.dtype),
+        grad_C.sum(0).to(C.dtype),
+        grad_D.sum(0).to(D.dtype),
+        empty(0) if grad_z is None else grad_z,
+        empty(0) if dt_bias is None else grad_dt_bias.sum(0).to(dt_bias.dtype),
+        empty(0) if grad_add is None else grad_add,
+    )
+
+
+@triton_selective_scan_backward.register_fake
+def _(grad, x, dt, A, B, C, D, z, dt_bias, ungated, starts, reverse, with_add):
+    tensors = (x, dt, A, B, C, D, z, dt_bias, x if with_add else None)
+    return tuple(x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+def _save_for_selective_scan(ctx, inputs, output):
+    *tensors, add, ctx.reverse, _ = inputs
+    ctx.add_dtype = None if add is None else add.dtype
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # nobody takes gradients of what is saved
+
+
+def _differentiate_selective_scan(ctx, grad, *_):
+    *tensors, ungated, starts = ctx.saved_tensors
+    z, dt_bias = tensors[6:]
+    with_add = ctx.add_dtype is not None
+    *grads, grad_z, grad_dt_bias, grad_add = triton_selective_scan_backward(
+        grad, *tensors, ungated, starts, ctx.reverse, with_add and z is not None
+    )
+    if with_add:
+        grad_add = (grad if z is None else grad_add).to(ctx.add_dtype)
+    return (
+        *grads,
+        None if z is None else grad_z,
+        None if dt_bias is None else grad_dt_bias,
+        grad_add if with_add else None,
+        None,
+        None,
+    )
+
+
+triton_selective_scan.register_autograd(_differentiate_selective_scan, setup_context=_save_for_selective_scan)
+
+
+# The convolution.
+
+
+@triton.jit
+def _convolve(
+    x, x_batch, x_step, weight, bias, batch, steps, e, channels, length,
+    WIDTH: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    y = tl.zeros((T, E), tl.float32)
+    if bias is not None:
+        y += _load_row(bias, e, channels)[None, :]
+    for tap in tl.static_range(WIDTH):
+        x_tile = _load(x, x_batch, x_step, batch, steps - (WIDTH - 1 - tap), e, channels, length, REVERSE)
+        y += _load_tap(weight, e, channels, tap, WIDTH)[None, :] * x_tile
+    return y
+
+
+@triton.jit
+def _load_tap(weight, e, channels, tap, WIDTH: tl.constexpr):
+    return tl.load(weight + e * WIDTH + tap, mask=e < channels, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def _convolution_kernel(
+    x, x_batch, x_step, weight, bias, y, length, channels, num_chunks,
+    WIDTH: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    batch, chunk, block = _program(num_chunks, channels, E)
+    e = block * E + tl.arange(0, E)
+    steps = chunk * T + tl.arange(0, T)
+    y_tile = _convolve(
+        x, x_batch, x_step, weight, bias, batch, steps, e, channels, length, WIDTH, REVERSE, T, E
+    )  # fmt: skip
+    if SILU:
+        y_tile *= _sigmoid(y_tile)
+    offsets = _contiguous(batch, steps, e, channels, length, REVERSE)
+    tl.store(y + offsets, y_tile, mask=(steps < length)[:, None] & (e < channels)[None, :])
+
+
+@triton.jit(do_not_specialize=ANY_SIZE)
+def _convolution_gradient_kernel(
+    grad, grad_batch, grad_step, x, x_batch, x_step, weight, bias, grad_y, grad_weight, grad_bias,
+    length, channels, num_chunks, WIDTH: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the convolution before the SiLU, and the part of this chunk in those of `weight` and `bias`."""
+    batch, chunk, block = _program(num_chunks, channels, E)
+    e = block * E + tl.arange(0, E)
+    steps = chunk * T + tl.arange(0, T)
+    y = _convolve(
+        x, x_batch, x_step, weight, bias, batch, steps, e, channels, length, WIDTH, REVERSE, T, E
+    )  # fmt: skip
+    grad_tile = _load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
+    grad_tile *= _sigmoid(y) * (1.0 + y * _sigmoid(-y))
+    inside = e < channels
+    offsets = _contiguous(batch, steps, e, channels, length, REVERSE)
+    tl.store(grad_y + offsets, grad_tile, mask=(steps < length)[:, None] & inside[None, :])
+    index = batch * num_chunks + chunk
+    tl.store(grad_bias + index * channels + e, tl.sum(grad_tile, 0), mask=inside)
+    for tap in tl.static_range(WIDTH):
+        x_tile = _load(x, x_batch, x_step, batch, steps - (WIDTH - 1 - tap), e, channels, length, REVERSE)
+        tl.store(grad_weight + (index * channels + e) * WIDTH + tap, tl.sum(grad_tile * x_tile, 0), mask=inside)
+
+
+def _convolution_blocks(x):
+    """Number of chunks, number of programs, shape of a tile."""
+    batch, length, channels = x.shape
+    num_chunks = _ceil(length, CONVOLUTION_STEPS)
+    E = min(CONVOLUTION_CHANNELS, triton.next_power_of_2(channels))
+    return num_chunks, batch * num_chunks * _ceil(channels, E), {"T": CONVOLUTION_STEPS, "E": E}
+
+
+@operator
+def triton_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_chunks, num_programs, blocks = _convolution_blocks(x)
+    _launch(
+        _convolution_kernel, num_programs, *_strided(x), weight.contiguous(), bias, y,
+        x.shape[1], x.shape[2], num_chunks, WIDTH=weight.shape[-1], REVERSE=reverse, SILU=True, **blocks,
+    )  # fmt: skip
+    return y
+
+
+@operator
+def triton_causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `x, weight, bias`; that of `x` is a convolution against the direction of the first."""
+    (batch, length, channels), width = x.shape, weight.shape[-1]
+    num_chunks, num_programs, blocks = _convolution_blocks(x)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    grad_weight = torch.empty(batch * num_chunks, channels, 1, width, dtype=torch.float32, device=x.device)
+    grad_bias = torch.empty(batch * num_chunks, channels, dtype=torch.float32, device=x.device)
+    _launch(
+        _convolution_gradient_kernel, num_programs, *_strided(grad), *_strided(x), weight.contiguous(), bias,
+        grad_y, grad_weight, grad_bias, length, channels, num_chunks, WIDTH=width, REVERSE=reverse, **blocks,
+    )  # fmt: skip
+    _launch(
+        _convolution_kernel, num_programs, *_strided(grad_y), weight.contiguous(), None, grad_x,
+        length, channels, num_chunks, WIDTH=width, REVERSE=not reverse, SILU=False, **blocks,
+    )  # fmt: skip
+    empty = x.new_empty(0)
+    return (
+        grad_x,
+        grad_weight.sum(0).to(weight.dtype),
+        empty if bias is None else grad_bias.sum(0).to(bias.dtype),
+    )
+
+
+@triton_causal_conv1d.register_fake
+def _(x, weight, bias, reverse):
+    return x.new_empty(x.shape)
+
+
+@triton_causal_conv1d_backward.register_fake
+def _(grad, x, weight, bias, reverse):
+    empty = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), empty
+
+
+def _save_for_causal_conv1d(ctx, inputs, output):
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_causal_conv1d(ctx, grad):
+    grad_x, grad_weight, grad_bias = triton_causal_conv1d_backward(grad, *ctx.saved_tensors, ctx.reverse)
+    return grad_x, grad_weight, None if ctx.saved_tensors[2] is None else grad_bias, None
+
+
+triton_causal_conv1d.register_autograd(_differentiate_causal_conv1d, setup_context=_save_for_causal_conv1d)

@@ -1,0 +1,60 @@
+"""The scan and its convolution as the equations say, which every backend is held against."""
+
+import torch
+import torch.nn.functional as F
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def naive_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
+    """The recurrence, step by step, differentiated by autograd."""
+    dt = F.softplus(dt if dt_bias is None else dt + dt_bias)
+    h, ys = x.new_zeros(x.shape[0], *A.shape), {}
+    steps = range(x.shape[1])
+    for t in reversed(steps) if reverse else steps:
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None]
+        ys[t] = (h * C[:, t, None]).sum(-1) + D * x[:, t]
+    y = torch.stack([ys[t] for t in steps], dim=1)
+    y = y if add is None else y + add
+    return y if z is None else y * F.silu(z)
+
+
+def naive_conv(x, weight, bias, reverse):
+    width = weight.shape[-1]
+    weight = weight.flip(-1) if reverse else weight
+    padded = F.pad(x.transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
+    return F.silu(F.conv1d(padded, weight, bias, groups=weight.shape[0])).transpose(1, 2)
+
+
+def make_inputs(batch=2, length=11, channels=5, state=4, dtype=torch.float32, without=(), device="cpu"):
+    """`x, dt, A, B, C, D, z, dt_bias, add`; `x`, `z` and `B`, `C` are parts of one tensor as they are in the model."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+    x, z = randn(batch, length, 2 * channels).to(dtype).chunk(2, dim=-1)
+    _, B, C = randn(batch, length, 3 + 2 * state).to(dtype).split([3, state, state], dim=-1)
+    dt, add = randn(batch, length, channels).to(dtype), randn(batch, length, channels).to(dtype)
+    parameters = torch.promote_types(dtype, torch.float32)
+    A, D, dt_bias = (t.to(parameters) for t in (-torch.exp(randn(channels, state)), randn(channels), randn(channels)))
+    inputs = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "add": add}
+    return {name: None if name in without else t.detach().requires_grad_() for name, t in inputs.items()}
+
+
+def assert_same(function, reference, inputs, reverse, tolerance=1e-4, gradient_tolerance=1e-3):
+    """Outputs and gradients are those of the reference in float64; gradients relative to their largest entry."""
+    inputs = list(inputs)
+    exact = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in inputs]
+    actual, expected = function(*inputs, reverse), reference(*exact, reverse)
+    assert actual.dtype == inputs[0].dtype and actual.shape == expected.shape
+    if expected.numel():
+        scale = 1.0 if actual.dtype in (torch.float32, torch.float64) else expected.abs().max()
+        assert (actual.double() - expected).abs().max() <= tolerance * scale
+    weights = torch.randn_like(expected).to(actual.dtype)
+    tensors, exact = ([tensor for tensor in group if tensor is not None] for group in (inputs, exact))
+    grads = torch.autograd.grad(actual, tensors, weights)
+    for grad, other, tensor in zip(grads, torch.autograd.grad(expected, exact, weights.double()), tensors, strict=True):
+        assert grad.dtype == tensor.dtype and grad.shape == tensor.shape
+        if grad.numel():
+            assert (grad.double() - other).abs().max() <= gradient_tolerance * other.abs().max().clamp(min=1e-6)
