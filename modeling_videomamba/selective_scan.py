@@ -12,8 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from . import selective_scan_cpu, selective_scan_triton
 from .operators import operator
+from .selective_scan_cpu import causal_conv1d as _cpu_causal_conv1d
+from .selective_scan_cpu import selective_scan as _cpu_selective_scan
+from .selective_scan_cpu import unusable as _cpu_unusable
+from .selective_scan_triton import causal_conv1d as _triton_causal_conv1d
+from .selective_scan_triton import selective_scan as _triton_selective_scan
+from .selective_scan_triton import unusable as _triton_unusable
 
 BACKEND_VARIABLE = "VIDEOMAMBA_SCAN_BACKEND"
 
@@ -152,7 +157,7 @@ def _choose_backend(device_type: str, dtype: torch.dtype) -> str:
     forced = os.environ.get(BACKEND_VARIABLE)
     if forced is None:
         name = next(name for name, backend in _BACKENDS.items() if backend.reason_against(device_type, dtype) is None)
-        if name == "torch" and dtype != torch.float64:
+        if name == "torch" and dtype != torch.float64 and device_type != "meta":
             _warn_of_slow_scan(device_type)
         return name
     if forced not in _BACKENDS:
@@ -402,19 +407,8 @@ class _Backend:
 # In order of preference. A new backend is one entry here.
 _BACKENDS = {
     "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unusable, ("cuda",)),
-    "triton": _Backend(
-        selective_scan_triton.selective_scan,
-        selective_scan_triton.causal_conv1d,
-        selective_scan_triton.unusable,
-        ("cuda", "xpu"),
-    ),
-    "cpu": _Backend(
-        selective_scan_cpu.selective_scan,
-        selective_scan_cpu.causal_conv1d,
-        selective_scan_cpu.unusable,
-        ("cpu",),
-        in_pieces=True,
-    ),
+    "triton": _Backend(_triton_selective_scan, _triton_causal_conv1d, _triton_unusable, ("cuda", "xpu")),
+    "cpu": _Backend(_cpu_selective_scan, _cpu_causal_conv1d, _cpu_unusable, ("cpu",), in_pieces=True),
     "torch": _Backend(
         _torch_selective_scan,
         _torch_causal_conv1d,

@@ -26,7 +26,7 @@ def scan_flops(x, dt, A, B, C, *args, **kwargs):
 
 
 def multiply_adds(model, shape):
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.videomamba.selective_scan: scan_flops})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.videomamba.reference_scan: scan_flops})
     with counter, torch.no_grad():
         model.eval()(torch.empty(shape, device="meta"))
     return counter.get_total_flops() / 2
