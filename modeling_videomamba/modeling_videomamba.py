@@ -3,9 +3,8 @@
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +29,9 @@ SCANS = {
     "spatiotemporal_v2": (("spatial", False), ("spatial", True), ("temporal", False), ("temporal", True)),
 }
 
-# Inference on a CPU takes a long sequence in pieces whose `x` and `z` have this many entries, and that are not shorter
-# than this many tokens.
-PIECE_SIZE = 2**20
+# Inference on a CPU takes long sequences in pieces of this many tokens of the batch: few enough for the caches, and
+# enough for matrix products at full speed. Of a sample a piece has at least `MIN_PIECE_LENGTH`.
+PIECE_SIZE = 640
 MIN_PIECE_LENGTH = 64
 
 # Which class of this file each Auto class loads, for directories that carry their code.
@@ -149,7 +148,12 @@ class VideoMambaPatchEmbeddings(nn.Module):
                 f"Height and width of `pixel_values` must be multiples of `patch_size` ({patch}), "
                 f"got {height} x {width}."
             )
-        return self.projection(pixel_values.transpose(1, 2).to(self.projection.weight.dtype))
+        pixel_values = pixel_values.transpose(1, 2)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and pixel_values.device.type == "cpu":
+            # convolutions copy their input twice, which for a long video is more than all layers need
+            pieces = pixel_values.split(8 * tubelet, dim=2)
+            return torch.cat([self.projection(piece.to(self.projection.weight.dtype)) for piece in pieces], dim=2)
+        return self.projection(pixel_values.to(self.projection.weight.dtype))
 
 
 class VideoMambaEmbeddings(nn.Module):
@@ -182,7 +186,7 @@ class VideoMambaEmbeddings(nn.Module):
         positions = resize_spatial_positions(self.position_embeddings, self.config.grid_size, (rows, columns))
         patches = patches.flatten(3).permute(0, 2, 3, 1) + positions[:, 1:].unsqueeze(1)
         if self.temporal_position_embeddings is not None and not is_image:
-            patches = patches + resize_temporal_positions(self.temporal_position_embeddings, num_steps).unsqueeze(2)
+            patches += resize_temporal_positions(self.temporal_position_embeddings, num_steps).unsqueeze(2)
         cls_token = (self.cls_token + positions[:, :1]).expand(batch, -1, -1)
         return torch.cat([cls_token, patches.flatten(1, 2)], dim=1), num_steps
 
@@ -298,26 +302,28 @@ class VideoMambaMixer(nn.Module):
                 y = scan(x, y, gate)
         return self.out_proj(y)
 
-    def forward_in_pieces(self, pieces: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+    def forward_in_pieces(self, pieces: Sequence[torch.Tensor], norm: nn.Module) -> Iterator[tuple[int, torch.Tensor]]:
         """
-        What `forward` computes of the tokens of all `pieces` one after the other, in spatial-first order, without
-        gradients. A piece gives its hidden states `(batch, length, D)` when called, twice. Of all tokens there are only
-        `x` and `y` at the same time; the rest exists for one piece, small enough to stay in the cache of a processor.
+        What `forward` computes of the norm of all `pieces` of the tokens one after the other, in spatial-first order,
+        without gradients: the index and the output of each piece. Of all tokens there are only `x` and `y` at the same
+        time; the rest exists for one piece, small enough to stay in the cache of a processor.
         """
         x: list[Any] = [None] * len(pieces)
-        y: list[Any] = [None] * len(pieces)
+        batch, length, channels = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces), self.out_proj.in_features
+        dtype = self.in_proj(norm(pieces[0][:, :1])).dtype  # that of autocast, if it is on
+        y = torch.zeros(batch, length, channels, dtype=dtype).tensor_split(len(pieces), dim=1)
         for scan in self.scans:
-            context = state = None
             is_last = scan is self.scans[-1]
+            context, state = None, torch.zeros(batch, self.state_size, channels)
             for i in reversed(range(len(pieces))) if scan.reverse else range(len(pieces)):
-                x_i = self.in_proj(pieces[i](), only="x") if x[i] is None else x[i]
-                z_i = self.in_proj(pieces[i](), only="z") if is_last else None
-                if state is None:
-                    state = x_i.new_zeros(x_i.shape[0], self.state_size, x_i.shape[2], dtype=torch.float32)
-                y_i = scan(x_i, y[i], z_i, context, state)
-                context = x_i[:, : self.context_length] if scan.reverse else x_i[:, -self.context_length :]
-                x[i], y[i] = (None, self.out_proj(y_i)) if is_last else (x_i, y_i)
-        return y
+                if x[i] is None:
+                    x[i] = self.in_proj(norm(pieces[i]), only="x")
+                z = self.in_proj(norm(pieces[i]), only="z") if is_last else None
+                scan(x[i], y[i], z, context, state)
+                context = x[i][:, : self.context_length] if scan.reverse else x[i][:, -self.context_length :]
+                if is_last:
+                    yield i, self.out_proj(y[i])
+                    x[i] = None
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):
@@ -332,23 +338,28 @@ class VideoMambaLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same, both float32."""
         num_pieces = self._num_pieces(hidden_states) if permutation is None else 1
-        if num_pieces == 1:
-            mixed = self.mixer(self.norm(hidden_states), permutation)
-        else:
-            pieces = hidden_states.tensor_split(num_pieces, dim=1)
-            mixed = torch.cat(self.mixer.forward_in_pieces([partial(self.norm, piece) for piece in pieces]), dim=1)
-        return hidden_states + self.drop_path(mixed.float())
+        if num_pieces > 1:
+            return self._forward_in_pieces(hidden_states, num_pieces)
+        return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())
+
+    def _forward_in_pieces(self, hidden_states: torch.Tensor, num_pieces: int) -> torch.Tensor:
+        """What `forward` computes, without gradients, a piece of the tokens at a time."""
+        outputs = torch.empty_like(hidden_states)
+        pieces, targets = hidden_states.tensor_split(num_pieces, dim=1), outputs.tensor_split(num_pieces, dim=1)
+        for i, mixed in self.mixer.forward_in_pieces(pieces, self.norm):
+            torch.add(pieces[i], mixed, out=targets[i])
+        return outputs
 
     def _num_pieces(self, hidden_states: torch.Tensor) -> int:
         in_proj = self.mixer.in_proj
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return 1
         if not isinstance(in_proj, VideoMambaInputProjection):  # wrapped, by an adapter for example
             return 1
         if not scans_in_pieces(hidden_states.device.type, in_proj.weight.dtype):
             return 1
         batch, length, _ = hidden_states.shape
-        return min(batch * length * in_proj.out_features // PIECE_SIZE, length // MIN_PIECE_LENGTH) or 1
+        return min(batch * length // PIECE_SIZE, length // MIN_PIECE_LENGTH) or 1
 
 
 class VideoMambaPreTrainedModel(PreTrainedModel):

@@ -63,8 +63,8 @@ def selective_scan(
         add (`torch.Tensor` of shape `(batch, length, channels)`, *optional*): Added before the gate: the output of the
             scan in the other direction.
         state (`torch.Tensor` of shape `(batch, state, channels)`, float32, *optional*): The state before the first
-            step, which is overwritten with that after the last, so that a long sequence can be scanned piece by piece.
-            On a CPU and without gradients only.
+            step, which is overwritten with that after the last, so that a long sequence can be scanned piece by piece;
+            `add` is then overwritten with the output. On a CPU and without gradients only.
 
     Returns:
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.

@@ -86,16 +86,16 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, state=None):
     """The backend `cpu` of [`selective_scan`]; float32, bfloat16 and float16."""
     sequences = [x, dt, B, C, z, add]
     dtype = x.dtype if all(s is None or s.dtype == x.dtype for s in sequences) else torch.float32
-    x_, dt, B, C, z, add = (None if s is None else s.to(dtype) for s in sequences)
+    inputs = [None if s is None else s.to(dtype) for s in sequences]
+    x_, dt, B, C, z, add_ = inputs
     A, D, dt_bias = A.float(), D.float(), None if dt_bias is None else dt_bias.float()
     if state is not None:
-        y = _empty(x_)
-        _call_scan(x_, dt, A, B, C, D, z, dt_bias, add, reverse, y, h=state)
-    else:
-        inputs = (x_, dt, A, B, C, D, z, dt_bias, add)
-        keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        y, _, _ = _scan(*inputs, reverse, keep)
-    return y.to(x.dtype)
+        y = _empty(x_) if add_ is None else _rows(add_)
+        _call_scan(x_, dt, A, B, C, D, z, dt_bias, None if add is None else y, reverse, y, h=state)
+        return y.to(x.dtype) if add is None else add.copy_(y)
+    inputs = [x_, dt, A, B, C, D, z, dt_bias, add_]
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    return _scan(*inputs, reverse, keep)[0].to(x.dtype)
 
 
 def causal_conv1d(x, weight, bias, reverse, context=None):

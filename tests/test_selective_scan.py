@@ -285,7 +285,9 @@ def test_a_sequence_can_be_scanned_in_pieces(reverse, pieces):
             x = parts[i]["x"]
             convolved[i] = causal_conv1d(x, weight, bias, reverse=reverse, context=context)
             context = x[:, :3] if reverse else x[:, -3:]
-            scanned[i] = selective_scan(**{**parts[i], **parameters}, reverse=reverse, state=state)
+            add = parts[i].pop("add").clone()
+            scanned[i] = selective_scan(**parts[i], **parameters, add=add, reverse=reverse, state=state)
+            assert scanned[i].data_ptr() == add.data_ptr()
     torch.testing.assert_close(torch.cat(convolved, 1), whole)
     torch.testing.assert_close(torch.cat(scanned, 1), selective_scan(**inputs, reverse=reverse))
 

@@ -6,7 +6,9 @@
 namespace videomamba {
 namespace {
 
-constexpr int kChunk = 64;  // steps of the backward pass whose gradients stay in the first cache
+constexpr int kChunk = 64;             // steps, and
+constexpr int kBlocks = 256 / kLanes;  // blocks of channels whose rows, weights and gradients stay in the first cache
+constexpr int kAhead = 4;              // rows, of which the processor can't guess which part is wanted
 
 template <class T>
 struct Convolution {
@@ -49,7 +51,7 @@ struct Convolution {
     }
 
     // The rows that the taps see from step t.
-    void inputs(int64_t sample, int64_t t, std::vector<const T*>& rows) const {
+    void inputs(int64_t sample, int64_t t, const T** rows) const {
         for (int64_t tap = 0; tap < convolution.width; ++tap) rows[tap] = input(sample, source(t, tap));
     }
 
@@ -64,18 +66,23 @@ struct Convolution {
 template <class T>
 void forward(const VideoMambaConvolution& convolution, int64_t sample, int64_t first, int64_t last) {
     const Convolution<T> kernel(convolution, 0, vectors(convolution.channels));
-    const int64_t full = convolution.channels / kLanes;
+    const int64_t full = convolution.channels / kLanes, ahead = kAhead * convolution.x.row_stride;
     std::vector<const T*> rows(convolution.width);
-    for (int64_t t = first; t < last; ++t) {
-        kernel.inputs(sample, t, rows);
-        T* target = row<T>(convolution.y, sample, t);
-        const auto write = [&](int64_t block, int lanes) {
-            const Vector y = kernel.before_silu(rows.data(), block, lanes);
-            store(target + block * kLanes, y * sigmoid(y), lanes);
-        };
-        for (int64_t block = 0; block < full; ++block) write(block, kLanes);
-        if (full < kernel.count) write(full, kernel.lanes(full));
-    }
+    for (int64_t start = first; start < last; start += kChunk)
+        for (int64_t begin = 0; begin < kernel.count; begin += kBlocks)
+            for (int64_t t = start; t < std::min(start + kChunk, last); ++t) {
+                kernel.inputs(sample, t, rows.data());
+                const T* x = row<T>(convolution.x, sample, t);
+                T* target = row<T>(convolution.y, sample, t);
+                const auto write = [&](int64_t block, int lanes) {
+                    __builtin_prefetch(x + ahead + block * kLanes);
+                    const Vector y = kernel.before_silu(rows.data(), block, lanes);
+                    store(target + block * kLanes, y * sigmoid(y), lanes);
+                };
+                const int64_t end = std::min(begin + kBlocks, kernel.count);
+                for (int64_t block = begin; block < std::min(end, full); ++block) write(block, kLanes);
+                if (end > full) write(full, kernel.lanes(full));
+            }
 }
 
 template <class T>
@@ -83,37 +90,46 @@ void backward(const VideoMambaConvolution& convolution, const VideoMambaConvolut
               int64_t first, int64_t last) {
     const Convolution<T> kernel(convolution, first, last);
     const int64_t length = convolution.length, channels = convolution.channels, width = convolution.width;
-    Workspace workspace(kChunk + width - 1 + kernel.count * (width + 1));
-    Vector *grad = workspace.take(kChunk + width - 1), *grad_weight = workspace.take(kernel.count * width),
-           *grad_bias = workspace.take(kernel.count);
-    std::vector<const T*> rows(width);
+    // The gradient of x at a step needs those before the SiLU of the `margin` steps that see it, each of which needs x of
+    // the `margin` steps that it sees.
+    const int64_t margin = width - 1;
+    Workspace workspace(2 * kChunk + 6 * margin + kernel.count * (width + 1));
+    Vector *xs = workspace.take(kChunk + 4 * margin), *grads = workspace.take(kChunk + 2 * margin),
+           *grad_weight = workspace.take(kernel.count * width), *grad_bias = workspace.take(kernel.count);
     for (int64_t start = 0; start < length; start += kChunk) {
         const int64_t end = std::min(start + kChunk, length);
-        // the steps that see a step of the chunk
-        const int64_t from = convolution.reverse ? std::max<int64_t>(start - width + 1, 0) : start;
-        const int64_t to = convolution.reverse ? end : std::min(end + width - 1, length);
-        for (int64_t block = 0; block < kernel.count; ++block) {
+        const auto backward_block = [&](int64_t block, int lanes) {
             const int64_t channel = kernel.channel(block);
-            const int lanes = kernel.lanes(block);
-            for (int64_t t = from; t < to; ++t) {
-                kernel.inputs(sample, t, rows);
-                const Vector y = kernel.before_silu(rows.data(), block, lanes), gate = sigmoid(y);
-                const Vector grad_y = load(row<T>(gradients.y, sample, t) + channel, lanes);
-                grad[t - from] = grad_y * gate * (1.0f + y * (1.0f - gate));
+            const Vector* weight = kernel.weight + block * width;
+            const auto x_at = [&](int64_t t) -> Vector& { return xs[t - start + 2 * margin]; };
+            const auto grad_at = [&](int64_t t) -> Vector& { return grads[t - start + margin]; };
+            const auto is_inside = [&](int64_t t) { return t >= 0 && t < length; };
+            for (int64_t t = start - 2 * margin; t < end + 2 * margin; ++t)
+                x_at(t) = is_inside(t) ? load(row<T>(convolution.x, sample, t) + channel, lanes) : Vector{};
+            for (int64_t t = start - margin; t < end + margin; ++t) {
+                Vector y = kernel.bias[block];
+                for (int64_t tap = 0; tap < width; ++tap) y += weight[tap] * x_at(kernel.source(t, tap));
+                const Vector gate = sigmoid(y), slope = gate * (1.0f + y * (1.0f - gate));
+                grad_at(t) = is_inside(t) ? slope * load(row<T>(gradients.y, sample, t) + channel, lanes) : Vector{};
             }
             for (int64_t t = start; t < end; ++t) {
                 Vector grad_x{};
-                for (int64_t tap = 0; tap < width; ++tap) {
-                    const int64_t seen = kernel.source(t, tap), seen_by = t - (seen - t);
-                    if (seen >= 0 && seen < length)
-                        grad_weight[block * width + tap] +=
-                            grad[t - from] * load(row<T>(convolution.x, sample, seen) + channel, lanes);
-                    if (seen_by >= from && seen_by < to)
-                        grad_x += kernel.weight[block * width + tap] * grad[seen_by - from];
-                }
-                grad_bias[block] += grad[t - from];
+                for (int64_t tap = 0; tap < width; ++tap)
+                    grad_x += weight[tap] * grad_at(t + (t - kernel.source(t, tap)));  // the step that sees t
                 store(row<T>(gradients.x, sample, t) + channel, grad_x, lanes);
             }
+            for (int64_t tap = 0; tap < width; ++tap) {
+                Vector total{};
+                for (int64_t t = start; t < end; ++t) total += grad_at(t) * x_at(kernel.source(t, tap));
+                grad_weight[block * width + tap] += total;
+            }
+            for (int64_t t = start; t < end; ++t) grad_bias[block] += grad_at(t);
+        };
+        for (int64_t block = 0; block < kernel.count; ++block) {
+            if (kernel.lanes(block) == kLanes)
+                backward_block(block, kLanes);
+            else
+                backward_block(block, kernel.lanes(block));
         }
     }
     for (int64_t block = 0; block < kernel.count; ++block) {
