@@ -334,8 +334,7 @@ class Backward {
                     store(grad_adds[i] + channel, grad_y, lanes);
                 }
                 const Vector v = load(dts[i] + channel, lanes) + share_.dt_bias[block];
-                adjoint.dt[i] = softplus(v);
-                adjoint.dt_slope[i] = sigmoid(v);
+                adjoint.dt[i] = softplus(v, &adjoint.dt_slope[i]);
                 adjoint.u[i] = adjoint.dt[i] * load(xs[i] + channel, lanes);
                 adjoint.grad_y[i] = grad_y;
                 adjoint.grad_u[i] = adjoint.grad_dt[i] = Vector{};
@@ -371,6 +370,7 @@ class Backward {
         const auto grad_dts = share_.rows(gradients_.dt, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
+                grad_xs.prefetch(i, channel), grad_dts.prefetch(i, channel);
                 const Adjoint& adjoint = adjoints_[block - first];
                 const Vector x = load(xs[i] + channel, lanes), grad_y = adjoint.grad_y[i];
                 const Vector grad_dt = (adjoint.grad_dt[i] * kLn2 + adjoint.grad_u[i] * x) * adjoint.dt_slope[i];

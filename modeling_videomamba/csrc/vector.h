@@ -143,8 +143,10 @@ inline Vector log1p_unit(Vector w) {
     return p * w;
 }
 
-inline Vector softplus(Vector v) {
+// log(1 + exp(v)), and its slope, the sigmoid.
+inline Vector softplus(Vector v, Vector* slope = nullptr) {
     const Vector w = exp2_bounded(at_least(absolute(v) * -kLog2E, -kExponents));
+    if (slope) *slope = (v < 0.0f ? w : broadcast(1.0f)) / (1.0f + w);
     return at_least(v, 0.0f) + log1p_unit(w);
 }
 
