@@ -132,8 +132,8 @@ def selective_scan_backends() -> dict[str, SelectiveScanBackend]:
     r"""
     The backends of [`selective_scan`] in order of preference, and why those that can't run here can't:
 
-    - `mamba_ssm`: CUDA kernels of the stock `mamba-ssm` release, and of `causal-conv1d` if that is installed, for
-      tensors on a GPU;
+    - `mamba_ssm`: CUDA kernels of the stock `mamba-ssm` release, or of its build on the Hub if `kernels` is installed,
+      and of `causal-conv1d` if that is installed, for tensors on a GPU;
     - `triton`: the Triton kernels of this package, for tensors on a GPU;
     - `cpu`: the compiled kernel of this package, for tensors of at most float32 on a CPU;
     - `torch`: the reference in plain PyTorch, everywhere.
@@ -340,7 +340,7 @@ reference_scan.register_autograd(_backward, setup_context=_setup_context)
 
 def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
     """`selective_scan_fn` wants channels before length, one dtype for the sequences, float32 for the rest."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    selective_scan_fn, _ = _mamba_ssm()
 
     def sequence(tensor):
         tensor = tensor.flip(1) if reverse else tensor
@@ -384,11 +384,30 @@ def _mamba_ssm_unusable(device_type: str) -> str | None:
         return "needs tensors on a CUDA device"
     if not torch.cuda.is_available():
         return "needs a CUDA device and a PyTorch build for CUDA"
+    return _mamba_ssm()[1]
+
+
+@functools.cache
+def _mamba_ssm() -> tuple[Callable[..., torch.Tensor] | None, str | None]:
+    """
+    `selective_scan_fn` of the installed `mamba-ssm`, else of the build on the Hub that Transformers' own Mamba takes
+    where `kernels` is installed; or why there is neither.
+    """
     try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        return selective_scan_fn, None
     except Exception as error:  # a wheel built for another PyTorch fails with more than ImportError
-        return f"`mamba-ssm` can't be imported ({error})"
-    return None
+        reason = f"`mamba-ssm` can't be imported ({error})"
+    try:
+        from transformers.integrations import hub_kernels
+
+        if not (hub_kernels.is_kernels_available() and hub_kernels._kernels_enabled):
+            return None, f"{reason}, and `kernels` is not installed or turned off by USE_HUB_KERNELS"
+        kernel = hub_kernels.get_kernel("kernels-community/mamba-ssm", version=4)
+        return kernel.ops.selective_scan_interface.selective_scan_fn, None
+    except Exception as error:  # no build for this machine, no network, another version of Transformers
+        return None, f"{reason}, and not loaded from the Hub either ({error})"
 
 
 @dataclass(frozen=True)

@@ -321,17 +321,18 @@ def work(request: Result) -> Result:
 
 def run_worker(spec: Result, threads: int, timeout: float) -> Result:
     """What the measurement found, or `failed`: the reason."""
+    facts = {key: value for key, value in spec.items() if key not in ("repeats", "min_seconds")}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps({**spec, "threads": threads})]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {**spec, "failed": f"not done after {timeout:g} s"}
+        return {**facts, "failed": f"not done after {timeout:g} s"}
     if process.returncode == 0:
-        return {**spec, **json.loads(process.stdout.splitlines()[-1])}
+        return {**facts, **json.loads(process.stdout.splitlines()[-1])}
     if process.returncode < 0:
         hint = ", probably for lack of memory" if process.returncode == -9 else ""
-        return {**spec, "failed": f"ended by signal {-process.returncode}{hint}"}
-    return {**spec, "failed": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
+        return {**facts, "failed": f"ended by signal {-process.returncode}{hint}"}
+    return {**facts, "failed": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
 
 
 # The report

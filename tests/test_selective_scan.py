@@ -64,6 +64,9 @@ def mamba_ssm_twin(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
+    module._mamba_ssm.cache_clear()
+    yield
+    module._mamba_ssm.cache_clear()
 
 
 @pytest.fixture(params=["mamba_ssm", "triton", *(f"cpu-{variant}" for variant in VARIANTS), "torch"])
@@ -441,3 +444,24 @@ def test_causal_conv1d_of_a_package_is_left_out_where_it_can_not_run(monkeypatch
     assert len(calls) == (width == 4)  # its kernels go from a width of 2 to 4
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
     torch.testing.assert_close(module._mamba_ssm_causal_conv1d(x, weight, bias, True), actual)
+
+
+def test_mamba_ssm_comes_from_the_hub_where_kernels_is_installed(monkeypatch):
+    from transformers.integrations import hub_kernels
+
+    def get_kernel(name, version):
+        assert name == "kernels-community/mamba-ssm"
+        interface = types.SimpleNamespace(selective_scan_fn=selective_scan_fn)
+        return types.SimpleNamespace(ops=types.SimpleNamespace(selective_scan_interface=interface))
+
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    module._mamba_ssm.cache_clear()
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: False)
+    assert "`kernels` is not installed" in module._mamba_ssm()[1]
+    module._mamba_ssm.cache_clear()
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "_kernels_enabled", True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
+    assert module._mamba_ssm() == (selective_scan_fn, None)
+    assert_same(module._mamba_ssm_selective_scan, naive_scan, make_inputs(1, 9, 3, 4).values(), True)
+    module._mamba_ssm.cache_clear()
