@@ -593,3 +593,10 @@ def test_inference_in_pieces_under_autocast_and_in_bfloat16(small_pieces):
         half = model.bfloat16()(pixels).last_hidden_state
     for actual in (autocast, half):
         assert (actual.float() - expected).norm() <= 3e-2 * expected.norm()
+
+
+def test_long_videos_are_embedded_in_pieces():
+    model, pixels = build(VideoMambaModel), video(frames=20)
+    expected = model.embeddings(pixels)[0].detach()
+    with torch.no_grad():
+        assert_equal(model.embeddings(pixels)[0], expected)
