@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
 from .selective_scan import causal_conv1d, scans_in_pieces, selective_scan
+from .selective_scan_cpu import convolve_piece, scan_piece
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
 # ("temporal"), from the first to the last or, where `reverse`, from the last to the first (paper, figure 4).
@@ -29,9 +30,9 @@ SCANS = {
     "spatiotemporal_v2": (("spatial", False), ("spatial", True), ("temporal", False), ("temporal", True)),
 }
 
-# Inference on a CPU takes long sequences in pieces of this many tokens of the batch: few enough for the caches, and
-# enough for matrix products at full speed. Of a sample a piece has at least `MIN_PIECE_LENGTH`.
-PIECE_SIZE = 640
+# Inference on a CPU takes long sequences in pieces of at most this many tokens of the batch: few enough for the caches,
+# and enough for matrix products at full speed. Of a sample a piece has at least `MIN_PIECE_LENGTH`.
+PIECE_SIZE = 1024
 MIN_PIECE_LENGTH = 64
 
 # Which class of this file each Auto class loads, for directories that carry their code.
@@ -184,11 +185,14 @@ class VideoMambaEmbeddings(nn.Module):
         patches = self.patch_embeddings(pixel_values)
         batch, _, num_steps, rows, columns = patches.shape
         positions = resize_spatial_positions(self.position_embeddings, self.config.grid_size, (rows, columns))
-        patches = patches.flatten(3).permute(0, 2, 3, 1) + positions[:, 1:].unsqueeze(1)
-        if self.temporal_position_embeddings is not None and not is_image:
-            patches += resize_temporal_positions(self.temporal_position_embeddings, num_steps).unsqueeze(2)
         cls_token = (self.cls_token + positions[:, :1]).expand(batch, -1, -1)
-        return torch.cat([cls_token, patches.flatten(1, 2)], dim=1), num_steps
+        tokens = torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1)
+        del patches
+        frames = tokens[:, 1:].unflatten(1, (num_steps, rows * columns))
+        frames += positions[:, 1:].unsqueeze(1)
+        if self.temporal_position_embeddings is not None and not is_image:
+            frames += resize_temporal_positions(self.temporal_position_embeddings, num_steps).unsqueeze(2)
+        return tokens, num_steps
 
     @torch.no_grad()
     def resize_positions(self, image_size: int | list[int] | tuple[int, int], num_frames: int | None) -> None:
@@ -217,6 +221,39 @@ class VideoMambaEmbeddings(nn.Module):
         inflated.weight[:, :, tubelet_size // 2] = kernel.weight[:, :, 0]
 
 
+@dataclass
+class VideoMambaScanCache:
+    """
+    What a scan passes from one piece of the tokens to the next: its state `(batch, N, E)` in float32, the last inputs
+    of the convolution `(batch, conv_kernel - 1, E)`, and what is made of its parameters: `A` `(E, N)` and the matrix
+    `(rank, E)` of `dt_proj`.
+    """
+
+    ssm_state: torch.Tensor
+    conv_state: torch.Tensor | None = None
+    A: torch.Tensor | None = None
+    dt_proj: torch.Tensor | None = None
+
+
+@dataclass
+class VideoMambaWorkspace:
+    """
+    Memory for inference in pieces of the tokens: for each piece the inputs and the outputs of the scans and the gate,
+    `(batch, length of the piece, E)`. There is one gate at a time, all in the same place. The layers share it all,
+    because memory that is new to a process costs it more time than some of the steps of a layer.
+    """
+
+    x: list[torch.Tensor]
+    y: list[torch.Tensor]
+    z: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, batch: int, lengths: list[int], channels: int, dtype: torch.dtype) -> "VideoMambaWorkspace":
+        x, y = ([torch.empty(batch, length, channels, dtype=dtype) for length in lengths] for _ in "xy")
+        z = torch.empty(batch * max(lengths) * channels, dtype=dtype)
+        return cls(x, y, [z[: piece.numel()].view(piece.shape) for piece in x])
+
+
 class VideoMambaCausalConv1d(nn.Conv1d):
     """SiLU of a depthwise convolution, causal in the direction of the scan, `(batch, length, E)` to the same."""
 
@@ -224,8 +261,13 @@ class VideoMambaCausalConv1d(nn.Conv1d):
         super().__init__(channels, channels, kernel_size, groups=channels)
         self.reverse = reverse
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse, context=context)
+    def forward(self, x: torch.Tensor, cache: VideoMambaScanCache | None = None) -> torch.Tensor:
+        if cache is None:
+            return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse)
+        y = convolve_piece(x, self.weight, self.bias, reverse=self.reverse, context=cache.conv_state)
+        context = self.kernel_size[0] - 1
+        cache.conv_state = x[:, :context] if self.reverse else x[:, x.shape[1] - context :]
+        return y
 
 
 class VideoMambaScan(nn.Module):
@@ -248,30 +290,55 @@ class VideoMambaScan(nn.Module):
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         z: torch.Tensor | None = None,
-        context: torch.Tensor | None = None,
-        state: torch.Tensor | None = None,
+        cache: VideoMambaScanCache | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         `(batch, length, E)` to the same: the scan of `x`, plus `add` (the output of the scans before this one), times
-        `SiLU(z)`. `context` and `state` continue the scan of an earlier piece of the tokens.
+        `SiLU(z)`. With a `cache` it continues the scan of an earlier piece of the tokens, into `out`.
         """
-        x = self.conv1d(x, context)
+        if cache is not None:
+            return self._scan_piece(x, add, z, cache, out)
+        x = self.conv1d(x)
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         A = -torch.exp(self.A_log.float())
         dt = self.dt_proj(dt_low)
-        return selective_scan(
-            x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add, state=state
+        return selective_scan(x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add)
+
+    def _scan_piece(self, x, add, z, cache, out):
+        if cache.A is None:
+            cache.A = -torch.exp(self.A_log.float())
+            if type(self.dt_proj) is nn.Linear:  # no adapter, so that the unit vectors tell all
+                cache.dt_proj = self.dt_proj(torch.eye(self.dt_proj.in_features, dtype=x.dtype))
+        x = self.conv1d(x, cache)
+        dt, B, C = self.x_proj(x).to(x.dtype).split(self.split_sizes, dim=-1)
+        if cache.dt_proj is None:
+            dt = self.dt_proj(dt).to(x.dtype)
+        return scan_piece(
+            *(x, dt, cache.A, B, C, self.D),
+            dt_bias=self.dt_bias,
+            reverse=self.reverse,
+            state=cache.ssm_state,
+            out=out,
+            dt_proj=cache.dt_proj,
+            z=z,
+            add=add,
         )
 
 
 class VideoMambaInputProjection(nn.Linear):
-    """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`, or one of them alone."""
+    """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`; or one of them alone."""
 
-    def forward(self, hidden_states: torch.Tensor, only: str | None = None) -> torch.Tensor:
-        if only is None:
+    def forward(
+        self, hidden_states: torch.Tensor, part: Literal["x", "z"] = "x", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """With `out`, `(batch, length, E)` and contiguous, only this `part` is computed, into `out`."""
+        if out is None:
             return super().forward(hidden_states)
-        x, z = self.weight.chunk(2)
-        return F.linear(hidden_states, {"x": x, "z": z}[only])
+        weight = self.weight.chunk(2)["xz".index(part)]
+        rows = hidden_states.to(out.dtype).flatten(0, 1)
+        torch.mm(rows, weight.to(out.dtype).T, out=out.view(rows.shape[0], -1))
+        return out
 
 
 class VideoMambaOutputProjection(nn.Linear):
@@ -284,7 +351,7 @@ class VideoMambaMixer(nn.Module):
     def __init__(self, config: VideoMambaConfig):
         super().__init__()
         self.orders = [order for order, _ in SCANS[config.scan_order]]
-        self.state_size, self.context_length = config.state_size, config.conv_kernel - 1
+        self.state_size = config.state_size
         self.in_proj = VideoMambaInputProjection(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.scans = nn.ModuleList(VideoMambaScan(config, reverse) for _, reverse in SCANS[config.scan_order])
         self.out_proj = VideoMambaOutputProjection(config.intermediate_size, config.hidden_size, bias=False)
@@ -302,28 +369,25 @@ class VideoMambaMixer(nn.Module):
                 y = scan(x, y, gate)
         return self.out_proj(y)
 
-    def forward_in_pieces(self, pieces: Sequence[torch.Tensor], norm: nn.Module) -> Iterator[tuple[int, torch.Tensor]]:
+    def forward_in_pieces(
+        self, pieces: Sequence[torch.Tensor], norm: nn.Module, workspace: VideoMambaWorkspace
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """
         What `forward` computes of the norm of all `pieces` of the tokens one after the other, in spatial-first order,
         without gradients: the index and the output of each piece. Of all tokens there are only `x` and `y` at the same
         time; the rest exists for one piece, small enough to stay in the cache of a processor.
         """
-        x: list[Any] = [None] * len(pieces)
-        batch, length, channels = pieces[0].shape[0], sum(piece.shape[1] for piece in pieces), self.out_proj.in_features
-        dtype = self.in_proj(norm(pieces[0][:, :1])).dtype  # that of autocast, if it is on
-        y = torch.zeros(batch, length, channels, dtype=dtype).tensor_split(len(pieces), dim=1)
+        x, y = workspace.x, workspace.y
         for scan in self.scans:
-            is_last = scan is self.scans[-1]
-            context, state = None, torch.zeros(batch, self.state_size, channels)
+            is_first, is_last = scan is self.scans[0], scan is self.scans[-1]
+            cache = VideoMambaScanCache(torch.zeros(len(pieces[0]), self.state_size, self.out_proj.in_features))
             for i in reversed(range(len(pieces))) if scan.reverse else range(len(pieces)):
-                if x[i] is None:
-                    x[i] = self.in_proj(norm(pieces[i]), only="x")
-                z = self.in_proj(norm(pieces[i]), only="z") if is_last else None
-                scan(x[i], y[i], z, context, state)
-                context = x[i][:, : self.context_length] if scan.reverse else x[i][:, -self.context_length :]
+                if is_first:
+                    self.in_proj(norm(pieces[i]), "x", out=x[i])
+                z = self.in_proj(norm(pieces[i]), "z", out=workspace.z[i]) if is_last else None
+                scan(x[i], None if is_first else y[i], z, cache, out=y[i])
                 if is_last:
                     yield i, self.out_proj(y[i])
-                    x[i] = None
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):
@@ -335,31 +399,28 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         self.mixer = VideoMambaMixer(config)
         self.drop_path = VideoMambaDropPath(drop_path_rate)
 
-    def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
-        """`(batch, length, D)` to the same, both float32."""
-        num_pieces = self._num_pieces(hidden_states) if permutation is None else 1
-        if num_pieces > 1:
-            return self._forward_in_pieces(hidden_states, num_pieces)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        permutation: torch.Tensor | None = None,
+        workspace: VideoMambaWorkspace | None = None,
+    ) -> torch.Tensor:
+        """`(batch, length, D)` to the same, both float32; given a `workspace` piece by piece."""
+        if workspace is not None and self._can_use(workspace, hidden_states):
+            return self._forward_in_pieces(hidden_states, workspace)
         return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())
 
-    def _forward_in_pieces(self, hidden_states: torch.Tensor, num_pieces: int) -> torch.Tensor:
-        """What `forward` computes, without gradients, a piece of the tokens at a time."""
+    def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
+        is_wrapped = not isinstance(self.mixer.in_proj, VideoMambaInputProjection)  # by an adapter
+        return not (self.training or is_wrapped) and hidden_states.device == workspace.x[0].device
+
+    def _forward_in_pieces(self, hidden_states: torch.Tensor, workspace: VideoMambaWorkspace) -> torch.Tensor:
         outputs = torch.empty_like(hidden_states)
-        pieces, targets = hidden_states.tensor_split(num_pieces, dim=1), outputs.tensor_split(num_pieces, dim=1)
-        for i, mixed in self.mixer.forward_in_pieces(pieces, self.norm):
+        lengths = [piece.shape[1] for piece in workspace.x]
+        pieces, targets = hidden_states.split(lengths, dim=1), outputs.split(lengths, dim=1)
+        for i, mixed in self.mixer.forward_in_pieces(pieces, self.norm, workspace):
             torch.add(pieces[i], mixed, out=targets[i])
         return outputs
-
-    def _num_pieces(self, hidden_states: torch.Tensor) -> int:
-        in_proj = self.mixer.in_proj
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return 1
-        if not isinstance(in_proj, VideoMambaInputProjection):  # wrapped, by an adapter for example
-            return 1
-        if not scans_in_pieces(hidden_states.device.type, in_proj.weight.dtype):
-            return 1
-        batch, length, _ = hidden_states.shape
-        return min(batch * length // PIECE_SIZE, length // MIN_PIECE_LENGTH) or 1
 
 
 class VideoMambaPreTrainedModel(PreTrainedModel):
@@ -526,18 +587,35 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
 
         hidden_states = tokens.float()
         del tokens
+        workspace = self._workspace(hidden_states) if permutation is None else None
         all_hidden_states = (hidden_states,) if output_hidden_states else ()
         for layer in self.layers:
-            hidden_states = layer(hidden_states, permutation)
+            hidden_states = layer(hidden_states, permutation, workspace)
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
 
+        del workspace
         last_hidden_state = self.norm(hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state[:, 0],
             hidden_states=all_hidden_states if output_hidden_states else None,
         )
+
+    def _workspace(self, hidden_states: torch.Tensor) -> VideoMambaWorkspace | None:
+        """For inference in pieces, where that is possible and worth it."""
+        if self.training or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+            return None
+        # what records operators sees none in the pieces, and stand-ins for tensors have no memory
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(hidden_states) is not torch.Tensor:
+            return None
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dtype
+        batch, length, _ = hidden_states.shape
+        num_pieces = min(math.ceil(batch * length / PIECE_SIZE), length // MIN_PIECE_LENGTH)
+        if num_pieces <= 1 or not scans_in_pieces("cpu", dtype):
+            return None
+        lengths = [piece.shape[1] for piece in hidden_states.tensor_split(num_pieces, dim=1)]
+        return VideoMambaWorkspace.of(batch, lengths, self.config.intermediate_size, dtype)
 
 
 class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):

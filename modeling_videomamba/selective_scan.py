@@ -38,7 +38,6 @@ def selective_scan(
     dt_bias: torch.Tensor | None = None,
     reverse: bool = False,
     add: torch.Tensor | None = None,
-    state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     The selective scan, with `dt_t <- softplus(dt_t + dt_bias)` (Mamba, algorithm 2 and equation 2):
@@ -62,23 +61,17 @@ def selective_scan(
         reverse (`bool`, defaults to `False`): Scan from the last step to the first.
         add (`torch.Tensor` of shape `(batch, length, channels)`, *optional*): Added before the gate: the output of the
             scan in the other direction.
-        state (`torch.Tensor` of shape `(batch, state, channels)`, float32, *optional*): The state before the first
-            step, which is overwritten with that after the last, so that a long sequence can be scanned piece by piece;
-            `add` is then overwritten with the output. On a CPU and without gradients only.
 
     Returns:
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
 
     Raises:
-        `ValueError`: if a shape does not fit the others, or if `state` is given where it is not supported.
+        `ValueError`: if a shape does not fit the others.
         `RuntimeError`: if the backend that the environment asks for is unknown or not usable.
     """
     _check_shapes(x, dt, A, B, C, D, z, dt_bias, add)
     backend = _BACKENDS[_choose_backend(x.device.type, x.dtype)]
-    if state is None:
-        return backend.scan(x, dt, A, B, C, D, z, dt_bias, add, reverse)
-    _check_state("state", state, (x.shape[0], A.shape[1], x.shape[2]), backend)
-    return backend.scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, state)
+    return backend.scan(x, dt, A, B, C, D, z, dt_bias, add, reverse)
 
 
 def causal_conv1d(
@@ -87,7 +80,6 @@ def causal_conv1d(
     bias: torch.Tensor | None = None,
     *,
     reverse: bool = False,
-    context: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     SiLU of a depthwise convolution that is causal in the direction of the scan: step `t` sees the `width - 1` steps
@@ -98,15 +90,12 @@ def causal_conv1d(
         weight (`torch.Tensor` of shape `(channels, 1, width)`): Depthwise kernel.
         bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the SiLU.
         reverse (`bool`, defaults to `False`): Causal from the last step to the first.
-        context (`torch.Tensor` of shape `(batch, width - 1, channels)`, *optional*): The steps before `x`, or, with
-            `reverse`, after it, where `x` is a piece of a sequence; zeros otherwise. On a CPU and without gradients
-            only.
 
     Returns:
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
 
     Raises:
-        `ValueError`: if a shape does not fit the others, or if `context` is given where it is not supported.
+        `ValueError`: if a shape does not fit the others.
     """
     backend = _BACKENDS[_choose_backend(x.device.type, x.dtype)]
     if x.ndim != 3 or weight.ndim != 3 or weight.shape[:2] != (x.shape[2], 1):
@@ -114,10 +103,7 @@ def causal_conv1d(
             "`x` must be (batch, length, channels) and `weight` (channels, 1, width), "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}."
         )
-    if context is None:
-        return backend.convolution(x, weight, bias, reverse)
-    _check_state("context", context, (x.shape[0], weight.shape[2] - 1, x.shape[2]), backend)
-    return backend.convolution(x, weight, bias, reverse, context)
+    return backend.convolution(x, weight, bias, reverse)
 
 
 @dataclass(frozen=True)
@@ -201,13 +187,6 @@ def _check_shapes(x, dt, A, B, C, D, z, dt_bias, add):
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"`{name}` must have shape {shape} to fit `x` and `A`, got {tuple(tensor.shape)}.")
-
-
-def _check_state(name, tensor, shape, backend):
-    if not backend.in_pieces or torch.is_grad_enabled():
-        raise ValueError(f"`{name}` is supported on a CPU and without gradients (`torch.no_grad()`) only.")
-    if tuple(tensor.shape) != shape or (name == "state" and tensor.dtype != torch.float32):
-        raise ValueError(f"`{name}` must have shape {shape}, got {tuple(tensor.shape)} {tensor.dtype}.")
 
 
 # The reference, in PyTorch.
@@ -417,7 +396,6 @@ class _Backend:
     unusable: Callable[[str], str | None]
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    in_pieces: bool = False  # takes `state` and `context`
 
     def reason_against(self, device_type: str, dtype: torch.dtype) -> str | None:
         return self.unusable(device_type) if dtype in self.dtypes else f"does not compute in {dtype}"
@@ -427,7 +405,7 @@ class _Backend:
 _BACKENDS = {
     "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unusable, ("cuda",)),
     "triton": _Backend(_triton_selective_scan, _triton_causal_conv1d, _triton_unusable, ("cuda", "xpu")),
-    "cpu": _Backend(_cpu_selective_scan, _cpu_causal_conv1d, _cpu_unusable, ("cpu",), in_pieces=True),
+    "cpu": _Backend(_cpu_selective_scan, _cpu_causal_conv1d, _cpu_unusable, ("cpu",)),
     "torch": _Backend(
         _torch_selective_scan,
         _torch_causal_conv1d,
@@ -439,8 +417,8 @@ _BACKENDS = {
 
 
 def scans_in_pieces(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether [`selective_scan`] takes `state` and [`causal_conv1d`] takes `context` for such tensors."""
-    return _BACKENDS[_choose_backend(device_type, dtype)].in_pieces
+    """Whether tensors without gradients can go through `scan_piece` and `convolve_piece` of `selective_scan_cpu.py`."""
+    return _choose_backend(device_type, dtype) == "cpu"
 
 
 __all__ = ["causal_conv1d", "scans_in_pieces", "selective_scan", "selective_scan_backends"]

@@ -9,7 +9,7 @@ import torch
 
 from .operators import operator
 
-VERSION = 1  # `kVersion` of csrc/arguments.h, whose structures are repeated here
+VERSION = 2  # `kVersion` of csrc/arguments.h, whose structures are repeated here
 CHUNK_SIZE = 32  # steps between the states that are kept for the backward pass, `kChunk` of csrc/selective_scan.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -24,10 +24,10 @@ def _fields(kind, names):
 
 class _Scan(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_int64, "batch length channels state threads"),
+        *_fields(ctypes.c_int64, "batch length channels state rank threads"),
         *_fields(ctypes.c_int32, "dtype reverse"),
         *_fields(_Sequence, "x dt B C z add"),
-        *_fields(ctypes.c_void_p, "A D dt_bias h checkpoints"),
+        *_fields(ctypes.c_void_p, "dt_proj A D dt_bias h checkpoints"),
         *_fields(_Sequence, "y ungated"),
     ]
 
@@ -82,30 +82,89 @@ def unusable(device_type: str) -> str | None:
     return None
 
 
-def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, state=None):
+def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
     """The backend `cpu` of [`selective_scan`]; float32, bfloat16 and float16."""
     sequences = [x, dt, B, C, z, add]
     dtype = x.dtype if all(s is None or s.dtype == x.dtype for s in sequences) else torch.float32
-    inputs = [None if s is None else s.to(dtype) for s in sequences]
-    x_, dt, B, C, z, add_ = inputs
-    A, D, dt_bias = A.float(), D.float(), None if dt_bias is None else dt_bias.float()
-    if state is not None:
-        y = _empty(x_) if add_ is None else _rows(add_)
-        _call_scan(x_, dt, A, B, C, D, z, dt_bias, None if add is None else y, reverse, y, h=state)
-        return y.to(x.dtype) if add is None else add.copy_(y)
-    inputs = [x_, dt, A, B, C, D, z, dt_bias, add_]
+    x_, dt, B, C, z, add = (None if s is None else s.to(dtype) for s in sequences)
+    inputs = [x_, dt, A.float(), B, C, D.float(), z, None if dt_bias is None else dt_bias.float(), add]
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     return _scan(*inputs, reverse, keep)[0].to(x.dtype)
 
 
-def causal_conv1d(x, weight, bias, reverse, context=None):
+def causal_conv1d(x, weight, bias, reverse):
     """The backend `cpu` of [`causal_conv1d`]; float32, bfloat16 and float16."""
-    weight, bias = weight.squeeze(1).float(), None if bias is None else bias.float()
-    if context is None:
-        return _convolution(x, weight, bias, reverse)
+    return _convolution(x, weight.squeeze(1).float(), None if bias is None else bias.float(), reverse)
+
+
+def scan_piece(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    dt_bias: torch.Tensor,
+    reverse: bool,
+    state: torch.Tensor,
+    out: torch.Tensor,
+    dt_proj: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    [`selective_scan`] of a piece of a long sequence, without gradients and into memory that is there already.
+
+    Args:
+        dt (`torch.Tensor` of shape `(batch, length, channels)`, or `(batch, length, rank)`):
+            Time steps before bias and softplus, or what `dt_proj` makes them of.
+        state (`torch.Tensor` of shape `(batch, state, channels)`, float32):
+            That before the first step, which is overwritten with that after the last.
+        out (`torch.Tensor` of shape `(batch, length, channels)`): Where to write the output; it may be `add`.
+        dt_proj (`torch.Tensor` of shape `(rank, channels)`, *optional*): Time steps are `dt @ dt_proj`.
+
+    The other arguments are those of [`selective_scan`], with all sequences in the dtype of `x`.
+    """
+    (batch, length, channels), num_states = x.shape, A.shape[1]
+    if dt_proj is None:
+        _check("dt", dt, x.shape, x.dtype)
+    else:
+        _check("dt", dt, (batch, length, len(dt_proj)), x.dtype)
+        _check("dt_proj", dt_proj, (len(dt_proj), channels), dt_proj.dtype)
+        dt_proj = dt_proj.float().contiguous()
+    for name, sequence in {"out": out, "z": z, "add": add}.items():
+        _check(name, sequence, x.shape, x.dtype)
+    for name, sequence in {"B": B, "C": C}.items():
+        _check(name, sequence, (batch, length, num_states), x.dtype)
+    _check("state", state, (batch, num_states, channels), torch.float32)
+    if not state.is_contiguous():
+        raise ValueError(f"`state` must be contiguous, got strides {state.stride()}.")
+    A, D, dt_bias = A.float(), D.float(), dt_bias.float()
+    _call_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, out, h=state, dt_proj=dt_proj)
+    return out
+
+
+def convolve_piece(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, reverse: bool, context: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    [`causal_conv1d`] of a piece of a long sequence, without gradients. `context` `(batch, width - 1, channels)` are the
+    steps before the piece, or, with `reverse`, after it; zeros if absent.
+    """
+    _check("context", context, (x.shape[0], weight.shape[2] - 1, x.shape[2]), x.dtype)
     y = _empty(x)
-    _call_convolution(x, weight, bias, reverse, y, context=context.to(x.dtype))
+    weight, bias = weight.squeeze(1).float(), None if bias is None else bias.float()
+    _call_convolution(x, weight, bias, reverse, y, context=context)
     return y
+
+
+def _check(name, tensor, shape, dtype):
+    if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or tensor.stride(-1) != 1):
+        raise ValueError(
+            f"`{name}` must have shape {tuple(shape)}, dtype {dtype} and rows without gaps, got "
+            f"{tuple(tensor.shape)}, {tensor.dtype} and strides {tensor.stride()}."
+        )
 
 
 def _empty(like):
@@ -125,17 +184,19 @@ def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, y, h=None, checkpoints=None, ungated=None, gradients=None):
+def _call_scan(
+    x, dt, A, B, C, D, z, dt_bias, add, reverse, y, dt_proj=None, h=None, checkpoints=None, ungated=None, gradients=None
+):
     """Runs the kernel into `y`, or, given the structure of gradients, the backward kernel into those."""
     x, dt, B, C, z, add = map(_rows, (x, dt, B, C, z, add))
     A, D = A.contiguous(), D.contiguous()
     dt_bias = None if dt_bias is None else dt_bias.contiguous()
     (batch, length, channels), state = x.shape, A.shape[1]
     arguments = _Scan(
-        *(batch, length, channels, state, torch.get_num_threads()),
+        *(batch, length, channels, state, 0 if dt_proj is None else len(dt_proj), torch.get_num_threads()),
         *(DTYPES[x.dtype], reverse),
         *map(_sequence, (x, dt, B, C, z, add)),
-        *map(_pointer, (A, D, dt_bias, h, checkpoints)),
+        *map(_pointer, (dt_proj, A, D, dt_bias, h, checkpoints)),
         *map(_sequence, (y, ungated)),
     )
     if x.numel() == 0:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForVideoClassification
 
 from modeling_videomamba import (
@@ -539,10 +540,15 @@ def small_pieces(monkeypatch):
     modeling = importlib.import_module("modeling_videomamba.modeling_videomamba")
     monkeypatch.setattr(modeling, "PIECE_SIZE", 1)
     monkeypatch.setattr(modeling, "MIN_PIECE_LENGTH", 4)
-    lengths, scan = [], modeling.selective_scan
-    monkeypatch.setattr(
-        modeling, "selective_scan", lambda x, *rest, **kw: lengths.append(x.shape[1]) or scan(x, *rest, **kw)
-    )
+    lengths = []
+    for name in ("selective_scan", "scan_piece"):
+        scan = getattr(modeling, name)
+
+        def record(x, *rest, scan=scan, **kw):
+            lengths.append(x.shape[1])
+            return scan(x, *rest, **kw)
+
+        monkeypatch.setattr(modeling, name, record)
     return lengths
 
 
@@ -574,12 +580,43 @@ def test_inference_in_pieces_is_left_to_modules_that_can(small_pieces):
         def forward(self, x):
             return self.base(x)
 
-    model = build(VideoMambaModel)
-    for layer in model.layers:
-        layer.mixer.in_proj = Adapter(layer.mixer.in_proj)
+    model, pixels = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32)
     with torch.no_grad():
-        model(torch.randn(1, 4, 3, 32, 32))
-    assert set(small_pieces) == {17}
+        expected = model(pixels).last_hidden_state
+        assert max(small_pieces) < 17
+        for layer in model.layers:
+            for scan in layer.mixer.scans:
+                scan.dt_proj = Adapter(scan.dt_proj)
+        assert_equal(model(pixels).last_hidden_state, expected)
+        small_pieces.clear()
+        for layer in model.layers:
+            layer.mixer.in_proj = Adapter(layer.mixer.in_proj)
+        assert_equal(model(pixels).last_hidden_state, expected)
+        assert set(small_pieces) == {17}
+
+
+@needs_kernel
+def test_inference_in_pieces_is_not_for_layers_elsewhere_or_in_training(small_pieces):
+    model, pixels = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32)
+    model.layers[1].train()
+    with torch.no_grad():
+        model(pixels)
+        assert {17} < set(small_pieces)
+        layer, tokens = model.layers[0], torch.randn(1, 17, model.config.hidden_size)
+        workspace = model._workspace(tokens)
+        assert layer.to("meta")(tokens.to("meta"), None, workspace).device.type == "meta"
+
+
+@needs_kernel
+def test_inference_in_pieces_is_not_for_what_records_operators(small_pieces):
+    model, pixels = build(VideoMambaModel, return_dict=False), torch.randn(1, 4, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, pixels, check_trace=False)
+        assert set(map(int, small_pieces)) == {17}
+        other = torch.randn_like(pixels)
+        assert_equal(traced(other)[0], model(other)[0])
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert model(mode.from_tensor(pixels))[0].shape == (1, 17, model.config.hidden_size)
 
 
 @needs_kernel

@@ -273,38 +273,49 @@ def test_a_nan_is_not_hidden(name):
 @needs_kernel
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("pieces", [2, 5])
-def test_a_sequence_can_be_scanned_in_pieces(reverse, pieces):
+@pytest.mark.parametrize("rank", [None, 1, 12])
+def test_a_sequence_can_be_scanned_in_pieces(reverse, pieces, rank):
     inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 47, 19, 16).items()}
     weight, bias = torch.randn(19, 1, 4), torch.randn(19)
     whole = causal_conv1d(inputs["x"], weight, bias, reverse=reverse)
-    names = [name for name, tensor in inputs.items() if tensor.ndim == 3]
-    parts = [
-        dict(zip(names, p, strict=True)) for p in zip(*(inputs[n].tensor_split(pieces, 1) for n in names), strict=True)
-    ]
-    parameters = {name: inputs[name] for name in ("A", "D", "dt_bias")}
-    state, context, convolved, scanned = torch.zeros(2, 16, 19), None, [None] * pieces, [None] * pieces
-    with torch.no_grad():
-        for i in reversed(range(pieces)) if reverse else range(pieces):
-            x = parts[i]["x"]
-            convolved[i] = causal_conv1d(x, weight, bias, reverse=reverse, context=context)
-            context = x[:, :3] if reverse else x[:, -3:]
-            add = parts[i].pop("add").clone()
-            scanned[i] = selective_scan(**parts[i], **parameters, add=add, reverse=reverse, state=state)
-            assert scanned[i].data_ptr() == add.data_ptr()
+    parameters, dt_proj = {name: inputs[name] for name in ("A", "D", "dt_bias")}, None
+    sequences = {name: tensor for name, tensor in inputs.items() if name not in parameters}
+    if rank is not None:
+        sequences["dt"], dt_proj = torch.randn(2, 47, rank), torch.randn(rank, 19)
+        inputs["dt"] = sequences["dt"] @ dt_proj
+    splits = [tensor.tensor_split(pieces, dim=1) for tensor in sequences.values()]
+    parts = [dict(zip(sequences, tensors, strict=True)) for tensors in zip(*splits, strict=True)]
+    state, context, convolved = torch.zeros(2, 16, 19), None, [None] * pieces
+    for i in reversed(range(pieces)) if reverse else range(pieces):
+        x, out = parts[i]["x"], parts[i]["add"]
+        convolved[i] = cpu.convolve_piece(x, weight, bias, reverse=reverse, context=context)
+        context = x[:, :3] if reverse else x[:, -3:]
+        y = cpu.scan_piece(**parts[i], **parameters, dt_proj=dt_proj, reverse=reverse, state=state, out=out)
+        assert y is out
     torch.testing.assert_close(torch.cat(convolved, 1), whole)
-    torch.testing.assert_close(torch.cat(scanned, 1), selective_scan(**inputs, reverse=reverse))
+    expected = selective_scan(**inputs | {"add": make_inputs(2, 47, 19, 16)["add"]}, reverse=reverse)
+    torch.testing.assert_close(sequences["add"], expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernel
-def test_pieces_are_for_a_cpu_without_gradients():
-    inputs, state = make_inputs(1, 5, 3, 4), torch.zeros(1, 4, 3)
+def test_pieces_are_checked():
     assert scans_in_pieces("cpu", torch.float32) and not scans_in_pieces("cpu", torch.float64)
-    with pytest.raises(ValueError, match="`state` is supported on a CPU and without gradients"):
-        selective_scan(**inputs, state=state)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"`state` must have shape \(1, 4, 3\), got \(1, 3, 4\)"):
-        selective_scan(**inputs, state=state.mT)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"`context` must have shape \(1, 3, 3\)"):
-        causal_conv1d(inputs["x"], torch.randn(3, 1, 4), context=inputs["x"][:, :2])
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(1, 5, 3, 4).items()}
+    piece = {**inputs, "reverse": False, "state": torch.zeros(1, 4, 3), "out": torch.empty(1, 5, 3)}
+    for wrong, message in [
+        ({"state": torch.zeros(1, 3, 4)}, r"`state` must have shape \(1, 4, 3\), .* got \(1, 3, 4\)"),
+        ({"state": torch.zeros(1, 3, 4).mT}, "`state` must .* rows without gaps"),
+        ({"state": torch.zeros(1, 4, 6)[..., :3]}, "`state` must be contiguous"),
+        ({"out": torch.empty(1, 3, 5).mT}, r"`out` must have .* rows without gaps, got .* strides \(15, 1, 5\)"),
+        ({"B": inputs["B"].double()}, "`B` must have .*float32 .* got .*float64"),
+        ({"dt_proj": torch.randn(2, 3)}, r"`dt` must have shape \(1, 5, 2\)"),
+        ({"dt_proj": torch.randn(3, 2)}, r"`dt_proj` must have shape \(3, 3\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cpu.scan_piece(**piece | wrong)
+    with pytest.raises(ValueError, match=r"`context` must have shape \(1, 3, 3\)"):
+        convolution = {"weight": torch.randn(3, 1, 4), "bias": torch.randn(3)}
+        cpu.convolve_piece(inputs["x"], **convolution, reverse=False, context=inputs["x"][:, :2])
 
 
 @needs_kernel

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int64_t kVersion = 1;  // to be raised with every change of what is passed
+constexpr int64_t kVersion = 2;  // to be raised with every change of what is passed
 
 extern "C" {
 
@@ -17,9 +17,10 @@ struct VideoMambaSequence {
 };
 
 struct VideoMambaScan {
-    int64_t batch, length, channels, state, threads;
+    int64_t batch, length, channels, state, rank, threads;
     int32_t dtype, reverse;
     VideoMambaSequence x, dt, B, C, z, add;
+    const float* dt_proj;          // (rank, channels): dt is what it makes of (batch, length, rank); null without rank
     const float *A, *D, *dt_bias;  // (channels, state), (channels,), (channels,) or null
     float* h;                      // (batch, state, channels) or null: the state before the first step, then after the last
     float* checkpoints;            // (chunks, batch, state, channels) or null: the states before each chunk of kChunk steps

@@ -42,11 +42,11 @@ struct Share {
     const VideoMambaScan& scan;
     int64_t sample, first, count;
     Vector *A, *A_max;  // A in units of log2(e), [block][state], and the largest |A| of a block
-    Vector *D, *dt_bias;
-    float *B, *C;       // [step][state] of a chunk, in the order of the scan
+    Vector *D, *dt_bias, *dt_proj;  // dt_proj: [block][rank]
+    float *B, *C, *dt_low;  // [step][state] and [step][rank] of a chunk, in the order of the scan
 
     static int64_t size(const VideoMambaScan& scan, int64_t count) {
-        return count * (scan.state + 3) + 2 * vectors(kChunk * scan.state);
+        return count * (scan.state + scan.rank + 3) + 2 * vectors(kChunk * scan.state) + vectors(kChunk * scan.rank);
     }
 
     Share(const VideoMambaScan& scan, int64_t sample, int64_t first, int64_t last, Workspace& workspace)
@@ -55,8 +55,10 @@ struct Share {
         A_max = workspace.take(count);
         D = workspace.take(count);
         dt_bias = workspace.take(count);
+        dt_proj = workspace.take(count * scan.rank);
         B = reinterpret_cast<float*>(workspace.take(vectors(kChunk * scan.state)));
         C = reinterpret_cast<float*>(workspace.take(vectors(kChunk * scan.state)));
+        dt_low = reinterpret_cast<float*>(workspace.take(vectors(kChunk * scan.rank)));
         for (int64_t block = 0; block < count; ++block) {
             D[block] = load(scan.D + channel(block), lanes(block));
             if (scan.dt_bias) dt_bias[block] = load(scan.dt_bias + channel(block), lanes(block));
@@ -65,6 +67,8 @@ struct Share {
                 A[block * scan.state + n] = a;
                 A_max[block] = maximum(A_max[block], absolute(a));
             }
+            for (int64_t k = 0; k < scan.rank; ++k)
+                dt_proj[block * scan.rank + k] = load(scan.dt_proj + k * scan.channels + channel(block), lanes(block));
         }
     }
 
@@ -99,13 +103,34 @@ struct Share {
         return states(scan.checkpoints + step / kChunk * scan.batch * scan.state * scan.channels, block);
     }
 
-    void read_B_and_C(int64_t start, int steps) {
-        for (int i = 0; i < steps; ++i)
-            for (int64_t n = 0; n < scan.state; n += kLanes) {
-                const int lanes = lanes_at(n, scan.state);
-                store(B + i * scan.state + n, load(row<T>(scan.B, sample, position(start + i)) + n, lanes), lanes);
-                store(C + i * scan.state + n, load(row<T>(scan.C, sample, position(start + i)) + n, lanes), lanes);
-            }
+    // What all channels have in common.
+    void read_chunk(int64_t start, int steps) {
+        for (int i = 0; i < steps; ++i) {
+            const int64_t t = position(start + i);
+            copy(row<T>(scan.B, sample, t), scan.state, B + i * scan.state);
+            copy(row<T>(scan.C, sample, t), scan.state, C + i * scan.state);
+            if (scan.rank) copy(row<T>(scan.dt, sample, t), scan.rank, dt_low + i * scan.rank);
+        }
+    }
+    static void copy(const T* source, int64_t width, float* target) {
+        for (int64_t n = 0; n < width; n += kLanes) {
+            const int lanes = lanes_at(n, width);
+            store(target + n, load(source + n, lanes), lanes);
+        }
+    }
+
+    // Time steps of a chunk for one block from what `dt_proj` projects, a few steps for each time that it is read.
+    void project(int steps, int64_t block, Vector* dt) const {
+        constexpr int kSteps = 8;
+        static_assert(kChunk % kSteps == 0);  // the last steps may be none of the chunk
+        const Vector* weight = dt_proj + block * scan.rank;
+        for (int start = 0; start < steps; start += kSteps) {
+            Vector sums[kSteps];
+            for (int i = 0; i < kSteps; ++i) sums[i] = dt_bias[block];
+            for (int64_t k = 0; k < scan.rank; ++k)
+                for (int i = 0; i < kSteps; ++i) sums[i] += weight[k] * dt_low[(start + i) * scan.rank + k];
+            for (int i = 0; i < kSteps; ++i) dt[start + i] = softplus(sums[i]);
+        }
     }
 
     // Whether no |dt * A| of a chunk can leave the range of the exponential.
@@ -165,7 +190,7 @@ class Forward {
                 share_.read_states(share_.states(scan_.h, block), h_ + block * scan_.state, block);
         for (start_ = 0; start_ < scan_.length; start_ += kChunk) {
             steps_ = static_cast<int>(std::min<int64_t>(kChunk, scan_.length - start_));
-            share_.read_B_and_C(start_, steps_);
+            share_.read_chunk(start_, steps_);
             for (begin_ = 0; begin_ < share_.count; begin_ += kBlocks) {
                 end_ = std::min(share_.count, begin_ + kBlocks);
                 read();
@@ -182,15 +207,18 @@ class Forward {
     int64_t at(int64_t block, int i) const { return (block - begin_) * kStride + i; }
 
     void read() {
-        const auto xs = share_.rows(scan_.x, start_), dts = share_.rows(scan_.dt, start_);
-        const auto adds = share_.rows(scan_.add, start_);
+        const bool is_projected = scan_.rank;
+        if (is_projected)
+            for (int64_t block = begin_; block < end_; ++block) share_.project(steps_, block, dt_ + at(block, 0));
+        const auto xs = share_.rows(scan_.x, start_), adds = share_.rows(scan_.add, start_);
+        const auto dts = is_projected ? Rows<T>{} : share_.rows(scan_.dt, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(begin_, end_, [&](int64_t block, int64_t channel, int lanes) {
                 xs.prefetch(i, channel), dts.prefetch(i, channel), adds.prefetch(i, channel);
                 const Vector x = load(xs[i] + channel, lanes), D = share_.D[block];
-                const Vector dt = softplus(load(dts[i] + channel, lanes) + share_.dt_bias[block]);
-                dt_[at(block, i)] = dt;
-                u_[at(block, i)] = dt * x;
+                if (!is_projected)
+                    dt_[at(block, i)] = softplus(load(dts[i] + channel, lanes) + share_.dt_bias[block]);
+                u_[at(block, i)] = dt_[at(block, i)] * x;
                 y_[at(block, i)] = adds ? D * x + load(adds[i] + channel, lanes) : D * x;
             });
     }
@@ -295,7 +323,7 @@ class Backward {
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
             start_ = chunk * kChunk;
             steps_ = static_cast<int>(std::min<int64_t>(kChunk, scan_.length - start_));
-            share_.read_B_and_C(start_, steps_);
+            share_.read_chunk(start_, steps_);
             for (int64_t first = 0; first < share_.count; first += kBlocks) {
                 const int64_t last = std::min(share_.count, first + kBlocks);
                 prepare(first, last);

@@ -112,7 +112,32 @@ inline float sum(const Vector& value) {
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kExponents = 126;  // 2^v is a normal float for |v| up to here
 
+#if VIDEOMAMBA_VECTOR_BYTES == 64 && defined(__has_builtin)
+#if __has_builtin(__builtin_shuffle)
+#define VIDEOMAMBA_EXP2_TABLE
+#endif
+#endif
+
 // 2^v for |v| <= kExponents, within 2e-7 relative. 2^0 is exactly 1: decays close to 1 are applied thousands of times.
+#ifdef VIDEOMAMBA_EXP2_TABLE
+// Two registers hold the bits of 2^(n / 32), less those that n adds to the exponent below, so that a polynomial of
+// degree 2 is left.
+inline Vector exp2_bounded(Vector v) {
+    constexpr Integers kFirst = {0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a,
+                                 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043,
+                                 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6};
+    constexpr Integers kLast = {0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be,
+                                0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
+                                0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+    const Vector shifted = v + 0x1.8p18f;  // its last bits are the nearest multiple of 1 / 32
+    const Vector f = v - (shifted - 0x1.8p18f);
+    Vector p = broadcast(0.24022676050662994f);
+    p = p * f + 0.6931573152542114f;
+    p = p * f + 1.0f;
+    const Integers n = (Integers)shifted;
+    return p * (Vector)(__builtin_shuffle(kFirst, kLast, n) + (n << 18));
+}
+#else
 inline Vector exp2_bounded(Vector v) {
     const Vector shifted = v + 0x1.8p23f;  // its last bits are the nearest integer
     const Vector f = v - (shifted - 0x1.8p23f);
@@ -124,6 +149,7 @@ inline Vector exp2_bounded(Vector v) {
     p = p * f + 1.0f;
     return (Vector)((Integers)p + ((Integers)shifted << 23));
 }
+#endif
 
 inline Vector bounded(Vector v) { return at_most(at_least(v, -kExponents), kExponents); }
 
