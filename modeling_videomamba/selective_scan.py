@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .causal_conv1d_triton import causal_conv1d as _triton_causal_conv1d
 from .operators import operator
 from .selective_scan_cpu import causal_conv1d as _cpu_causal_conv1d
 from .selective_scan_cpu import selective_scan as _cpu_selective_scan
 from .selective_scan_cpu import unusable as _cpu_unusable
-from .selective_scan_triton import causal_conv1d as _triton_causal_conv1d
 from .selective_scan_triton import selective_scan as _triton_selective_scan
-from .selective_scan_triton import unusable as _triton_unusable
+from .triton_kernels import unusable as _triton_unusable
 
 BACKEND_VARIABLE = "VIDEOMAMBA_SCAN_BACKEND"
 

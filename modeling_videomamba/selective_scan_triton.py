@@ -1,5 +1,5 @@
 """
-The selective scan and the convolution before it as Triton kernels, for CUDA, ROCm and XPU.
+The selective scan as Triton kernels, for CUDA, ROCm and XPU.
 
 A time-varying linear recurrence `h_t = a_t * h_{t-1} + b_t` composes: two steps in a row are `(a, b)` followed by
 `(a', b')` = `(a' * a, a' * b + b')`, which is associative. Here `a_t = exp(dt_t * A)` and `b_t = dt_t * B_t * x_t`. Of
@@ -14,26 +14,14 @@ same three passes. With a single chunk only the third is left.
 
 A program holds `BLOCK_STEPS` steps of all states of `BLOCK_CHANNELS` channels in registers, as `(step, state, channel)`
 tiles: channels last, so that neighbouring threads read neighbouring addresses, and steps first, so that a thread holds
-all steps of its channel and the scan over them needs no exchange between threads. A `step` counts in the order of the
-scan; its place in memory is `length - 1 - step` in the reverse direction, and nothing is flipped or copied.
+all steps of its channel and the scan over them needs no exchange between threads.
 """
-
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from .operators import operator
-
-_IMPORT_ERROR = None
-try:
-    import triton
-    import triton.language as tl
-except Exception as error:  # a build for another system fails with more than ImportError
-    _IMPORT_ERROR = error
-    # enough to define the kernels all the same
-    triton = tl = SimpleNamespace(jit=lambda function=None, **_: function or triton.jit, constexpr=None)
+from .triton_kernels import ANY_SIZE, ceil, contiguous, launch, load, load_row, program, sigmoid, strided, tl, triton
 
 BLOCK_CHANNELS = 32
 BLOCK_STEPS = 16
@@ -44,20 +32,6 @@ NUM_WARPS = 8
 # states between chunks, `(batch, chunks, state, channels)`, are then at most a quarter of `x` in float32 (16 states).
 TARGET_PROGRAMS = 512
 MIN_CHUNK_STEPS = 64
-CONVOLUTION_STEPS, CONVOLUTION_CHANNELS = 32, 64
-# Their values make no faster code, and videos of another length shall not compile the kernels anew.
-ANY_SIZE = ["batch_size", "length", "num_chunks", "num_tiles"]
-
-
-def unusable(device_type: str) -> str | None:
-    """Why these kernels can't run for tensors on a device of that type, or `None` if they can."""
-    if device_type not in ("cuda", "xpu"):
-        return "needs tensors on a CUDA, ROCm or XPU device"
-    if not getattr(torch, device_type).is_available():
-        return f"needs a device and a PyTorch build for {device_type!r}"
-    if _IMPORT_ERROR is not None:
-        return f"`triton` can't be imported ({_IMPORT_ERROR})"
-    return None
 
 
 def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse) -> Tensor:
@@ -88,53 +62,7 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse) -> Tensor:
     return triton_selective_scan(*tensors, reverse, save)[0]
 
 
-def causal_conv1d(x, weight, bias, reverse) -> Tensor:
-    r"""
-    SiLU of a depthwise convolution that is causal in the direction of the scan.
-
-    Args:
-        x (`torch.Tensor` of shape `(batch, length, channels)`): Input, float32, bfloat16 or float16.
-        weight (`torch.Tensor` of shape `(channels, 1, width)`): Depthwise kernel, its last tap that of the step itself.
-        bias (`torch.Tensor` of shape `(channels,)`, *optional*): Added before the SiLU.
-        reverse (`bool`): Causal from the last step to the first.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
-    """
-    return triton_causal_conv1d(x, weight, bias, reverse)
-
-
-# What the kernels share. Everything is computed in float32; offsets are 64-bit, as tensors can have 2**31 elements.
-
-
-@triton.jit
-def _program(num_chunks, channels, E: tl.constexpr):
-    """Sequence, chunk and block of channels of a program. Those of one chunk follow each other: they share B and C."""
-    num_blocks = (channels + E - 1) // E
-    index = tl.program_id(0)
-    batch = (index // num_blocks // num_chunks).to(tl.int64)
-    return batch, index // num_blocks % num_chunks, index % num_blocks
-
-
-@triton.jit
-def _contiguous(batch, steps, columns, width, length, REVERSE: tl.constexpr):
-    """Offsets in a contiguous `(batch, length, width)`."""
-    times = length - 1 - steps if REVERSE else steps
-    return ((batch * length + times) * width)[:, None] + columns[None, :]
-
-
-@triton.jit
-def _load(pointer, batch_stride, step_stride, batch, steps, columns, width, length, REVERSE: tl.constexpr):
-    """`(steps, columns)` of a sequence, zero outside of it."""
-    times = length - 1 - steps if REVERSE else steps
-    offsets = batch * batch_stride + times.to(tl.int64)[:, None] * step_stride + columns[None, :]
-    mask = ((steps >= 0) & (steps < length))[:, None] & (columns < width)[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_row(pointer, columns, width):
-    return tl.load(pointer + columns, mask=columns < width, other=0.0).to(tl.float32)
+# In the kernels.
 
 
 @triton.jit
@@ -146,12 +74,6 @@ def _load_matrix(A, n, e, state, channels):
 @triton.jit
 def _state_offsets(index, n, e, state, channels):
     return index * state * channels + n[:, None] * channels + e[None, :]
-
-
-@triton.jit
-def _sigmoid(v):
-    small = tl.exp(-tl.abs(v))
-    return tl.where(v >= 0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
@@ -167,9 +89,9 @@ def _softplus(v):
 @triton.jit
 def _load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE: tl.constexpr):
     """`dt + dt_bias`; outside of the sequence -inf, of which the softplus is zero: no decay, no input."""
-    v = _load(dt, dt_batch, dt_step, batch, steps, e, channels, length, REVERSE)
+    v = load(dt, dt_batch, dt_step, batch, steps, e, channels, length, REVERSE)
     if dt_bias is not None:
-        v += _load_row(dt_bias, e, channels)[None, :]
+        v += load_row(dt_bias, e, channels)[None, :]
     return tl.where(((steps >= 0) & (steps < length))[:, None], v, float("-inf"))
 
 
@@ -178,10 +100,10 @@ def _load_grad(
     grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE: tl.constexpr
 ):
     """The gradient of `y` before the gate."""
-    grad_y = _load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
+    grad_y = load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
     if z is not None:
-        gate = _load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
-        grad_y *= gate * _sigmoid(gate)
+        gate = load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
+        grad_y *= gate * sigmoid(gate)
     return grad_y
 
 
@@ -215,7 +137,7 @@ def _chunk_kernel(
     What a chunk makes of a zero state, `ends`, and the sum of its time steps, which is all there is to its decay:
     `h_end = end + exp(A * dt_sum) * h`. For the adjoint, `x` is the gradient of the output and `B` is C.
     """
-    batch, chunk, block = _program(num_chunks, channels, E)
+    batch, chunk, block = program(num_chunks, channels, E)
     e = block * E + tl.arange(0, E)
     n = tl.arange(0, N)
     a = _load_matrix(A, n, e, state, channels)
@@ -233,8 +155,8 @@ def _chunk_kernel(
             )
         else:
             dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE))
-            weight = dt_tile * _load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
-        b = _load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
+            weight = dt_tile * load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
+        b = load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
         decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
         states = _recurrence(decay, weight[:, None, :] * b[:, :, None], h, ADJOINT)
         h = _step(states, 0 if ADJOINT else T - 1, T)
@@ -250,7 +172,7 @@ def _carry_kernel(
     A, ends, dt_sums, starts, channels, state, num_chunks, ADJOINT: tl.constexpr, N: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
     """The state before each chunk, `starts`; after it in time, for the adjoint."""
-    batch, _, block = _program(1, channels, E)
+    batch, _, block = program(1, channels, E)
     e = block * E + tl.arange(0, E)
     n = tl.arange(0, N)
     mask = (n < state)[:, None] & (e < channels)[None, :]
@@ -260,7 +182,7 @@ def _carry_kernel(
         index = batch * num_chunks + (num_chunks - 1 - i if ADJOINT else i)
         offsets = _state_offsets(index, n, e, state, channels)
         tl.store(starts + offsets, h, mask=mask)
-        dt_sum = _load_row(dt_sums + index * channels, e, channels)
+        dt_sum = load_row(dt_sums + index * channels, e, channels)
         h = tl.exp(dt_sum[None, :] * a) * h + tl.load(ends + offsets, mask=mask, other=0.0)
 
 
@@ -272,7 +194,7 @@ def _scan_kernel(
     REVERSE: tl.constexpr, T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """The scan from `starts`. Writes `y`, or, for the backward pass, only the state before each tile."""
-    batch, chunk, block = _program(num_chunks, channels, E)
+    batch, chunk, block = program(num_chunks, channels, E)
     e = block * E + tl.arange(0, E)
     n = tl.arange(0, N)
     a = _load_matrix(A, n, e, state, channels)
@@ -284,24 +206,24 @@ def _scan_kernel(
             offsets = _state_offsets(index * num_tiles + tile, n, e, state, channels)
             tl.store(tile_starts + offsets, h, mask=state_mask)
         steps = (chunk * num_tiles + tile) * T + tl.arange(0, T)
-        x_tile = _load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
+        x_tile = load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
         dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE))
-        b = _load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
+        b = load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
         decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
         states = _recurrence(decay, (dt_tile * x_tile)[:, None, :] * b[:, :, None], h, False)
         h = _step(states, T - 1, T)
         if y is not None:
-            c = _load(C, C_batch, C_step, batch, steps, n, state, length, REVERSE)
-            y_tile = tl.sum(c[:, :, None] * states, 1) + _load_row(D, e, channels)[None, :] * x_tile
+            c = load(C, C_batch, C_step, batch, steps, n, state, length, REVERSE)
+            y_tile = tl.sum(c[:, :, None] * states, 1) + load_row(D, e, channels)[None, :] * x_tile
             if add is not None:
-                y_tile += _load(add, add_batch, add_step, batch, steps, e, channels, length, REVERSE)
-            offsets = _contiguous(batch, steps, e, channels, length, REVERSE)
+                y_tile += load(add, add_batch, add_step, batch, steps, e, channels, length, REVERSE)
+            offsets = contiguous(batch, steps, e, channels, length, REVERSE)
             mask = (steps < length)[:, None] & (e < channels)[None, :]
             if ungated is not None:
                 tl.store(ungated + offsets, y_tile, mask=mask)
             if z is not None:
-                gate = _load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
-                y_tile *= gate * _sigmoid(gate)
+                gate = load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
+                y_tile *= gate * sigmoid(gate)
             tl.store(y + offsets, y_tile, mask=mask)
 
 
@@ -317,12 +239,12 @@ def _adjoint_kernel(
     The adjoint scan from `adjoints`, last tile first, and from it all gradients. Those of `A, D, dt_bias` are sums over
     the chunk, those of `B, C` over the block of channels: what is left of each sum is for `torch.sum`, in fixed order.
     """
-    batch, chunk, block = _program(num_chunks, channels, E)
+    batch, chunk, block = program(num_chunks, channels, E)
     e = block * E + tl.arange(0, E)
     n = tl.arange(0, N)
     first = tl.arange(0, T) == 0
     a = _load_matrix(A, n, e, state, channels)
-    d = _load_row(D, e, channels)
+    d = load_row(D, e, channels)
     state_mask = (n < state)[:, None] & (e < channels)[None, :]
     index = batch * num_chunks + chunk
     carry = tl.load(adjoints + _state_offsets(index, n, e, state, channels), mask=state_mask, other=0.0)
@@ -332,14 +254,14 @@ def _adjoint_kernel(
     for i in range(num_tiles):
         tile = num_tiles - 1 - i
         steps = (chunk * num_tiles + tile) * T + tl.arange(0, T)
-        offsets = _contiguous(batch, steps, e, channels, length, REVERSE)
+        offsets = contiguous(batch, steps, e, channels, length, REVERSE)
         mask = (steps < length)[:, None] & (e < channels)[None, :]
 
         # h_{t-1}, from the steps one earlier than the tile's: the difference h_t - dt_t B_t x_t would be inexact
         earlier = tl.where(first, -1, steps - 1)
         dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, earlier, e, channels, length, REVERSE))
-        x_tile = _load(x, x_batch, x_step, batch, earlier, e, channels, length, REVERSE)
-        b = _load(B, B_batch, B_step, batch, earlier, n, state, length, REVERSE)
+        x_tile = load(x, x_batch, x_step, batch, earlier, e, channels, length, REVERSE)
+        b = load(B, B_batch, B_step, batch, earlier, n, state, length, REVERSE)
         decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
         start = _state_offsets(index * num_tiles + tile, n, e, state, channels)
         h = tl.load(tile_starts + start, mask=state_mask, other=0.0)
@@ -349,27 +271,27 @@ def _adjoint_kernel(
         grad_y = _load_grad(
             grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE
         )  # fmt: skip
-        c = _load(C, C_batch, C_step, batch, steps, n, state, length, REVERSE)
+        c = load(C, C_batch, C_step, batch, steps, n, state, length, REVERSE)
         dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps + 1, e, channels, length, REVERSE))
         decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
         grad_h = _recurrence(decay, grad_y[:, None, :] * c[:, :, None], carry, True)
         carry = _step(grad_h, 0, T)
 
-        x_tile = _load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
+        x_tile = load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
         v = _load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE)
         dt_tile = _softplus(v)
-        b = _load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
+        b = load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
         decayed = tl.exp(dt_tile[:, None, :] * a[None, :, :]) * before
         dt_x = dt_tile * x_tile
         states = decayed + dt_x[:, None, :] * b[:, :, None]
-        partial = _contiguous(block * batch_size + batch, steps, n, state, length, REVERSE)
+        partial = contiguous(block * batch_size + batch, steps, n, state, length, REVERSE)
         partial_mask = (steps < length)[:, None] & (n < state)[None, :]
         tl.store(grad_C + partial, tl.sum(grad_y[:, None, :] * states, 2), mask=partial_mask)
         tl.store(grad_B + partial, tl.sum(grad_h * dt_x[:, None, :], 2), mask=partial_mask)
 
         grad_dtA = grad_h * decayed
         grad_dt_x = tl.sum(grad_h * b[:, :, None], 1)
-        grad_v = (tl.sum(grad_dtA * a[None, :, :], 1) + grad_dt_x * x_tile) * _sigmoid(v)
+        grad_v = (tl.sum(grad_dtA * a[None, :, :], 1) + grad_dt_x * x_tile) * sigmoid(v)
         tl.store(grad_dt + offsets, grad_v, mask=mask)
         tl.store(grad_x + offsets, grad_dt_x * dt_tile + d[None, :] * grad_y, mask=mask)
         sum_A += tl.sum(grad_dtA * dt_tile[:, None, :], 0)
@@ -378,9 +300,9 @@ def _adjoint_kernel(
         if grad_add is not None:
             tl.store(grad_add + offsets, grad_y, mask=mask)
         if z is not None:
-            gate = _load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
-            grad_z_tile = _load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
-            grad_z_tile *= _sigmoid(gate) * (1.0 + gate * _sigmoid(-gate))
+            gate = load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
+            grad_z_tile = load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
+            grad_z_tile *= sigmoid(gate) * (1.0 + gate * sigmoid(-gate))
             grad_z_tile *= tl.load(ungated + offsets, mask=mask, other=0.0).to(tl.float32)
             tl.store(grad_z + offsets, grad_z_tile, mask=mask)
     tl.store(grad_A + _state_offsets(index, n, e, state, channels), sum_A, mask=state_mask)
@@ -399,45 +321,25 @@ def _blocks(channels: int, state: int) -> dict[str, int]:
 
 def _num_chunks(batch, length, channels):
     """Written for symbolic sizes too: no branches, hence no guards."""
-    programs = torch.sym_max(batch * _ceil(channels, BLOCK_CHANNELS), 1)
-    return torch.sym_max(torch.sym_min(TARGET_PROGRAMS // programs, _ceil(length, MIN_CHUNK_STEPS)), 1)
-
-
-def _ceil(count, block):
-    return (count + block - 1) // block
-
-
-def _strided(sequence):
-    """A sequence for a kernel: pointer, and strides of batch and step. Columns are next to each other."""
-    if sequence is None:
-        return None, 0, 0
-    sequence = sequence if sequence.stride(-1) == 1 else sequence.contiguous()
-    return sequence, *sequence.stride()[:2]
-
-
-def _launch(kernel, num_programs, *arguments, **options):
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    guard = nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
-    with guard:
-        if num_programs:  # an empty grid is an error
-            kernel[(num_programs,)](*arguments, **options)
+    programs = torch.sym_max(batch * ceil(channels, BLOCK_CHANNELS), 1)
+    return torch.sym_max(torch.sym_min(TARGET_PROGRAMS // programs, ceil(length, MIN_CHUNK_STEPS)), 1)
 
 
 def _starts(x, z, dt, A, B, dt_bias, num_chunks, num_tiles, blocks, reverse, adjoint):
     """Passes 1 and 2: the state before each chunk, `(batch, chunks, state, channels)`."""
     (batch, length, channels), state = x.shape, A.shape[1]
-    sizes, programs = (batch, num_chunks, state, channels), batch * _ceil(channels, blocks["E"])
+    sizes, programs = (batch, num_chunks, state, channels), batch * ceil(channels, blocks["E"])
     if num_chunks == 1:
         return torch.zeros(sizes, dtype=torch.float32, device=x.device)
     starts, ends = (torch.empty(sizes, dtype=torch.float32, device=x.device) for _ in range(2))
     dt_sums = torch.empty((batch, num_chunks, channels), dtype=torch.float32, device=x.device)
-    _launch(
-        _chunk_kernel, programs * num_chunks, *_strided(x), *_strided(z), *_strided(dt), A, *_strided(B), dt_bias,
+    launch(
+        _chunk_kernel, programs * num_chunks, *strided(x), *strided(z), *strided(dt), A, *strided(B), dt_bias,
         ends, dt_sums, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, ADJOINT=adjoint, **blocks,
     )  # fmt: skip
     blocks = {**blocks, "num_warps": 4}
     del blocks["T"]
-    _launch(
+    launch(
         _carry_kernel, programs, A, ends, dt_sums, starts, channels, state, num_chunks, ADJOINT=adjoint, **blocks
     )  # fmt: skip
     return starts
@@ -461,14 +363,14 @@ def triton_selective_scan(
     (batch, length, channels), state = x.shape, A.shape[1]
     blocks = _blocks(channels, state)
     num_chunks = _num_chunks(batch, length, channels)
-    num_tiles = _ceil(_ceil(length, num_chunks), blocks["T"])
+    num_tiles = ceil(ceil(length, num_chunks), blocks["T"])
     A, D, dt_bias = A.contiguous(), D.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ungated = torch.empty_like(y) if save and z is not None else None
     starts = _starts(x, None, dt, A, B, dt_bias, num_chunks, num_tiles, blocks, reverse, adjoint=False)
-    _launch(
-        _scan_kernel, batch * num_chunks * _ceil(channels, blocks["E"]),
-        *_strided(x), *_strided(dt), A, *_strided(B), *_strided(C), D, *_strided(z), dt_bias, *_strided(add),
+    launch(
+        _scan_kernel, batch * num_chunks * ceil(channels, blocks["E"]),
+        *strided(x), *strided(dt), A, *strided(B), *strided(C), D, *strided(z), dt_bias, *strided(add),
         starts, None, y, ungated, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
     )  # fmt: skip
     return y, y.new_empty(0) if ungated is None else ungated, starts if save else starts.new_empty(0)
@@ -506,15 +408,15 @@ def triton_selective_scan_backward(
     """
     (batch, length, channels), state = x.shape, A.shape[1]
     blocks = _blocks(channels, state)
-    num_chunks, num_blocks = starts.shape[1], _ceil(channels, blocks["E"])
-    num_tiles = _ceil(_ceil(length, num_chunks), blocks["T"])
+    num_chunks, num_blocks = starts.shape[1], ceil(channels, blocks["E"])
+    num_tiles = ceil(ceil(length, num_chunks), blocks["T"])
     num_programs = batch * num_chunks * num_blocks
     A_, D_, dt_bias_ = A.contiguous(), D.contiguous(), None if dt_bias is None else dt_bias.contiguous()
 
     tile_starts = starts.new_empty(batch, num_chunks * num_tiles, state, channels)
-    _launch(
+    launch(
         _scan_kernel, num_programs,
-        *_strided(x), *_strided(dt), A_, *_strided(B), None, 0, 0, None, None, 0, 0, dt_bias_, None, 0, 0,
+        *strided(x), *strided(dt), A_, *strided(B), None, 0, 0, None, None, 0, 0, dt_bias_, None, 0, 0,
         starts, tile_starts, None, None, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
     )  # fmt: skip
     adjoints = _starts(grad, z, dt, A_, C, dt_bias_, num_chunks, num_tiles, blocks, reverse, adjoint=True)
@@ -525,9 +427,9 @@ def triton_selective_scan_backward(
     grad_A = starts.new_empty(batch * num_chunks, state, channels)
     grad_D, grad_dt_bias = (starts.new_empty(batch * num_chunks, channels) for _ in range(2))
     grad_B, grad_C = (starts.new_empty(num_blocks, batch, length, state) for _ in range(2))
-    _launch(
+    launch(
         _adjoint_kernel, num_programs,
-        *_strided(grad), *_strided(x), *_strided(dt), A_, *_strided(B), *_strided(C), D_, *_strided(z), dt_bias_,
+        *strided(grad), *strided(x), *strided(dt), A_, *strided(B), *strided(C), D_, *strided(z), dt_bias_,
         ungated, tile_starts, adjoints,
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias, grad_add,
         batch, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
@@ -579,136 +481,3 @@ def _differentiate_selective_scan(ctx, grad, *_):
 
 
 triton_selective_scan.register_autograd(_differentiate_selective_scan, setup_context=_save_for_selective_scan)
-
-
-# The convolution.
-
-
-@triton.jit
-def _convolve(
-    x, x_batch, x_step, weight, bias, batch, steps, e, channels, length,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    y = tl.zeros((T, E), tl.float32)
-    if bias is not None:
-        y += _load_row(bias, e, channels)[None, :]
-    for tap in tl.static_range(WIDTH):
-        x_tile = _load(x, x_batch, x_step, batch, steps - (WIDTH - 1 - tap), e, channels, length, REVERSE)
-        y += _load_tap(weight, e, channels, tap, WIDTH)[None, :] * x_tile
-    return y
-
-
-@triton.jit
-def _load_tap(weight, e, channels, tap, WIDTH: tl.constexpr):
-    return tl.load(weight + e * WIDTH + tap, mask=e < channels, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=ANY_SIZE)
-def _convolution_kernel(
-    x, x_batch, x_step, weight, bias, y, length, channels, num_chunks,
-    WIDTH: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    batch, chunk, block = _program(num_chunks, channels, E)
-    e = block * E + tl.arange(0, E)
-    steps = chunk * T + tl.arange(0, T)
-    y_tile = _convolve(
-        x, x_batch, x_step, weight, bias, batch, steps, e, channels, length, WIDTH, REVERSE, T, E
-    )  # fmt: skip
-    if SILU:
-        y_tile *= _sigmoid(y_tile)
-    offsets = _contiguous(batch, steps, e, channels, length, REVERSE)
-    tl.store(y + offsets, y_tile, mask=(steps < length)[:, None] & (e < channels)[None, :])
-
-
-@triton.jit(do_not_specialize=ANY_SIZE)
-def _convolution_gradient_kernel(
-    grad, grad_batch, grad_step, x, x_batch, x_step, weight, bias, grad_y, grad_weight, grad_bias,
-    length, channels, num_chunks, WIDTH: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the convolution before the SiLU, and the part of this chunk in those of `weight` and `bias`."""
-    batch, chunk, block = _program(num_chunks, channels, E)
-    e = block * E + tl.arange(0, E)
-    steps = chunk * T + tl.arange(0, T)
-    y = _convolve(
-        x, x_batch, x_step, weight, bias, batch, steps, e, channels, length, WIDTH, REVERSE, T, E
-    )  # fmt: skip
-    grad_tile = _load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
-    grad_tile *= _sigmoid(y) * (1.0 + y * _sigmoid(-y))
-    inside = e < channels
-    offsets = _contiguous(batch, steps, e, channels, length, REVERSE)
-    tl.store(grad_y + offsets, grad_tile, mask=(steps < length)[:, None] & inside[None, :])
-    index = batch * num_chunks + chunk
-    tl.store(grad_bias + index * channels + e, tl.sum(grad_tile, 0), mask=inside)
-    for tap in tl.static_range(WIDTH):
-        x_tile = _load(x, x_batch, x_step, batch, steps - (WIDTH - 1 - tap), e, channels, length, REVERSE)
-        tl.store(grad_weight + (index * channels + e) * WIDTH + tap, tl.sum(grad_tile * x_tile, 0), mask=inside)
-
-
-def _convolution_blocks(x):
-    """Number of chunks, number of programs, shape of a tile."""
-    batch, length, channels = x.shape
-    num_chunks = _ceil(length, CONVOLUTION_STEPS)
-    E = min(CONVOLUTION_CHANNELS, triton.next_power_of_2(channels))
-    return num_chunks, batch * num_chunks * _ceil(channels, E), {"T": CONVOLUTION_STEPS, "E": E}
-
-
-@operator
-def triton_causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    num_chunks, num_programs, blocks = _convolution_blocks(x)
-    _launch(
-        _convolution_kernel, num_programs, *_strided(x), weight.contiguous(), bias, y,
-        x.shape[1], x.shape[2], num_chunks, WIDTH=weight.shape[-1], REVERSE=reverse, SILU=True, **blocks,
-    )  # fmt: skip
-    return y
-
-
-@operator
-def triton_causal_conv1d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x, weight, bias`; that of `x` is a convolution against the direction of the first."""
-    (batch, length, channels), width = x.shape, weight.shape[-1]
-    num_chunks, num_programs, blocks = _convolution_blocks(x)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    grad_weight = torch.empty(batch * num_chunks, channels, 1, width, dtype=torch.float32, device=x.device)
-    grad_bias = torch.empty(batch * num_chunks, channels, dtype=torch.float32, device=x.device)
-    _launch(
-        _convolution_gradient_kernel, num_programs, *_strided(grad), *_strided(x), weight.contiguous(), bias,
-        grad_y, grad_weight, grad_bias, length, channels, num_chunks, WIDTH=width, REVERSE=reverse, **blocks,
-    )  # fmt: skip
-    _launch(
-        _convolution_kernel, num_programs, *_strided(grad_y), weight.contiguous(), None, grad_x,
-        length, channels, num_chunks, WIDTH=width, REVERSE=not reverse, SILU=False, **blocks,
-    )  # fmt: skip
-    empty = x.new_empty(0)
-    return (
-        grad_x,
-        grad_weight.sum(0).to(weight.dtype),
-        empty if bias is None else grad_bias.sum(0).to(bias.dtype),
-    )
-
-
-@triton_causal_conv1d.register_fake
-def _(x, weight, bias, reverse):
-    return x.new_empty(x.shape)
-
-
-@triton_causal_conv1d_backward.register_fake
-def _(grad, x, weight, bias, reverse):
-    empty = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), empty
-
-
-def _save_for_causal_conv1d(ctx, inputs, output):
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_causal_conv1d(ctx, grad):
-    grad_x, grad_weight, grad_bias = triton_causal_conv1d_backward(grad, *ctx.saved_tensors, ctx.reverse)
-    return grad_x, grad_weight, None if ctx.saved_tensors[2] is None else grad_bias, None
-
-
-triton_causal_conv1d.register_autograd(_differentiate_causal_conv1d, setup_context=_save_for_causal_conv1d)

@@ -19,7 +19,8 @@ from tests.scan_reference import DEVICE, assert_same, make_inputs, naive_conv, n
 # by name, as the package has a function of the name of the module
 module = importlib.import_module("modeling_videomamba.selective_scan")
 cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")
-triton_kernels = importlib.import_module("modeling_videomamba.selective_scan_triton")
+triton_kernels = importlib.import_module("modeling_videomamba.triton_kernels")
+triton_scan = importlib.import_module("modeling_videomamba.selective_scan_triton")
 
 VARIANTS = ("baseline", "avx2", "avx512")
 
@@ -76,10 +77,10 @@ def backend(request, monkeypatch):
     if name == "mamba_ssm":
         request.getfixturevalue("mamba_ssm_twin")
     elif name == "triton":
-        if triton_kernels._IMPORT_ERROR is not None:
+        if triton_kernels.IMPORT_ERROR is not None:
             pytest.skip("Triton is not installed")
         for constant, value in (("BLOCK_CHANNELS", 4), ("BLOCK_STEPS", 4), ("MIN_CHUNK_STEPS", 8)):
-            monkeypatch.setattr(triton_kernels, constant, value)
+            monkeypatch.setattr(triton_scan, constant, value)
     elif name == "cpu":
         if variant not in usable_variants() or kernel_path(variant) is None:
             pytest.skip(f"no kernel for {variant}, or no such processor")

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from tests.scan_reference import DEVICE, assert_same, make_inputs, naive_conv, naive_scan
 
 pytest.importorskip("triton")
+convolution = importlib.import_module("modeling_videomamba.causal_conv1d_triton")
 kernels = importlib.import_module("modeling_videomamba.selective_scan_triton")
+triton_kernels = importlib.import_module("modeling_videomamba.triton_kernels")
 
 make_inputs = functools.partial(make_inputs, device=DEVICE)
 
@@ -50,11 +52,11 @@ def test_outputs_and_gradients_are_those_of_the_recurrence(batch, length, channe
 @pytest.mark.parametrize("reverse", [False, True])
 def test_one_chunk_is_enough(monkeypatch, reverse):
     monkeypatch.setattr(kernels, "TARGET_PROGRAMS", 1)
-    launched, launch = [], kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, *args, **kwargs: launched.append(kernel))
+    launched, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *args, **kwargs: launched.append(kernel))
     kernels.selective_scan(*make_inputs(length=19).values(), reverse)
     assert launched == [kernels._scan_kernel]
-    monkeypatch.setattr(kernels, "_launch", launch)
+    monkeypatch.setattr(kernels, "launch", launch)
     assert_same(kernels.selective_scan, naive_scan, make_inputs(length=19).values(), reverse)
 
 
@@ -90,7 +92,7 @@ def test_convolution(length, channels, width, with_bias, reverse):
     x = make_inputs(2, length, channels)["x"]
     weight = torch.randn(channels, 1, width, device=DEVICE).requires_grad_()
     bias = torch.randn(channels, device=DEVICE).requires_grad_() if with_bias else None
-    assert_same(kernels.causal_conv1d, naive_conv, [x, weight, bias], reverse)
+    assert_same(convolution.causal_conv1d, naive_conv, [x, weight, bias], reverse)
 
 
 def test_nothing_is_kept_but_what_the_backward_pass_needs(monkeypatch):
@@ -116,7 +118,7 @@ def test_as_operators_they_fulfil_the_contract_of_torch(without):
     inputs = list(make_inputs(1, 9, 3, 2, without=without).values())
     assert set(torch.library.opcheck(kernels.triton_selective_scan, (*inputs, True, True)).values()) == {"SUCCESS"}
     weight = torch.randn(3, 1, 2, device=DEVICE).requires_grad_()
-    assert set(torch.library.opcheck(kernels.triton_causal_conv1d, (inputs[0], weight, None, False)).values()) == {
+    assert set(torch.library.opcheck(convolution.triton_causal_conv1d, (inputs[0], weight, None, False)).values()) == {
         "SUCCESS"
     }
 
@@ -124,7 +126,7 @@ def test_as_operators_they_fulfil_the_contract_of_torch(without):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_graph_breaks(dynamic):
     def function(weight, inputs, reverse):
-        x = kernels.causal_conv1d(inputs[0], weight, None, reverse)
+        x = convolution.causal_conv1d(inputs[0], weight, None, reverse)
         return kernels.selective_scan(x, *inputs[1:], reverse)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -163,13 +165,13 @@ def test_gradient_checkpointing(use_reentrant):
 
 
 def test_it_says_why_it_can_not_run(monkeypatch):
-    assert "CUDA" in kernels.unusable("cpu")
+    assert "CUDA" in triton_kernels.unusable("cpu")
     if not torch.cuda.is_available():
-        assert "cuda" in kernels.unusable("cuda")
+        assert "cuda" in triton_kernels.unusable("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert kernels.unusable("cuda") is None
-    monkeypatch.setattr(kernels, "_IMPORT_ERROR", ImportError("No module named 'triton'"))
-    assert "No module named 'triton'" in kernels.unusable("cuda")
+    assert triton_kernels.unusable("cuda") is None
+    monkeypatch.setattr(triton_kernels, "IMPORT_ERROR", ImportError("No module named 'triton'"))
+    assert "No module named 'triton'" in triton_kernels.unusable("cuda")
 
 
 def run_script(script, **variables):
@@ -186,9 +188,9 @@ def test_it_can_be_imported_without_triton():
     script = """
 import sys, torch
 sys.modules["triton"] = None
-from modeling_videomamba import selective_scan_triton
+from modeling_videomamba import triton_kernels
 torch.cuda.is_available = lambda: True
-print(selective_scan_triton.unusable("cuda"))
+print(triton_kernels.unusable("cuda"))
 """
     assert "`triton` can't be imported" in run_script(script)
 
@@ -197,6 +199,7 @@ COMPILE = """
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from modeling_videomamba import causal_conv1d_triton as convolution
 from modeling_videomamba import selective_scan_triton as kernels
 
 class Driver:
@@ -209,7 +212,7 @@ def compile_only(kernel, num_programs, *arguments, **options):
     compiled = kernel.warmup(*arguments, grid=(num_programs,), **options)
     print(compiled.metadata.target.backend + kernel.__name__)
 
-kernels._launch = compile_only
+convolution.launch = kernels.launch = compile_only
 for target, dtype, channels, state, optional in (
     (("cuda", 80, 32), torch.bfloat16, 40, 16, True), (("hip", "gfx942", 64), torch.float32, 1, 1, False)
 ):
@@ -217,7 +220,7 @@ for target, dtype, channels, state, optional in (
     x, dt, z, add = (torch.randn(1, 200, channels, dtype=dtype, requires_grad=True) for _ in range(4))
     B, C = (torch.randn(1, 200, state, dtype=dtype) for _ in range(2))
     A, D, dt_bias = torch.randn(channels, state), torch.randn(channels), torch.randn(channels)
-    x = kernels.causal_conv1d(x, torch.randn(channels, 1, 4), dt_bias if optional else None, True)
+    x = convolution.causal_conv1d(x, torch.randn(channels, 1, 4), dt_bias if optional else None, True)
     others = (z, dt_bias, add) if optional else (None, None, None)
     kernels.selective_scan(x, dt, A, B, C, D, *others, True).sum().backward()
 """
