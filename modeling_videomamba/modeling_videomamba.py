@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,8 @@ SCANS = {
     "spatiotemporal_v2": (("spatial", False), ("spatial", True), ("temporal", False), ("temporal", True)),
 }
 
-# Inference on a CPU takes long sequences in pieces of at most this many tokens of the batch: few enough for the caches,
-# and enough for matrix products at full speed. Of a sample a piece has at least `MIN_PIECE_LENGTH`.
+# Inference on a CPU takes the tokens in pieces of at most so many of the batch: few enough for the caches, and enough
+# for matrix products at full speed. Of a sample a piece has at least `MIN_PIECE_LENGTH`.
 PIECE_SIZE = 1024
 MIN_PIECE_LENGTH = 64
 
@@ -152,8 +153,14 @@ class VideoMambaPatchEmbeddings(nn.Module):
         pixel_values = pixel_values.transpose(1, 2)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and pixel_values.device.type == "cpu":
             # convolutions copy their input twice, which for a long video is more than all layers need
-            pieces = pixel_values.split(8 * tubelet, dim=2)
-            return torch.cat([self.projection(piece.to(self.projection.weight.dtype)) for piece in pieces], dim=2)
+            pieces = (piece.to(self.projection.weight.dtype) for piece in pixel_values.split(8 * tubelet, dim=2))
+            first = self.projection(next(pieces))
+            patches = first.new_empty(*first.shape[:2], frames // tubelet, *first.shape[3:])
+            for target, piece in zip(
+                patches.split(8, dim=2), chain([first], map(self.projection, pieces)), strict=True
+            ):
+                target.copy_(piece)
+            return patches
         return self.projection(pixel_values.to(self.projection.weight.dtype))
 
 
@@ -603,17 +610,17 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         )
 
     def _workspace(self, hidden_states: torch.Tensor) -> VideoMambaWorkspace | None:
-        """For inference in pieces, where that is possible and worth it."""
+        """For inference in pieces, where that is possible."""
         if self.training or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
             return None
         # what records operators sees none in the pieces, and stand-ins for tensors have no memory
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(hidden_states) is not torch.Tensor:
             return None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dtype
-        batch, length, _ = hidden_states.shape
-        num_pieces = min(math.ceil(batch * length / PIECE_SIZE), length // MIN_PIECE_LENGTH)
-        if num_pieces <= 1 or not scans_in_pieces("cpu", dtype):
+        if not scans_in_pieces("cpu", dtype):
             return None
+        batch, length, _ = hidden_states.shape
+        num_pieces = max(1, min(math.ceil(batch * length / PIECE_SIZE), length // MIN_PIECE_LENGTH))
         lengths = [piece.shape[1] for piece in hidden_states.tensor_split(num_pieces, dim=1)]
         return VideoMambaWorkspace.of(batch, lengths, self.config.intermediate_size, dtype)
 
