@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
@@ -243,6 +244,43 @@ def measure_model(model: str, frames: int, image_size: int, **timing: Any) -> Re
     return result
 
 
+# Modules of VideoMamba by the last part of their names; a scan is what these leave of its time.
+PARTS = ("embeddings", "norm", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+
+
+def measure_profile(model: str, frames: int, image_size: int, repeats: int, min_seconds: float) -> Result:
+    """Where the time of the fastest call goes."""
+    network = build_model(model, frames, image_size).eval()
+    clip = torch.randn(1, frames, 3, image_size, image_size)
+    spent: defaultdict[str, float] = defaultdict(float)
+
+    def add_clock(part: str, sign: int) -> None:
+        spent[part] += sign * time.perf_counter()
+
+    def watch(module: torch.nn.Module, part: str) -> None:
+        module.register_forward_pre_hook(lambda *_: add_clock(part, -1))
+        module.register_forward_hook(lambda *_: add_clock(part, 1))
+
+    for name, module in network.named_modules():
+        part = name.rpartition(".")[2]
+        if part in PARTS:
+            watch(module, part)
+        elif part.isdecimal() and ".scans." in name:
+            watch(module, "scan")
+    calls, total = [], 0.0
+    with torch.no_grad():
+        while len(calls) <= repeats or total < min_seconds:  # the first one is a warm-up
+            spent.clear()
+            start = time.perf_counter()
+            network(clip)
+            calls.append((time.perf_counter() - start, dict(spent)))
+            total += calls[-1][0]
+    seconds, parts = min(calls[1:], key=lambda call: call[0])
+    parts["scan"] -= parts["conv1d"] + parts["x_proj"] + parts["dt_proj"]
+    parts["rest"] = seconds - sum(parts.values())
+    return {"min_seconds": seconds, **{f"{part}_seconds": value for part, value in parts.items()}}
+
+
 def measure_training(frames: int, image_size: int, batch: int, **timing: Any) -> Result:
     """A step of training and inference on the same clips, in turn."""
     config = VideoMambaConfig(num_frames=frames, image_size=image_size, num_labels=400, **VIDEOMAMBA_SIZES["tiny"])
@@ -274,6 +312,7 @@ def measure_training(frames: int, image_size: int, batch: int, **timing: Any) ->
 MEASURES: dict[str, Callable[..., Result]] = {
     "scan": measure_scan,
     "model": measure_model,
+    "profile": measure_profile,
     "training": measure_training,
 }
 
@@ -303,6 +342,9 @@ def list_measurements(args: argparse.Namespace) -> dict[str, Result]:
     for model, frames, how in clips:
         spec = {"model": model, "frames": frames, "image_size": args.image_size}
         listed[model_name(model, frames)] = {"measure": "model", **spec, **how}
+    for model, frames in (("VideoMamba-Ti", args.frames[-1]), ("VideoMamba-M", short)):
+        spec = {"model": model, "frames": frames, "image_size": args.image_size}
+        listed[f"profile {model} {frames} frames"] = {"measure": "profile", **spec, **timing}
     spec = {"frames": short, "image_size": args.image_size, "batch": TRAINING_BATCH}
     listed["training VideoMamba-Ti"] = {"measure": "training", **spec, **timing}
     if not args.only:
@@ -417,6 +459,12 @@ TABLES = {
             *("limit_seconds", "ratio_to_limit", "ratio_to_matrix_products_only"),
         ),
         "Multiply-adds in 10^9; the best rate of matrix products around the timed calls in 10^9 of them per second.",
+    ),
+    "profile": (
+        "Where the time goes, inference on one clip",
+        ("model", "frames"),
+        ("min_seconds", *(f"{part}_seconds" for part in (*PARTS, "scan", "rest"))),
+        "Of the fastest call, with a look at the clock around each module.",
     ),
     "training": (
         "Training of VideoMamba-Ti",

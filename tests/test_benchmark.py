@@ -19,6 +19,7 @@ CHOSEN = {
     "scan 1x65x32 forward mambapy",
     "model VideoMamba-Ti 2 frames",
     "model TimeSformer-Ti joint 2 frames",
+    "profile VideoMamba-Ti 2 frames",
     "training VideoMamba-Ti",
 }
 
@@ -57,6 +58,7 @@ def test_chosen_measurements_are_in_the_json(report):
     for name, result in report["measurements"].items():
         if "mambapy" not in name:
             assert "failed" not in result, result
+        if not name.startswith("profile") and "failed" not in result:
             assert 0 < result["peak_bytes"] < result["process_peak_bytes"]
     scan = report["measurements"]["scan 1x65x32 forward cpu"]
     assert len(scan["seconds"]) == 2 and 0 < scan["min_seconds"] <= scan["median_seconds"]
@@ -75,6 +77,12 @@ def test_limit_and_ratios_follow_from_the_rate(report):
     training = report["measurements"]["training VideoMamba-Ti"]
     ratio = training["step_min_seconds"] / training["inference_min_seconds"]
     assert training["ratio_of_min"] == pytest.approx(ratio)
+
+
+def test_the_parts_of_a_profile_are_the_whole(report):
+    profile = report["measurements"]["profile VideoMamba-Ti 2 frames"]
+    parts = [profile[f"{part}_seconds"] for part in (*benchmark.PARTS, "scan", "rest")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(profile["min_seconds"])
 
 
 def test_a_missing_peer_is_reported_with_its_reason(folder, report):
