@@ -267,7 +267,8 @@ def measure_profile(model: str, frames: int, image_size: int, repeats: int, min_
             watch(module, part)
         elif part.isdecimal() and ".scans." in name:
             watch(module, "scan")
-    calls, total = [], 0.0
+    calls: list[tuple[float, dict[str, float]]] = []
+    total = 0.0
     with torch.no_grad():
         while len(calls) <= repeats or total < min_seconds:  # the first one is a warm-up
             spent.clear()
