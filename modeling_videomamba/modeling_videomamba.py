@@ -344,7 +344,7 @@ class VideoMambaInputProjection(nn.Linear):
             return super().forward(hidden_states)
         weight = self.weight.chunk(2)["xz".index(part)]
         rows = hidden_states.to(out.dtype).flatten(0, 1)
-        torch.mm(rows, weight.to(out.dtype).T, out=out.view(rows.shape[0], -1))
+        torch.mm(rows, weight.to(out.dtype).T, out=out.flatten(0, 1))
         return out
 
 
@@ -418,8 +418,9 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())
 
     def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
-        is_wrapped = not isinstance(self.mixer.in_proj, VideoMambaInputProjection)  # by an adapter
-        return not (self.training or is_wrapped) and hidden_states.device == workspace.x[0].device
+        in_proj = self.mixer.in_proj  # may be wrapped by an adapter, or have quantised weights
+        is_plain = isinstance(in_proj, VideoMambaInputProjection) and type(in_proj.weight) is nn.Parameter
+        return is_plain and not self.training and hidden_states.device == workspace.x[0].device
 
     def _forward_in_pieces(self, hidden_states: torch.Tensor, workspace: VideoMambaWorkspace) -> torch.Tensor:
         outputs = torch.empty_like(hidden_states)

@@ -596,6 +596,21 @@ def test_inference_in_pieces_is_left_to_modules_that_can(small_pieces):
 
 
 @needs_kernel
+def test_inference_in_pieces_is_left_to_weights_that_are_there(small_pieces):
+    model, pixels = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32)
+    for layer in model.layers:
+        torch.nn.utils.parametrizations.weight_norm(layer.mixer.in_proj)
+    with torch.no_grad():
+        model(pixels)
+    assert set(small_pieces) == {17}
+
+
+def test_an_empty_batch_is_no_error():
+    with torch.no_grad():
+        assert build(VideoMambaModel)(torch.empty(0, 4, 3, 32, 32)).last_hidden_state.shape[:2] == (0, 17)
+
+
+@needs_kernel
 def test_inference_in_pieces_is_not_for_layers_elsewhere_or_in_training(small_pieces):
     model, pixels = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32)
     model.layers[1].train()
