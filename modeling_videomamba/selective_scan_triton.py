@@ -108,6 +108,16 @@ def _load_grad(
 
 
 @triton.jit
+def _gate_gradient(
+    grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE: tl.constexpr
+):
+    """The gradient of the gate, to be multiplied by `y` before it."""
+    gate = load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
+    grad_y = load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
+    return grad_y * sigmoid(gate) * (1.0 + gate * sigmoid(-gate))
+
+
+@triton.jit
 def _compose(a1, b1, a2, b2):
     return a1 * a2, a2 * b1 + b2
 
@@ -117,6 +127,19 @@ def _recurrence(a, b, h, BACKWARDS: tl.constexpr):
     """All `h_t = a_t * h_{t-1} + b_t` of a tile `(step, state, channel)`, from the state `h` before it."""
     product, states = tl.associative_scan((a, b), 0, _compose, reverse=BACKWARDS)
     return states + product * h[None, :, :]
+
+
+@triton.jit
+def _states(
+    x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, dt_bias, h,
+    batch, steps, e, n, length, channels, state, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The states of a tile, from the state `h` before it."""
+    dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE))
+    x_tile = load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
+    b = load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
+    decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
+    return _recurrence(decay, (dt_tile * x_tile)[:, None, :] * b[:, :, None], h, False)
 
 
 @triton.jit
@@ -258,14 +281,13 @@ def _adjoint_kernel(
         mask = (steps < length)[:, None] & (e < channels)[None, :]
 
         # h_{t-1}, from the steps one earlier than the tile's: the difference h_t - dt_t B_t x_t would be inexact
-        earlier = tl.where(first, -1, steps - 1)
-        dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, earlier, e, channels, length, REVERSE))
-        x_tile = load(x, x_batch, x_step, batch, earlier, e, channels, length, REVERSE)
-        b = load(B, B_batch, B_step, batch, earlier, n, state, length, REVERSE)
-        decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
         start = _state_offsets(index * num_tiles + tile, n, e, state, channels)
         h = tl.load(tile_starts + start, mask=state_mask, other=0.0)
-        before = _recurrence(decay, (dt_tile * x_tile)[:, None, :] * b[:, :, None], h, False)
+        earlier = tl.where(first, -1, steps - 1)
+        before = _states(
+            x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, dt_bias, h,
+            batch, earlier, e, n, length, channels, state, REVERSE,
+        )  # fmt: skip
 
         # e_t = C_t * grad_y_t + exp(dt_{t+1} * A) * e_{t+1}
         grad_y = _load_grad(
@@ -300,9 +322,9 @@ def _adjoint_kernel(
         if grad_add is not None:
             tl.store(grad_add + offsets, grad_y, mask=mask)
         if z is not None:
-            gate = load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
-            grad_z_tile = load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
-            grad_z_tile *= sigmoid(gate) * (1.0 + gate * sigmoid(-gate))
+            grad_z_tile = _gate_gradient(
+                grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE
+            )  # fmt: skip
             grad_z_tile *= tl.load(ungated + offsets, mask=mask, other=0.0).to(tl.float32)
             tl.store(grad_z + offsets, grad_z_tile, mask=mask)
     tl.store(grad_A + _state_offsets(index, n, e, state, channels), sum_A, mask=state_mask)
