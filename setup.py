@@ -1,4 +1,4 @@
-"""Compiles the CPU kernel, once for each kind of vectors. Everything else is in pyproject.toml."""
+"""Compiles the CPU kernels, once for each kind of vectors. Everything else is in pyproject.toml."""
 
 import platform
 from pathlib import Path
@@ -9,10 +9,14 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("modeling_videomamba/csrc")
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
-VARIANTS = {"baseline": []}  # SSE2, NEON
+AVX512 = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+SCAN, PRODUCT = ["causal_conv1d.cpp", "rms_norm.cpp", "selective_scan.cpp"], ["matrix_product.cpp"]
+VARIANTS = {"baseline": (SCAN, [])}  # SSE2, NEON
 if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS["avx2"] = ["-mavx2", "-mfma"]
-    VARIANTS["avx512"] = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    VARIANTS["avx2"] = (SCAN, ["-mavx2", "-mfma"])
+    VARIANTS["avx512"] = (SCAN, AVX512)
+    if platform.system() == "Linux":  # which has to be asked for the matrix units
+        VARIANTS["amx"] = (PRODUCT, [*AVX512, "-mamx-tile", "-mamx-bf16"])
 
 
 class BuildKernel(build_ext):
@@ -44,14 +48,14 @@ setup(
     ext_modules=[
         Extension(
             f"modeling_videomamba._cpu_{name}",
-            sources=[str(path) for path in sorted(CSRC.glob("*.cpp"))],
+            sources=[str(CSRC / source) for source in sources],
             depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
             extra_compile_args=[*FLAGS, *flags],
             language="c++",
             optional=True,
             py_limited_api=True,  # nothing of Python is used: one wheel serves all versions
         )
-        for name, flags in VARIANTS.items()
+        for name, (sources, flags) in VARIANTS.items()
     ],
     cmdclass={"build_ext": BuildKernel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -19,8 +19,9 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
-from .selective_scan import causal_conv1d, scans_in_pieces, selective_scan
-from .selective_scan_cpu import convolve_piece, scan_piece
+from .matrix_product_cpu import PackedWeight, linear_into
+from .pieces_cpu import PiecewiseConvolution, PiecewiseScan, rms_norm_into
+from .selective_scan import causal_conv1d, linear, scans_in_pieces, selective_scan
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
 # ("temporal"), from the first to the last or, where `reverse`, from the last to the first (paper, figure 4).
@@ -33,7 +34,7 @@ SCANS = {
 
 # Inference on a CPU takes the tokens in pieces of at most so many of the batch: few enough for the caches, and enough
 # for matrix products at full speed. Of a sample a piece has at least `MIN_PIECE_LENGTH`.
-PIECE_SIZE = 1024
+PIECE_SIZE = 2560
 MIN_PIECE_LENGTH = 64
 
 # Which class of this file each Auto class loads, for directories that carry their code.
@@ -96,14 +97,17 @@ def temporal_first(num_steps: int, num_patches: int, device: torch.device) -> to
 
 
 class VideoMambaRMSNorm(nn.Module):
-    """RMS norm in float32 of any input, `(..., D)` to `(..., D)` in the dtype of its weight."""
+    """RMS norm in float32 of any input, `(..., D)` to `(..., D)` in the dtype of its weight, or into `out` without
+    gradients."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if out is not None:
+            return rms_norm_into(out, hidden_states, self.weight, self.eps)
         normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(self.weight.dtype)
 
@@ -229,36 +233,74 @@ class VideoMambaEmbeddings(nn.Module):
 
 
 @dataclass
-class VideoMambaScanCache:
+class VideoMambaPiece:
     """
-    What a scan passes from one piece of the tokens to the next: its state `(batch, N, E)` in float32, the last inputs
-    of the convolution `(batch, conv_kernel - 1, E)`, and what is made of its parameters: `A` `(E, N)` and the matrix
-    `(rank, E)` of `dt_proj`.
+    Memory for a piece of the tokens, `(batch, length of the piece, ...)`: inputs `x` and outputs `y` of the scans, which
+    all pieces have at the same time; and what they have in the same place, one after the other. The last three are never
+    needed at the same time, and share theirs too.
     """
 
-    ssm_state: torch.Tensor
-    conv_state: torch.Tensor | None = None
-    A: torch.Tensor | None = None
-    dt_proj: torch.Tensor | None = None
+    x: torch.Tensor
+    y: torch.Tensor
+    projected: torch.Tensor
+    z: torch.Tensor
+    convolved: torch.Tensor
+    normed: torch.Tensor
+    out: torch.Tensor
 
 
-@dataclass
 class VideoMambaWorkspace:
     """
-    Memory for inference in pieces of the tokens: for each piece the inputs and the outputs of the scans and the gate,
-    `(batch, length of the piece, E)`. There is one gate at a time, all in the same place. The layers share it all,
-    because memory that is new to a process costs it more time than some of the steps of a layer.
+    Memory for inference in pieces of the tokens, and for the weights of a layer as products with all pieces take them.
+    The layers share it all: memory that is new to a process costs it more time than some of the steps of a layer.
     """
 
-    x: list[torch.Tensor]
-    y: list[torch.Tensor]
-    z: list[torch.Tensor]
+    def __init__(self, config: VideoMambaConfig, batch: int, lengths: list[int], dtype: torch.dtype):
+        hidden_size, channels = config.hidden_size, config.intermediate_size
+        projected = int(config.time_step_rank) + 2 * config.state_size
 
-    @classmethod
-    def of(cls, batch: int, lengths: list[int], channels: int, dtype: torch.dtype) -> "VideoMambaWorkspace":
-        x, y = ([torch.empty(batch, length, channels, dtype=dtype) for length in lengths] for _ in "xy")
-        z = torch.empty(batch * max(lengths) * channels, dtype=dtype)
-        return cls(x, y, [z[: piece.numel()].view(piece.shape) for piece in x])
+        def memory(*widths: int) -> torch.Tensor:
+            return torch.empty(batch * max(lengths) * max(widths), dtype=dtype)
+
+        def views(memory: torch.Tensor, width: int) -> list[torch.Tensor]:
+            return [memory[: batch * length * width].view(batch, length, width) for length in lengths]
+
+        shared = memory(channels, hidden_size)
+        columns = (
+            *([torch.empty(batch, length, channels, dtype=dtype) for length in lengths] for _ in ("x", "y")),
+            *(views(memory(width), width) for width in (projected, channels)),
+            *(views(shared, width) for width in (channels, hidden_size, hidden_size)),
+        )
+        self.pieces = [VideoMambaPiece(*piece) for piece in zip(*columns, strict=True)]
+        self.weights = {name: PackedWeight() for name in ("x", "z", "out")}
+
+
+class VideoMambaScanPieces:
+    """What a scan keeps from one piece of the tokens to the next, its first piece prepares it."""
+
+    def __init__(self) -> None:
+        self.convolution: PiecewiseConvolution | None = None
+        self.scan: PiecewiseScan | None = None
+        self.weight = PackedWeight()
+
+
+class VideoMambaLinear(nn.Linear):
+    """A linear layer without bias, on the matrix units of a CPU that has them."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, out: torch.Tensor | None = None, packed: PackedWeight | None = None
+    ) -> torch.Tensor:
+        """With `out` and `packed`, without gradients: see [`linear_into`]."""
+        return self._project(hidden_states, self.weight, out, packed)
+
+    @staticmethod
+    def _project(hidden_states, weight, out, packed):
+        if out is None or packed is None:
+            return linear(hidden_states, weight)
+        return linear_into(out, hidden_states.to(out.dtype), weight.to(out.dtype), packed)
 
 
 class VideoMambaCausalConv1d(nn.Conv1d):
@@ -268,13 +310,15 @@ class VideoMambaCausalConv1d(nn.Conv1d):
         super().__init__(channels, channels, kernel_size, groups=channels)
         self.reverse = reverse
 
-    def forward(self, x: torch.Tensor, cache: VideoMambaScanCache | None = None) -> torch.Tensor:
-        if cache is None:
+    def forward(
+        self, x: torch.Tensor, pieces: VideoMambaScanPieces | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """With `pieces` the next one, into `out`."""
+        if pieces is None or out is None:
             return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse)
-        y = convolve_piece(x, self.weight, self.bias, reverse=self.reverse, context=cache.conv_state)
-        context = self.kernel_size[0] - 1
-        cache.conv_state = x[:, :context] if self.reverse else x[:, x.shape[1] - context :]
-        return y
+        if pieces.convolution is None:
+            pieces.convolution = PiecewiseConvolution(self.weight, self.bias, reverse=self.reverse)
+        return pieces.convolution(x, out)
 
 
 class VideoMambaScan(nn.Module):
@@ -286,7 +330,7 @@ class VideoMambaScan(nn.Module):
         self.reverse = reverse
         self.split_sizes = [rank, state, state]
         self.conv1d = VideoMambaCausalConv1d(channels, config.conv_kernel, reverse)
-        self.x_proj = nn.Linear(channels, sum(self.split_sizes), bias=False)
+        self.x_proj = VideoMambaLinear(channels, sum(self.split_sizes))
         self.dt_proj = nn.Linear(rank, channels, bias=False)
         self.dt_bias = nn.Parameter(torch.zeros(channels))  # apart from `dt_proj`: the scan adds it in float32
         self.A_log = nn.Parameter(torch.zeros(channels, state))
@@ -297,58 +341,47 @@ class VideoMambaScan(nn.Module):
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         z: torch.Tensor | None = None,
-        cache: VideoMambaScanCache | None = None,
-        out: torch.Tensor | None = None,
+        pieces: VideoMambaScanPieces | None = None,
+        memory: VideoMambaPiece | None = None,
     ) -> torch.Tensor:
         """
         `(batch, length, E)` to the same: the scan of `x`, plus `add` (the output of the scans before this one), times
-        `SiLU(z)`. With a `cache` it continues the scan of an earlier piece of the tokens, into `out`.
+        `SiLU(z)`. With `pieces` the next one, in the `memory` for it.
         """
-        if cache is not None:
-            return self._scan_piece(x, add, z, cache, out)
+        if pieces is not None and memory is not None:
+            return self._scan_piece(x, add, z, pieces, memory)
         x = self.conv1d(x)
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         A = -torch.exp(self.A_log.float())
         dt = self.dt_proj(dt_low)
         return selective_scan(x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add)
 
-    def _scan_piece(self, x, add, z, cache, out):
-        if cache.A is None:
-            cache.A = -torch.exp(self.A_log.float())
-            if type(self.dt_proj) is nn.Linear:  # no adapter, so that the unit vectors tell all
-                cache.dt_proj = self.dt_proj(torch.eye(self.dt_proj.in_features, dtype=x.dtype))
-        x = self.conv1d(x, cache)
-        dt, B, C = self.x_proj(x).to(x.dtype).split(self.split_sizes, dim=-1)
-        if cache.dt_proj is None:
-            dt = self.dt_proj(dt).to(x.dtype)
-        return scan_piece(
-            *(x, dt, cache.A, B, C, self.D),
-            dt_bias=self.dt_bias,
-            reverse=self.reverse,
-            state=cache.ssm_state,
-            out=out,
-            dt_proj=cache.dt_proj,
-            z=z,
-            add=add,
-        )
+    def _scan_piece(self, x, add, z, pieces, memory):
+        x = self.conv1d(x, pieces, memory.convolved)
+        dt, B, C = self.x_proj(x, memory.projected, pieces.weight).split(self.split_sizes, dim=-1)
+        if pieces.scan is None:
+            # what the module makes of the unit vectors: its weight may be there only while it is called
+            dt_proj = self.dt_proj(torch.eye(self.dt_proj.in_features, dtype=x.dtype))
+            parameters = (-torch.exp(self.A_log.float()), self.D, self.dt_bias, dt_proj)
+            pieces.scan = PiecewiseScan(*parameters, batch=len(x), reverse=self.reverse)
+        return pieces.scan(x, dt, B, C, memory.y, z, add)
 
 
-class VideoMambaInputProjection(nn.Linear):
+class VideoMambaInputProjection(VideoMambaLinear):
     """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`; or one of them alone."""
 
     def forward(
-        self, hidden_states: torch.Tensor, part: Literal["x", "z"] = "x", out: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        out: torch.Tensor | None = None,
+        packed: PackedWeight | None = None,
+        part: Literal["x", "z"] | None = None,
     ) -> torch.Tensor:
-        """With `out`, `(batch, length, E)` and contiguous, only this `part` is computed, into `out`."""
-        if out is None:
-            return super().forward(hidden_states)
-        weight = self.weight.chunk(2)["xz".index(part)]
-        rows = hidden_states.to(out.dtype).flatten(0, 1)
-        torch.mm(rows, weight.to(out.dtype).T, out=out.flatten(0, 1))
-        return out
+        weight = self.weight if part is None else self.weight.chunk(2)["xz".index(part)]
+        return self._project(hidden_states, weight, out, packed)
 
 
-class VideoMambaOutputProjection(nn.Linear):
+class VideoMambaOutputProjection(VideoMambaLinear):
     """The linear layer that feeds the residual stream; it is initialised by the depth of the model."""
 
 
@@ -358,10 +391,9 @@ class VideoMambaMixer(nn.Module):
     def __init__(self, config: VideoMambaConfig):
         super().__init__()
         self.orders = [order for order, _ in SCANS[config.scan_order]]
-        self.state_size = config.state_size
-        self.in_proj = VideoMambaInputProjection(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.in_proj = VideoMambaInputProjection(config.hidden_size, 2 * config.intermediate_size)
         self.scans = nn.ModuleList(VideoMambaScan(config, reverse) for _, reverse in SCANS[config.scan_order])
-        self.out_proj = VideoMambaOutputProjection(config.intermediate_size, config.hidden_size, bias=False)
+        self.out_proj = VideoMambaOutputProjection(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
@@ -384,17 +416,21 @@ class VideoMambaMixer(nn.Module):
         without gradients: the index and the output of each piece. Of all tokens there are only `x` and `y` at the same
         time; the rest exists for one piece, small enough to stay in the cache of a processor.
         """
-        x, y = workspace.x, workspace.y
+        weights = workspace.weights
+        for weight in weights.values():
+            weight.is_filled = False  # by this layer
         for scan in self.scans:
             is_first, is_last = scan is self.scans[0], scan is self.scans[-1]
-            cache = VideoMambaScanCache(torch.zeros(len(pieces[0]), self.state_size, self.out_proj.in_features))
+            scan_pieces = VideoMambaScanPieces()
             for i in reversed(range(len(pieces))) if scan.reverse else range(len(pieces)):
+                memory = workspace.pieces[i]
+                normed = norm(pieces[i], memory.normed) if is_first or is_last else None
                 if is_first:
-                    self.in_proj(norm(pieces[i]), "x", out=x[i])
-                z = self.in_proj(norm(pieces[i]), "z", out=workspace.z[i]) if is_last else None
-                scan(x[i], None if is_first else y[i], z, cache, out=y[i])
+                    self.in_proj(normed, memory.x, weights["x"], "x")
+                z = self.in_proj(normed, memory.z, weights["z"], "z") if is_last else None
+                scan(memory.x, None if is_first else memory.y, z, scan_pieces, memory)
                 if is_last:
-                    yield i, self.out_proj(y[i])
+                    yield i, self.out_proj(memory.y, memory.out, weights["out"])
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):
@@ -418,17 +454,27 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())
 
     def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
-        in_proj = self.mixer.in_proj  # may be wrapped by an adapter, or have quantised weights
-        is_plain = isinstance(in_proj, VideoMambaInputProjection) and type(in_proj.weight) is nn.Parameter
-        return is_plain and not self.training and hidden_states.device == workspace.x[0].device
+        if self.training or hidden_states.device != workspace.pieces[0].x.device:
+            return False
+        # modules may be wrapped by adapters, parametrised or replaced, weights may be quantised
+        return all(type(module) in PLAIN_MODULES for module in self.modules()) and all(
+            type(parameter) is nn.Parameter for parameter in self.parameters()
+        )
 
     def _forward_in_pieces(self, hidden_states: torch.Tensor, workspace: VideoMambaWorkspace) -> torch.Tensor:
         outputs = torch.empty_like(hidden_states)
-        lengths = [piece.shape[1] for piece in workspace.x]
+        lengths = [memory.x.shape[1] for memory in workspace.pieces]
         pieces, targets = hidden_states.split(lengths, dim=1), outputs.split(lengths, dim=1)
         for i, mixed in self.mixer.forward_in_pieces(pieces, self.norm, workspace):
             torch.add(pieces[i], mixed, out=targets[i])
         return outputs
+
+
+# What layers are made of, all of which can go through the tokens in pieces.
+PLAIN_MODULES = {
+    *(VideoMambaLayer, VideoMambaRMSNorm, VideoMambaMixer, VideoMambaDropPath, VideoMambaScan, VideoMambaCausalConv1d),
+    *(VideoMambaLinear, VideoMambaInputProjection, VideoMambaOutputProjection, nn.Linear, nn.ModuleList),
+}
 
 
 class VideoMambaPreTrainedModel(PreTrainedModel):
@@ -623,7 +669,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         batch, length, _ = hidden_states.shape
         num_pieces = max(1, min(math.ceil(batch * length / PIECE_SIZE), length // MIN_PIECE_LENGTH))
         lengths = [piece.shape[1] for piece in hidden_states.tensor_split(num_pieces, dim=1)]
-        return VideoMambaWorkspace.of(batch, lengths, self.config.intermediate_size, dtype)
+        return VideoMambaWorkspace(self.config, batch, lengths, dtype)
 
 
 class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):

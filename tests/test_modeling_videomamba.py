@@ -541,14 +541,18 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(modeling, "PIECE_SIZE", 1)
     monkeypatch.setattr(modeling, "MIN_PIECE_LENGTH", 4)
     lengths = []
-    for name in ("selective_scan", "scan_piece"):
-        scan = getattr(modeling, name)
+    whole, piece = modeling.selective_scan, modeling.PiecewiseScan.__call__
 
-        def record(x, *rest, scan=scan, **kw):
-            lengths.append(x.shape[1])
-            return scan(x, *rest, **kw)
+    def record(x, *rest, **kw):
+        lengths.append(x.shape[1])
+        return whole(x, *rest, **kw)
 
-        monkeypatch.setattr(modeling, name, record)
+    def record_piece(self, x, *rest, **kw):
+        lengths.append(x.shape[1])
+        return piece(self, x, *rest, **kw)
+
+    monkeypatch.setattr(modeling, "selective_scan", record)
+    monkeypatch.setattr(modeling.PiecewiseScan, "__call__", record_piece)
     return lengths
 
 

@@ -19,6 +19,7 @@ from tests.scan_reference import DEVICE, assert_same, make_inputs, naive_conv, n
 # by name, as the package has a function of the name of the module
 module = importlib.import_module("modeling_videomamba.selective_scan")
 cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")
+library = importlib.import_module("modeling_videomamba.cpu_library")
 triton_kernels = importlib.import_module("modeling_videomamba.triton_kernels")
 triton_scan = importlib.import_module("modeling_videomamba.selective_scan_triton")
 
@@ -84,8 +85,8 @@ def backend(request, monkeypatch):
     elif name == "cpu":
         if variant not in usable_variants() or kernel_path(variant) is None:
             pytest.skip(f"no kernel for {variant}, or no such processor")
-        library = ctypes.CDLL(str(kernel_path(variant)))
-        monkeypatch.setattr(cpu, "_library", lambda: library)
+        kernels = ctypes.CDLL(str(kernel_path(variant)))
+        monkeypatch.setattr(cpu, "kernels", lambda: kernels)
     return module._BACKENDS[name]
 
 
@@ -272,54 +273,6 @@ def test_a_nan_is_not_hidden(name):
 
 
 @needs_kernel
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("pieces", [2, 5])
-@pytest.mark.parametrize("rank", [None, 1, 12])
-def test_a_sequence_can_be_scanned_in_pieces(reverse, pieces, rank):
-    inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 47, 19, 16).items()}
-    weight, bias = torch.randn(19, 1, 4), torch.randn(19)
-    whole = causal_conv1d(inputs["x"], weight, bias, reverse=reverse)
-    parameters, dt_proj = {name: inputs[name] for name in ("A", "D", "dt_bias")}, None
-    sequences = {name: tensor for name, tensor in inputs.items() if name not in parameters}
-    if rank is not None:
-        sequences["dt"], dt_proj = torch.randn(2, 47, rank), torch.randn(rank, 19)
-        inputs["dt"] = sequences["dt"] @ dt_proj
-    splits = [tensor.tensor_split(pieces, dim=1) for tensor in sequences.values()]
-    parts = [dict(zip(sequences, tensors, strict=True)) for tensors in zip(*splits, strict=True)]
-    state, context, convolved = torch.zeros(2, 16, 19), None, [None] * pieces
-    for i in reversed(range(pieces)) if reverse else range(pieces):
-        x, out = parts[i]["x"], parts[i]["add"]
-        convolved[i] = cpu.convolve_piece(x, weight, bias, reverse=reverse, context=context)
-        context = x[:, :3] if reverse else x[:, -3:]
-        y = cpu.scan_piece(**parts[i], **parameters, dt_proj=dt_proj, reverse=reverse, state=state, out=out)
-        assert y is out
-    torch.testing.assert_close(torch.cat(convolved, 1), whole)
-    expected = selective_scan(**inputs | {"add": make_inputs(2, 47, 19, 16)["add"]}, reverse=reverse)
-    torch.testing.assert_close(sequences["add"], expected, rtol=1e-4, atol=1e-5)
-
-
-@needs_kernel
-def test_pieces_are_checked():
-    assert scans_in_pieces("cpu", torch.float32) and not scans_in_pieces("cpu", torch.float64)
-    inputs = {name: tensor.detach() for name, tensor in make_inputs(1, 5, 3, 4).items()}
-    piece = {**inputs, "reverse": False, "state": torch.zeros(1, 4, 3), "out": torch.empty(1, 5, 3)}
-    for wrong, message in [
-        ({"state": torch.zeros(1, 3, 4)}, r"`state` must have shape \(1, 4, 3\), .* got \(1, 3, 4\)"),
-        ({"state": torch.zeros(1, 3, 4).mT}, "`state` must .* rows without gaps"),
-        ({"state": torch.zeros(1, 4, 6)[..., :3]}, "`state` must be contiguous"),
-        ({"out": torch.empty(1, 3, 5).mT}, r"`out` must have .* rows without gaps, got .* strides \(15, 1, 5\)"),
-        ({"B": inputs["B"].double()}, "`B` must have .*float32 .* got .*float64"),
-        ({"dt_proj": torch.randn(2, 3)}, r"`dt` must have shape \(1, 5, 2\)"),
-        ({"dt_proj": torch.randn(3, 2)}, r"`dt_proj` must have shape \(3, 3\)"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            cpu.scan_piece(**piece | wrong)
-    with pytest.raises(ValueError, match=r"`context` must have shape \(1, 3, 3\)"):
-        convolution = {"weight": torch.randn(3, 1, 4), "bias": torch.randn(3)}
-        cpu.convolve_piece(inputs["x"], **convolution, reverse=False, context=inputs["x"][:, :2])
-
-
-@needs_kernel
 def test_gradients_are_the_same_each_time():
     inputs = list(make_inputs(1, 200, 70, 16).values())
     first, *others = (torch.autograd.grad(cpu.selective_scan(*inputs, True).sum(), inputs) for _ in range(4))
@@ -339,22 +292,31 @@ def test_inference_keeps_nothing_and_training_no_states():
     assert [tensor.numel() for tensor in kept] == [2 * length * channels, 0, 0]
 
 
-def test_the_kernel_of_another_version_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "VERSION", -1)
-    cpu._library.cache_clear()
+@pytest.fixture
+def fresh_library():
+    """Kernels are looked for anew, in this test and after it."""
+
+    def forget():
+        library.load_library.cache_clear()
+        library.kernels.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+def test_the_kernel_of_another_version_is_refused(monkeypatch, fresh_library):
+    monkeypatch.setattr(library, "VERSION", -1)
     reason = cpu.unusable("cpu")
     assert "another version" in reason or "was not compiled" in reason
-    cpu._library.cache_clear()
 
 
-def test_without_the_kernel_the_reference_runs_and_says_so(monkeypatch):
-    monkeypatch.setattr(cpu.Path, "glob", lambda self, pattern: iter(()))
-    cpu._library.cache_clear()
+def test_without_the_kernel_the_reference_runs_and_says_so(monkeypatch, fresh_library):
+    monkeypatch.setattr(library.Path, "glob", lambda self, pattern: iter(()))
     module._warn_of_slow_scan.cache_clear()
     with pytest.warns(UserWarning, match=r"plain PyTorch.*cpu: the compiled kernel can't be loaded.*C\+\+20"):
         call(make_inputs())
     assert not selective_scan_backends()["cpu"].usable
-    cpu._library.cache_clear()
 
 
 # The contract, and the choice of a backend.

@@ -1,9 +1,9 @@
-// What the Python side (selective_scan_cpu.py) passes; both must list the same fields.
+// What the Python side (selective_scan_cpu.py, matrix_product_cpu.py) passes; both must list the same fields.
 #pragma once
 
 #include <cstdint>
 
-constexpr int64_t kVersion = 2;  // to be raised with every change of what is passed
+constexpr int64_t kVersion = 3;  // to be raised with every change of what is passed
 
 extern "C" {
 
@@ -46,6 +46,30 @@ struct VideoMambaConvolution {
 struct VideoMambaConvolutionGradients {
     VideoMambaSequence y, x;
     float *weight, *bias;  // (batch, width, channels), (batch, channels)
+};
+
+// y = x / sqrt(mean(x^2) + eps) * weight, row by row; x is float32, y has the dtype of the call.
+struct VideoMambaNorm {
+    int64_t batch, length, width, threads;
+    int32_t dtype;
+    float eps;
+    VideoMambaSequence x;
+    const float* weight;  // (width,)
+    VideoMambaSequence y;
+};
+
+struct VideoMambaMatrix {
+    const float* data;
+    int64_t row_stride, column_stride;  // one of them is 1
+};
+
+// c (rows, columns) = a (rows, inner) times b (inner, columns), all float32.
+struct VideoMambaMatrixProduct {
+    int64_t rows, inner, columns, threads;
+    VideoMambaMatrix a, b;
+    uint16_t* packed;  // b as the matrix units take it, aligned to 64 bytes
+    float* c;
+    int64_t c_stride;  // between rows, whose entries have no gaps
 };
 
 }  // extern "C"

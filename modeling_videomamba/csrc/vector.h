@@ -6,6 +6,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace videomamba {
 
 #if defined(__AVX512F__)
@@ -112,30 +116,25 @@ inline float sum(const Vector& value) {
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kExponents = 126;  // 2^v is a normal float for |v| up to here
 
-#if VIDEOMAMBA_VECTOR_BYTES == 64 && defined(__has_builtin)
-#if __has_builtin(__builtin_shuffle)
-#define VIDEOMAMBA_EXP2_TABLE
-#endif
-#endif
-
 // 2^v for |v| <= kExponents, within 2e-7 relative. 2^0 is exactly 1: decays close to 1 are applied thousands of times.
-#ifdef VIDEOMAMBA_EXP2_TABLE
-// Two registers hold the bits of 2^(n / 32), less those that n adds to the exponent below, so that a polynomial of
-// degree 2 is left.
+#if VIDEOMAMBA_VECTOR_BYTES == 64
+// Two registers hold 2^(n / 32), so that a polynomial of degree 2 is left.
 inline Vector exp2_bounded(Vector v) {
-    constexpr Integers kFirst = {0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a,
-                                 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043,
-                                 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6};
-    constexpr Integers kLast = {0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be,
-                                0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
-                                0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+    constexpr Vector kFirst = {0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f,
+                               0x1.1d4874p+0f, 0x1.2387a6p+0f, 0x1.29e9e0p+0f, 0x1.306fe0p+0f, 0x1.371a74p+0f,
+                               0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f,
+                               0x1.6247ecp+0f};
+    constexpr Vector kLast = {0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
+                              0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f770p+0f,
+                              0x1.c199bep+0f, 0x1.cb720ep+0f, 0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f,
+                              0x1.f50766p+0f};
     const Vector shifted = v + 0x1.8p18f;  // its last bits are the nearest multiple of 1 / 32
-    const Vector f = v - (shifted - 0x1.8p18f);
+    const Vector nearest = shifted - 0x1.8p18f, f = v - nearest;
     Vector p = broadcast(0.24022676050662994f);
     p = p * f + 0.6931573152542114f;
     p = p * f + 1.0f;
-    const Integers n = (Integers)shifted;
-    return p * (Vector)(__builtin_shuffle(kFirst, kLast, n) + (n << 18));
+    const __m512 power = _mm512_permutex2var_ps((__m512)kFirst, (__m512i)shifted, (__m512)kLast);
+    return (Vector)_mm512_scalef_ps((__m512)(p * (Vector)power), (__m512)nearest);  // times 2^floor(nearest)
 }
 #else
 inline Vector exp2_bounded(Vector v) {

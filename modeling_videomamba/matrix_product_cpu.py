@@ -1,0 +1,168 @@
+"""Products of float32 matrices on the matrix units of a CPU (AMX): the compiled kernel of `csrc/matrix_product.cpp`."""
+
+import ctypes
+import functools
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from .cpu_library import Matrix, MatrixProduct, load_library
+from .operators import operator
+
+# Below these PyTorch's product is as fast: there is too little to do, or too little for each row that is packed.
+MIN_MULTIPLY_ADDS = 1 << 20
+MIN_COLUMNS = 64
+ALIGNMENT = 64  # bytes
+MAX_SCRATCH = 32 << 20  # bytes that a thread keeps from one product to the next
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = load_library("amx")
+    library.videomamba_packed_size.restype = ctypes.c_int64
+    library.videomamba_packed_size.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    return library
+
+
+@functools.cache
+def unusable() -> str | None:
+    """Why there are no products on matrix units here, if there are none."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "needs a processor with AVX-512 and AMX"
+    try:
+        library = _library()
+    except (ImportError, OSError, AttributeError) as error:
+        return f"the compiled kernel can't be loaded: {error}"
+    if not library.videomamba_has_matrix_units():
+        return "needs a processor with AMX, and a system that lets it be used"
+    return None
+
+
+def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`hidden_states @ weight.T`, `(..., inner)` and `(outer, inner)` to `(..., outer)`, by what is fastest here."""
+    if torch.compiler.is_compiling() or not _is_fit(hidden_states, weight):
+        return F.linear(hidden_states, weight)
+    rows = hidden_states.flatten(0, -2)
+    if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+        product = _matrix_product(rows, weight.T)
+    else:
+        product = cpu_matrix_product(rows, weight.T)
+    return product.unflatten(0, hidden_states.shape[:-1])
+
+
+class PackedWeight:
+    """A weight as the matrix units take it, for several products, in memory that can serve for another one later."""
+
+    def __init__(self) -> None:
+        self.memory = _Memory()
+        self.is_filled = False
+
+
+def linear_into(
+    out: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, packed: PackedWeight
+) -> torch.Tensor:
+    """[`linear`] without gradients, into memory that is there: `out` is contiguous. Fills `packed` if it is not."""
+    rows, target = hidden_states.view(-1, hidden_states.shape[-1]), out.view(-1, out.shape[-1])
+    if packed.is_filled or _is_fit(hidden_states, weight):
+        _multiply(rows, weight.T, target, packed.memory, packed.is_filled)
+        packed.is_filled = True
+    else:
+        torch.mm(rows, weight.T, out=target)
+    return out
+
+
+def _is_fit(hidden_states, weight):
+    """Whether these can be multiplied on matrix units, may be, and are large enough."""
+    if unusable() is not None or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+        return False
+    for tensor in (hidden_states, weight):
+        is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # and no stand-in for one
+        if not is_plain or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+            return False
+    if hidden_states.ndim < 2 or len(weight) < MIN_COLUMNS:
+        return False
+    if hidden_states.numel() * weight.shape[0] < MIN_MULTIPLY_ADDS:
+        return False
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # since PyTorch 2.9
+    return getattr(settings, "fp32_precision", "none") in ("none", "tf32")
+
+
+def _rows_or_columns(matrix):
+    """The matrix itself if one of its strides is 1."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+class _Memory:
+    """Memory that grows with what is wanted. To fill new memory would take as long as some of the products."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def address(self, size: int) -> int:
+        """Of so many aligned bytes."""
+        if len(self.buffer) < size + ALIGNMENT:
+            self.buffer = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        return -(-self.buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.memory = _Memory()
+
+
+_scratch = _Scratch()
+
+
+def _multiply(a, b, c, memory=None, is_packed=False):
+    """Into `c`, whose rows have no gaps. `memory` is for `b` as the matrix units take it, or has it already."""
+    if c.numel() == 0:
+        return
+    a, b = map(_rows_or_columns, (a, b))
+    (rows, inner), columns = a.shape, b.shape[1]
+    library = _library()
+    size = 2 * library.videomamba_packed_size(inner, columns)
+    if memory is None:
+        memory = _scratch.memory if size <= MAX_SCRATCH else _Memory()
+    product = MatrixProduct(
+        *(rows, inner, columns, torch.get_num_threads()),
+        *(Matrix(matrix.data_ptr(), *matrix.stride()) for matrix in (a, b)),
+        *(memory.address(size), c.data_ptr(), c.stride(0)),
+    )
+    if not is_packed:
+        library.videomamba_pack(ctypes.byref(product))
+    library.videomamba_matrix_product(ctypes.byref(product))
+
+
+def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` of float32 matrices `(rows, inner)` and `(inner, columns)`."""
+    c = a.new_empty(a.shape[0], b.shape[1])
+    _multiply(a, b, c)
+    return c
+
+
+_matrix_product = operator(cpu_matrix_product)
+
+
+@_matrix_product.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@register_flop_formula(_matrix_product._opoverload.overloadpacket)
+def _(a_shape, b_shape, *args, **kwargs):
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    a, b = ctx.saved_tensors
+    needs_a, needs_b = ctx.needs_input_grad
+    return _matrix_product(grad, b.T) if needs_a else None, _matrix_product(a.T, grad) if needs_b else None
+
+
+_matrix_product.register_autograd(_backward, setup_context=_setup_context)
