@@ -10,7 +10,7 @@ CSRC = Path("modeling_videomamba/csrc")
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 AVX512 = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-SCAN, PRODUCT = ["causal_conv1d.cpp", "rms_norm.cpp", "selective_scan.cpp"], ["matrix_product.cpp"]
+SCAN, PRODUCT = ["causal_conv1d.cpp", "residual_stream.cpp", "selective_scan.cpp"], ["matrix_product.cpp"]
 VARIANTS = {"baseline": (SCAN, [])}  # SSE2, NEON
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx2"] = (SCAN, ["-mavx2", "-mfma"])

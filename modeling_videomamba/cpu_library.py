@@ -65,6 +65,14 @@ class Norm(ctypes.Structure):
     ]
 
 
+class Sum(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_int64, "batch length width threads"),
+        *_fields(ctypes.c_int32, "dtype"),
+        *_fields(Sequence, "x z y"),
+    ]
+
+
 class Matrix(ctypes.Structure):
     _fields_ = [*_fields(ctypes.c_void_p, "data"), *_fields(ctypes.c_int64, "row_stride column_stride")]
 

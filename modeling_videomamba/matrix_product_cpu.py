@@ -13,13 +13,13 @@ from .operators import operator
 
 # Below these PyTorch's product is as fast: there is too little to do, or too little for each row that is packed.
 MIN_MULTIPLY_ADDS = 1 << 20
-MIN_COLUMNS = 64
+MIN_COLUMNS = 32
 ALIGNMENT = 64  # bytes
 MAX_SCRATCH = 32 << 20  # bytes that a thread keeps from one product to the next
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def matrix_kernels() -> ctypes.CDLL:
     library = load_library("amx")
     library.videomamba_packed_size.restype = ctypes.c_int64
     library.videomamba_packed_size.argtypes = [ctypes.c_int64, ctypes.c_int64]
@@ -32,7 +32,7 @@ def unusable() -> str | None:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "needs a processor with AVX-512 and AMX"
     try:
-        library = _library()
+        library = matrix_kernels()
     except (ImportError, OSError, AttributeError) as error:
         return f"the compiled kernel can't be loaded: {error}"
     if not library.videomamba_has_matrix_units():
@@ -42,7 +42,7 @@ def unusable() -> str | None:
 
 def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden_states @ weight.T`, `(..., inner)` and `(outer, inner)` to `(..., outer)`, by what is fastest here."""
-    if torch.compiler.is_compiling() or not _is_fit(hidden_states, weight):
+    if torch.compiler.is_compiling() or not is_fit(hidden_states, weight):
         return F.linear(hidden_states, weight)
     rows = hidden_states.flatten(0, -2)
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
@@ -52,28 +52,7 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product.unflatten(0, hidden_states.shape[:-1])
 
 
-class PackedWeight:
-    """A weight as the matrix units take it, for several products, in memory that can serve for another one later."""
-
-    def __init__(self) -> None:
-        self.memory = _Memory()
-        self.is_filled = False
-
-
-def linear_into(
-    out: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, packed: PackedWeight
-) -> torch.Tensor:
-    """[`linear`] without gradients, into memory that is there: `out` is contiguous. Fills `packed` if it is not."""
-    rows, target = hidden_states.view(-1, hidden_states.shape[-1]), out.view(-1, out.shape[-1])
-    if packed.is_filled or _is_fit(hidden_states, weight):
-        _multiply(rows, weight.T, target, packed.memory, packed.is_filled)
-        packed.is_filled = True
-    else:
-        torch.mm(rows, weight.T, out=target)
-    return out
-
-
-def _is_fit(hidden_states, weight):
+def is_fit(hidden_states, weight):
     """Whether these can be multiplied on matrix units, may be, and are large enough."""
     if unusable() is not None or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return False
@@ -94,7 +73,7 @@ def _rows_or_columns(matrix):
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
-class _Memory:
+class Memory:
     """Memory that grows with what is wanted. To fill new memory would take as long as some of the products."""
 
     def __init__(self) -> None:
@@ -107,38 +86,39 @@ class _Memory:
         return -(-self.buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.memory = _Memory()
-
-
-_scratch = _Scratch()
-
-
-def _multiply(a, b, c, memory=None, is_packed=False):
-    """Into `c`, whose rows have no gaps. `memory` is for `b` as the matrix units take it, or has it already."""
-    if c.numel() == 0:
-        return
-    a, b = map(_rows_or_columns, (a, b))
+def prepare(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, memory: Memory | None = None) -> MatrixProduct:
+    """
+    What the kernels want for `c = a @ b`: matrices of which one stride is 1, that of the columns for `c`, and `memory`
+    for `b` as the matrix units take it.
+    """
     (rows, inner), columns = a.shape, b.shape[1]
-    library = _library()
-    size = 2 * library.videomamba_packed_size(inner, columns)
+    size = 2 * matrix_kernels().videomamba_packed_size(inner, columns)
     if memory is None:
-        memory = _scratch.memory if size <= MAX_SCRATCH else _Memory()
+        memory = _scratch.memory if size <= MAX_SCRATCH else Memory()
     product = MatrixProduct(
         *(rows, inner, columns, torch.get_num_threads()),
         *(Matrix(matrix.data_ptr(), *matrix.stride()) for matrix in (a, b)),
         *(memory.address(size), c.data_ptr(), c.stride(0)),
     )
-    if not is_packed:
-        library.videomamba_pack(ctypes.byref(product))
-    library.videomamba_matrix_product(ctypes.byref(product))
+    product.keep = (a, b, c, memory)  # alive as long as the addresses of theirs
+    return product
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.memory = Memory()
+
+
+_scratch = _Scratch()
 
 
 def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of float32 matrices `(rows, inner)` and `(inner, columns)`."""
     c = a.new_empty(a.shape[0], b.shape[1])
-    _multiply(a, b, c)
+    if c.numel():
+        product = prepare(_rows_or_columns(a), _rows_or_columns(b), c)
+        matrix_kernels().videomamba_pack(ctypes.byref(product))
+        matrix_kernels().videomamba_matrix_product(ctypes.byref(product))
     return c
 
 

@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
-from .matrix_product_cpu import PackedWeight, linear_into
-from .pieces_cpu import PiecewiseConvolution, PiecewiseScan, rms_norm_into
+from .matrix_product_cpu import Memory
+from .pieces_cpu import PiecewiseConvolution, PiecewiseLinear, PiecewiseScan, Queue, norm_into, sum_into
 from .selective_scan import causal_conv1d, linear, scans_in_pieces, selective_scan
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
@@ -34,7 +34,7 @@ SCANS = {
 
 # Inference on a CPU takes the tokens in pieces of at most so many of the batch: few enough for the caches, and enough
 # for matrix products at full speed. Of a sample a piece has at least `MIN_PIECE_LENGTH`.
-PIECE_SIZE = 2560
+PIECE_SIZE = 3200
 MIN_PIECE_LENGTH = 64
 
 # Which class of this file each Auto class loads, for directories that carry their code.
@@ -97,17 +97,20 @@ def temporal_first(num_steps: int, num_patches: int, device: torch.device) -> to
 
 
 class VideoMambaRMSNorm(nn.Module):
-    """RMS norm in float32 of any input, `(..., D)` to `(..., D)` in the dtype of its weight, or into `out` without
-    gradients."""
+    """RMS norm in float32 of any input, `(..., D)` to `(..., D)` in the dtype of its weight."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        if out is not None:
-            return rms_norm_into(out, hidden_states, self.weight, self.eps)
+    def forward(
+        self, hidden_states: torch.Tensor, out: torch.Tensor | None = None, queue: Queue | None = None
+    ) -> torch.Tensor:
+        """With `out` and `queue` a step of inference in pieces."""
+        if out is not None and queue is not None:
+            norm_into(out, hidden_states, self.weight, self.eps, queue)
+            return out
         normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(self.weight.dtype)
 
@@ -252,36 +255,57 @@ class VideoMambaPiece:
 class VideoMambaWorkspace:
     """
     Memory for inference in pieces of the tokens, and for the weights of a layer as products with all pieces take them.
-    The layers share it all: memory that is new to a process costs it more time than some of the steps of a layer.
+    The layers share it all: memory that is new to a process costs it more time than some of the steps of a layer. Nor
+    do they make a new residual stream each: `stream` is the one that nobody else holds, which a layer may overwrite.
     """
 
     def __init__(self, config: VideoMambaConfig, batch: int, lengths: list[int], dtype: torch.dtype):
         hidden_size, channels = config.hidden_size, config.intermediate_size
         projected = int(config.time_step_rank) + 2 * config.state_size
 
-        def memory(*widths: int) -> torch.Tensor:
-            return torch.empty(batch * max(lengths) * max(widths), dtype=dtype)
+        def one_after_the_other(width: int) -> list[torch.Tensor]:
+            sizes = [batch * length * width for length in lengths]
+            parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
+            return [part.view(batch, length, width) for part, length in zip(parts, lengths, strict=True)]
 
-        def views(memory: torch.Tensor, width: int) -> list[torch.Tensor]:
-            return [memory[: batch * length * width].view(batch, length, width) for length in lengths]
+        def in_the_same_place(*widths: int) -> list[list[torch.Tensor]]:
+            memory = torch.empty(batch * max(lengths) * max(widths), dtype=dtype)
+            return [[memory[: batch * n * width].view(batch, n, width) for n in lengths] for width in widths]
 
-        shared = memory(channels, hidden_size)
         columns = (
-            *([torch.empty(batch, length, channels, dtype=dtype) for length in lengths] for _ in ("x", "y")),
-            *(views(memory(width), width) for width in (projected, channels)),
-            *(views(shared, width) for width in (channels, hidden_size, hidden_size)),
+            *map(one_after_the_other, (channels, channels)),
+            *in_the_same_place(projected),
+            *in_the_same_place(channels),
+            *in_the_same_place(channels, hidden_size, hidden_size),
         )
         self.pieces = [VideoMambaPiece(*piece) for piece in zip(*columns, strict=True)]
-        self.weights = {name: PackedWeight() for name in ("x", "z", "out")}
+        self.weights = {name: Memory() for name in ("x_proj", "x", "z", "out")}
+        self.queue = Queue()
+        self.stream: torch.Tensor | None = None
 
 
-class VideoMambaScanPieces:
-    """What a scan keeps from one piece of the tokens to the next, its first piece prepares it."""
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what goes into the module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
-    def __init__(self) -> None:
+
+class VideoMambaPieces:
+    """
+    What the modules of a layer make of their parameters for all pieces of the tokens, each when it sees the first one,
+    and where they put what they make of the pieces.
+    """
+
+    def __init__(self, workspace: VideoMambaWorkspace):
+        self.workspace, self.queue = workspace, workspace.queue
+        self.linear: dict[str, PiecewiseLinear] = {}
         self.convolution: PiecewiseConvolution | None = None
         self.scan: PiecewiseScan | None = None
-        self.weight = PackedWeight()
+
+    def project(self, name: str, weight: torch.Tensor, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if name not in self.linear:
+            self.linear[name] = PiecewiseLinear(weight.to(out.dtype), self.workspace.weights[name], self.queue)
+        self.linear[name](hidden_states, out)
+        return out
 
 
 class VideoMambaLinear(nn.Linear):
@@ -291,16 +315,16 @@ class VideoMambaLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(
-        self, hidden_states: torch.Tensor, out: torch.Tensor | None = None, packed: PackedWeight | None = None
+        self,
+        hidden_states: torch.Tensor,
+        out: torch.Tensor | None = None,
+        pieces: VideoMambaPieces | None = None,
+        name: str = "",
     ) -> torch.Tensor:
-        """With `out` and `packed`, without gradients: see [`linear_into`]."""
-        return self._project(hidden_states, self.weight, out, packed)
-
-    @staticmethod
-    def _project(hidden_states, weight, out, packed):
-        if out is None or packed is None:
-            return linear(hidden_states, weight)
-        return linear_into(out, hidden_states.to(out.dtype), weight.to(out.dtype), packed)
+        """With `out`, `pieces` and the `name` of the layer among them a step of inference in pieces."""
+        if out is None or pieces is None:
+            return linear(hidden_states, self.weight)
+        return pieces.project(name, self.weight, hidden_states, out)
 
 
 class VideoMambaCausalConv1d(nn.Conv1d):
@@ -311,14 +335,15 @@ class VideoMambaCausalConv1d(nn.Conv1d):
         self.reverse = reverse
 
     def forward(
-        self, x: torch.Tensor, pieces: VideoMambaScanPieces | None = None, out: torch.Tensor | None = None
+        self, x: torch.Tensor, out: torch.Tensor | None = None, pieces: VideoMambaPieces | None = None
     ) -> torch.Tensor:
-        """With `pieces` the next one, into `out`."""
-        if pieces is None or out is None:
+        """With `out` and `pieces` a step of inference in pieces."""
+        if out is None or pieces is None:
             return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse)
         if pieces.convolution is None:
-            pieces.convolution = PiecewiseConvolution(self.weight, self.bias, reverse=self.reverse)
-        return pieces.convolution(x, out)
+            pieces.convolution = PiecewiseConvolution(self.weight, self.bias, pieces.queue, reverse=self.reverse)
+        pieces.convolution(x, out)
+        return out
 
 
 class VideoMambaScan(nn.Module):
@@ -341,44 +366,47 @@ class VideoMambaScan(nn.Module):
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         z: torch.Tensor | None = None,
-        pieces: VideoMambaScanPieces | None = None,
         memory: VideoMambaPiece | None = None,
+        pieces: VideoMambaPieces | None = None,
     ) -> torch.Tensor:
         """
         `(batch, length, E)` to the same: the scan of `x`, plus `add` (the output of the scans before this one), times
-        `SiLU(z)`. With `pieces` the next one, in the `memory` for it.
+        `SiLU(z)`. With `memory` and `pieces` a step of inference in pieces.
         """
-        if pieces is not None and memory is not None:
-            return self._scan_piece(x, add, z, pieces, memory)
+        if memory is not None and pieces is not None:
+            return self._scan_piece(x, add, z, memory, pieces)
         x = self.conv1d(x)
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         A = -torch.exp(self.A_log.float())
         dt = self.dt_proj(dt_low)
         return selective_scan(x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add)
 
-    def _scan_piece(self, x, add, z, pieces, memory):
-        x = self.conv1d(x, pieces, memory.convolved)
-        dt, B, C = self.x_proj(x, memory.projected, pieces.weight).split(self.split_sizes, dim=-1)
+    def _scan_piece(self, x, add, z, memory, pieces):
+        x = self.conv1d(x, memory.convolved, pieces)
+        dt, B, C = self.x_proj(x, memory.projected, pieces, "x_proj").split(self.split_sizes, dim=-1)
         if pieces.scan is None:
             # what the module makes of the unit vectors: its weight may be there only while it is called
             dt_proj = self.dt_proj(torch.eye(self.dt_proj.in_features, dtype=x.dtype))
             parameters = (-torch.exp(self.A_log.float()), self.D, self.dt_bias, dt_proj)
-            pieces.scan = PiecewiseScan(*parameters, batch=len(x), reverse=self.reverse)
-        return pieces.scan(x, dt, B, C, memory.y, z, add)
+            pieces.scan = PiecewiseScan(*parameters, pieces.queue, batch=len(x), reverse=self.reverse)
+        pieces.scan(x, dt, B, C, memory.y, z, add)
+        return memory.y
 
 
 class VideoMambaInputProjection(VideoMambaLinear):
-    """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`; or one of them alone."""
+    """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         out: torch.Tensor | None = None,
-        packed: PackedWeight | None = None,
-        part: Literal["x", "z"] | None = None,
+        pieces: VideoMambaPieces | None = None,
+        name: str = "",
     ) -> torch.Tensor:
-        weight = self.weight if part is None else self.weight.chunk(2)["xz".index(part)]
-        return self._project(hidden_states, weight, out, packed)
+        """With `out`, `pieces` and a `name`, `x` or `z`, a step of inference in pieces: `(batch, length, E)`."""
+        if out is None or pieces is None:
+            return super().forward(hidden_states)
+        return pieces.project(name, self.weight.chunk(2)["xz".index(name)], hidden_states, out)
 
 
 class VideoMambaOutputProjection(VideoMambaLinear):
@@ -416,21 +444,18 @@ class VideoMambaMixer(nn.Module):
         without gradients: the index and the output of each piece. Of all tokens there are only `x` and `y` at the same
         time; the rest exists for one piece, small enough to stay in the cache of a processor.
         """
-        weights = workspace.weights
-        for weight in weights.values():
-            weight.is_filled = False  # by this layer
         for scan in self.scans:
             is_first, is_last = scan is self.scans[0], scan is self.scans[-1]
-            scan_pieces = VideoMambaScanPieces()
+            shared = VideoMambaPieces(workspace)
             for i in reversed(range(len(pieces))) if scan.reverse else range(len(pieces)):
                 memory = workspace.pieces[i]
-                normed = norm(pieces[i], memory.normed) if is_first or is_last else None
+                normed = norm(pieces[i], memory.normed, workspace.queue) if is_first or is_last else None
                 if is_first:
-                    self.in_proj(normed, memory.x, weights["x"], "x")
-                z = self.in_proj(normed, memory.z, weights["z"], "z") if is_last else None
-                scan(memory.x, None if is_first else memory.y, z, scan_pieces, memory)
+                    self.in_proj(normed, memory.x, shared, "x")
+                z = self.in_proj(normed, memory.z, shared, "z") if is_last else None
+                scan(memory.x, None if is_first else memory.y, z, memory, shared)
                 if is_last:
-                    yield i, self.out_proj(memory.y, memory.out, weights["out"])
+                    yield i, self.out_proj(memory.y, memory.out, shared, "out")
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):
@@ -456,23 +481,28 @@ class VideoMambaLayer(GradientCheckpointingLayer):
     def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
         if self.training or hidden_states.device != workspace.pieces[0].x.device:
             return False
-        # modules may be wrapped by adapters, parametrised or replaced, weights may be quantised
-        return all(type(module) in PLAIN_MODULES for module in self.modules()) and all(
-            type(parameter) is nn.Parameter for parameter in self.parameters()
+        # modules may be wrapped by adapters, parametrised, replaced or watched by hooks, weights may be quantised
+        inner = list(self.modules())[1:]
+        return (
+            all(type(module) in PLAIN_MODULES for module in inner)
+            and not any(map(is_watched, inner))
+            and all(type(parameter) is nn.Parameter for parameter in self.parameters())
         )
 
     def _forward_in_pieces(self, hidden_states: torch.Tensor, workspace: VideoMambaWorkspace) -> torch.Tensor:
-        outputs = torch.empty_like(hidden_states)
+        is_own = hidden_states is workspace.stream and not is_watched(self)
+        outputs = hidden_states if is_own else torch.empty_like(hidden_states)
         lengths = [memory.x.shape[1] for memory in workspace.pieces]
         pieces, targets = hidden_states.split(lengths, dim=1), outputs.split(lengths, dim=1)
         for i, mixed in self.mixer.forward_in_pieces(pieces, self.norm, workspace):
-            torch.add(pieces[i], mixed, out=targets[i])
+            sum_into(targets[i], pieces[i], mixed, workspace.queue)
+        workspace.queue.run()
         return outputs
 
 
 # What layers are made of, all of which can go through the tokens in pieces.
 PLAIN_MODULES = {
-    *(VideoMambaLayer, VideoMambaRMSNorm, VideoMambaMixer, VideoMambaDropPath, VideoMambaScan, VideoMambaCausalConv1d),
+    *(VideoMambaRMSNorm, VideoMambaMixer, VideoMambaDropPath, VideoMambaScan, VideoMambaCausalConv1d),
     *(VideoMambaLinear, VideoMambaInputProjection, VideoMambaOutputProjection, nn.Linear, nn.ModuleList),
 }
 
@@ -643,8 +673,12 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         del tokens
         workspace = self._workspace(hidden_states) if permutation is None else None
         all_hidden_states = (hidden_states,) if output_hidden_states else ()
+        source: nn.Module = self.embeddings
         for layer in self.layers:
+            if workspace is not None and not (output_hidden_states or is_watched(source)):
+                workspace.stream = hidden_states
             hidden_states = layer(hidden_states, permutation, workspace)
+            source = layer
             if output_hidden_states:
                 all_hidden_states += (hidden_states,)
 

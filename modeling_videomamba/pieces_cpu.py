@@ -1,13 +1,39 @@
 """
-The steps of a layer for inference on a CPU in pieces of the tokens: the compiled kernels of `csrc/`, without gradients,
-into memory that is there already. What does not change from one piece to the next is prepared once.
+The steps of a layer for inference on a CPU in pieces of the tokens, without gradients, into memory that is there
+already: the compiled kernels of `csrc/`, and products of PyTorch where there are no matrix units.
+
+Steps are listed in a [`Queue`] and run when a layer is complete. The interpreter and PyTorch's own preparations go
+through so much memory that each step would otherwise find neither its data nor them in the caches.
 """
 
 import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from .cpu_library import DTYPES, Convolution, Norm, Scan, Sequence, kernels
+from .cpu_library import DTYPES, Convolution, Norm, Scan, Sequence, Sum, kernels
+from .matrix_product_cpu import Memory, is_fit, matrix_kernels, prepare
+
+
+class Queue:
+    """Steps that are to run one after the other."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[Callable[[Any], None], Any, tuple[torch.Tensor | None, ...]]] = []
+
+    def add(self, function: Callable[[Any], None], arguments: ctypes.Structure, *kept: torch.Tensor | None) -> None:
+        """A call of a kernel. The tensors whose memory its arguments name are `kept` until it has run."""
+        self._steps.append((function, ctypes.byref(arguments), kept))
+
+    def add_call(self, function: Callable[[], Any]) -> None:
+        self._steps.append((lambda _: function(), None, ()))
+
+    def run(self) -> None:
+        steps, self._steps = self._steps, []
+        for function, arguments, _ in steps:
+            function(arguments)
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -18,12 +44,8 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch
         )
 
 
-def _pointer(parameter: torch.Tensor | None) -> int | None:
-    return None if parameter is None else parameter.data_ptr()
-
-
-def rms_norm_into(out: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm of float32 `(batch, length, D)` into `out` of the same shape and of any dtype of the kernels."""
+def norm_into(out: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, queue: Queue) -> None:
+    """RMS norm of `hidden_states`, float32 `(batch, length, D)`, into `out` of the same shape."""
     _check("hidden_states", hidden_states, out.shape, torch.float32)
     _check("out", out, out.shape, out.dtype)
     weight = weight.float()
@@ -31,9 +53,38 @@ def rms_norm_into(out: torch.Tensor, hidden_states: torch.Tensor, weight: torch.
         *(*out.shape, torch.get_num_threads(), DTYPES[out.dtype], eps),
         *(Sequence.of(hidden_states), weight.data_ptr(), Sequence.of(out)),
     )
-    if out.numel():
-        kernels().videomamba_rms_norm(ctypes.byref(norm))
-    return out
+    queue.add(kernels().videomamba_rms_norm, norm, hidden_states, weight, out)
+
+
+def sum_into(out: torch.Tensor, hidden_states: torch.Tensor, mixed: torch.Tensor, queue: Queue) -> None:
+    """`hidden_states + mixed`, `(batch, length, D)`, into `out`; all but `mixed` are float32."""
+    _check("hidden_states", hidden_states, out.shape, torch.float32)
+    _check("mixed", mixed, out.shape, mixed.dtype)
+    _check("out", out, out.shape, torch.float32)
+    sequences = (hidden_states, mixed, out)
+    sum_ = Sum(*out.shape, torch.get_num_threads(), DTYPES[mixed.dtype], *map(Sequence.of, sequences))
+    queue.add(kernels().videomamba_sum, sum_, *sequences)
+
+
+class PiecewiseLinear:
+    """A linear layer on pieces of the tokens. What the matrix units need of its weight is made once, in `memory`."""
+
+    def __init__(self, weight: torch.Tensor, memory: Memory, queue: Queue) -> None:
+        self.weight, self.memory, self.queue = weight, memory, queue
+        self.is_packed = False
+
+    def __call__(self, hidden_states: torch.Tensor, out: torch.Tensor) -> None:
+        """The next piece, contiguous `(batch, length, in_features)`, into `out`, contiguous and of the same dtype."""
+        rows, target = hidden_states.view(-1, hidden_states.shape[-1]), out.view(-1, out.shape[-1])
+        columns = self.weight.T
+        if not (self.is_packed or is_fit(rows, self.weight)):
+            self.queue.add_call(functools.partial(torch.mm, rows, columns, out=target))
+            return
+        product = prepare(rows, columns, target, self.memory)
+        if not self.is_packed:
+            self.queue.add(matrix_kernels().videomamba_pack, product, self.weight)
+        self.queue.add(matrix_kernels().videomamba_matrix_product, product, rows, target)
+        self.is_packed = True
 
 
 class PiecewiseConvolution:
@@ -42,30 +93,27 @@ class PiecewiseConvolution:
     to the first.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, reverse: bool) -> None:
-        (channels, _, width), self.reverse = weight.shape, reverse
-        self.weight = weight.squeeze(1).float().contiguous()
-        self.bias = None if bias is None else bias.float().contiguous()
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, queue: Queue, *, reverse: bool) -> None:
+        (channels, _, width), self.reverse, self.queue = weight.shape, reverse, queue
+        self.weight, self.bias = weight.squeeze(1).float().contiguous(), bias.float().contiguous()
         self.context: torch.Tensor | None = None
         self.arguments = Convolution(
             **{"channels": channels, "width": width, "threads": torch.get_num_threads(), "reverse": reverse},
-            **{"weight": self.weight.data_ptr(), "bias": _pointer(self.bias)},
+            **{"weight": self.weight.data_ptr(), "bias": self.bias.data_ptr()},
         )
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """The next piece, `(batch, length, channels)`, into `out` of the same shape and dtype."""
-        (batch, length, _), arguments, width = x.shape, self.arguments, self.arguments.width
-        _check("x", x, (batch, length, arguments.channels), x.dtype)
+        arguments = Convolution.from_buffer_copy(self.arguments)
+        (batch, length, _), channels, width = x.shape, arguments.channels, arguments.width
+        _check("x", x, (batch, length, channels), x.dtype)
         _check("out", out, x.shape, x.dtype)
         if self.context is not None:
-            _check("the piece before", self.context, (batch, width - 1, arguments.channels), x.dtype)
-            arguments.context = Sequence.of(self.context)
+            _check("the piece before", self.context, (batch, width - 1, channels), x.dtype)
         arguments.batch, arguments.length, arguments.dtype = batch, length, DTYPES[x.dtype]
-        arguments.x, arguments.y = Sequence.of(x), Sequence.of(out)
-        if x.numel():
-            kernels().videomamba_causal_conv1d(ctypes.byref(arguments))
+        arguments.x, arguments.y, arguments.context = map(Sequence.of, (x, out, self.context))
+        self.queue.add(kernels().videomamba_causal_conv1d, arguments, self.weight, self.bias, x, out, self.context)
         self.context = x[:, : width - 1] if self.reverse else x[:, max(0, length - width + 1) :]
-        return out
 
 
 class PiecewiseScan:
@@ -80,20 +128,21 @@ class PiecewiseScan:
         D: torch.Tensor,
         dt_bias: torch.Tensor,
         dt_proj: torch.Tensor,
+        queue: Queue,
         *,
         batch: int,
         reverse: bool,
     ) -> None:
-        (channels, states), rank = A.shape, len(dt_proj)
+        (channels, states), rank, self.queue = A.shape, len(dt_proj), queue
         shapes = {"D": (D, (channels,)), "dt_bias": (dt_bias, (channels,)), "dt_proj": (dt_proj, (rank, channels))}
         for name, (parameter, shape) in shapes.items():
             _check(name, parameter, shape, parameter.dtype)
-        self.parameters = [parameter.float().contiguous() for parameter in (A, D, dt_bias, dt_proj)]
-        self.state = torch.zeros(batch, states, channels)
+        parameters = [parameter.float().contiguous() for parameter in (A, D, dt_bias, dt_proj)]
+        self.kept = [*parameters, torch.zeros(batch, states, channels)]
         names = ("A", "D", "dt_bias", "dt_proj", "h")
         self.arguments = Scan(
             **{"batch": batch, "channels": channels, "state": states, "rank": rank, "reverse": reverse},
-            **{name: tensor.data_ptr() for name, tensor in zip(names, (*self.parameters, self.state), strict=True)},
+            **{name: tensor.data_ptr() for name, tensor in zip(names, self.kept, strict=True)},
             threads=torch.get_num_threads(),
         )
 
@@ -106,7 +155,7 @@ class PiecewiseScan:
         out: torch.Tensor,
         z: torch.Tensor | None = None,
         add: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> None:
         """
         The next piece, into `out`, which may be `add`.
 
@@ -118,8 +167,8 @@ class PiecewiseScan:
 
         All have the dtype of `x`.
         """
-        arguments, length = self.arguments, x.shape[1]
-        batch, channels, states = arguments.batch, arguments.channels, arguments.state
+        arguments = Scan.from_buffer_copy(self.arguments)
+        batch, length, channels, states = arguments.batch, x.shape[1], arguments.channels, arguments.state
         whole, each = (batch, length, channels), (batch, length, states)
         _check("x", x, whole, x.dtype)
         arguments.length, arguments.dtype, arguments.x = length, DTYPES[x.dtype], Sequence.of(x)
@@ -128,6 +177,4 @@ class PiecewiseScan:
             if sequence is not None:
                 _check(name, sequence, shape, x.dtype)
             setattr(arguments, name, Sequence.of(sequence))
-        if x.numel():
-            kernels().videomamba_selective_scan(ctypes.byref(arguments))
-        return out
+        self.queue.add(kernels().videomamba_selective_scan, arguments, *self.kept, x, dt, B, C, out, z, add)

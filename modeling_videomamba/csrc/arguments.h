@@ -58,6 +58,13 @@ struct VideoMambaNorm {
     VideoMambaSequence y;
 };
 
+// y = x + z; x and y are float32, z has the dtype of the call.
+struct VideoMambaSum {
+    int64_t batch, length, width, threads;
+    int32_t dtype;
+    VideoMambaSequence x, z, y;
+};
+
 struct VideoMambaMatrix {
     const float* data;
     int64_t row_stride, column_stride;  // one of them is 1

@@ -23,6 +23,7 @@ constexpr int kTile = 16;         // rows of a tile, and float32 numbers in one 
 constexpr int kPanel = 2 * kTile;  // rows or columns of a panel
 constexpr int kStep = 32;         // numbers of the inner dimension in a row of a tile
 constexpr int kPieces = 3;
+constexpr int kAhead = 4;  // steps, of lines that are too far apart for the processor to guess what is wanted next
 constexpr int64_t kTileSize = kTile * kStep, kStepSize = kPieces * 2 * kTileSize;  // of a panel
 constexpr int64_t kMaxSteps = 18;           // of a panel, and
 constexpr int64_t kChunkBytes = 768 << 10;  // of panels of `a`, that are multiplied before others: they stay in the second cache
@@ -83,9 +84,10 @@ void pack_tile(const float* source, int64_t line_stride, int64_t inner_stride, i
     for (int row = 0; row < kTile; ++row) {
         __m512 first = _mm512_setzero_ps(), second = first;
         if (by_line && row < lines) {
-            __builtin_prefetch(source + row * line_stride + 2 * kStep), __builtin_prefetch(source + row * line_stride + 2 * kStep + 16);
-            first = read(source + row * line_stride, inner);
-            second = read(source + row * line_stride + kTile, inner - kTile);
+            const float* line = source + row * line_stride;
+            __builtin_prefetch(line + kAhead * kStep), __builtin_prefetch(line + kAhead * kStep + kTile);
+            first = read(line, inner);
+            second = read(line + kTile, inner - kTile);
         } else if (!by_line) {
             if (2 * row < inner) first = read(source + 2 * row * inner_stride, lines);
             if (2 * row + 1 < inner) second = read(source + (2 * row + 1) * inner_stride, lines);
@@ -137,20 +139,22 @@ class Tiles {
     } before_;
 };
 
-// Tiles 0 to 3 are sums, 4 and 5 are of `a`, 6 and 7 of `b`.
+// Tiles 0 to 3 are sums, 4 and 5 are of `a`, 6 and 7 of `b`. The last panel of `b` may be half empty.
 inline void load_a(const uint16_t* step, int piece) {
     _tile_loadd(4, step + piece * 2 * kTileSize, 64);
     _tile_loadd(5, step + piece * 2 * kTileSize + kTileSize, 64);
 }
+template <bool kIsHalf>
 inline void load_b(const uint16_t* step, int piece) {
     _tile_loadd(6, step + piece * 2 * kTileSize, 64);
-    _tile_loadd(7, step + piece * 2 * kTileSize + kTileSize, 64);
+    if constexpr (!kIsHalf) _tile_loadd(7, step + piece * 2 * kTileSize + kTileSize, 64);
 }
+template <bool kIsHalf>
 inline void multiply() {
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (!kIsHalf) _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (!kIsHalf) _tile_dpbf16ps(3, 5, 7);
 }
 
 // What will be wanted next, to be fetched while there is something else to do: `lines` at each step.
@@ -165,6 +169,7 @@ struct Ahead {
 
 // Adds the product of some steps of two panels to 32 rows and columns of `c`, or writes it there if it `is_first`: of the
 // pieces whose product matters, in an order that loads few tiles.
+template <bool kIsHalf>
 void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, Ahead ahead, float* c, int64_t c_stride, bool is_first) {
     constexpr int kHigh = 0, kMiddle = 1, kLow = 2;
     const int64_t row_bytes = c_stride * sizeof(float);
@@ -182,12 +187,12 @@ void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, Ahead 
     }
     for (int64_t step = 0; step < steps; ++step, a += kStepSize, b += kStepSize) {
         ahead.fetch();
-        load_a(a, kLow), load_b(b, kHigh), multiply();
-        load_a(a, kMiddle), multiply();
-        load_b(b, kMiddle), multiply();
-        load_a(a, kHigh), multiply();
-        load_b(b, kLow), multiply();
-        load_b(b, kHigh), multiply();
+        load_a(a, kLow), load_b<kIsHalf>(b, kHigh), multiply<kIsHalf>();
+        load_a(a, kMiddle), multiply<kIsHalf>();
+        load_b<kIsHalf>(b, kMiddle), multiply<kIsHalf>();
+        load_a(a, kHigh), multiply<kIsHalf>();
+        load_b<kIsHalf>(b, kLow), multiply<kIsHalf>();
+        load_b<kIsHalf>(b, kHigh), multiply<kIsHalf>();
     }
     _tile_stored(0, c, row_bytes);
     _tile_stored(1, c + kTile, row_bytes);
@@ -232,11 +237,12 @@ class Multiplication {
         const int64_t columns = std::min<int64_t>(kPanel, product_.columns - b_panel * kPanel);
         const bool is_first = first_step_ == 0;
         if (rows == kPanel && columns == kPanel)
-            return multiply_panels(a, b, steps_, ahead, c, product_.c_stride, is_first);
+            return multiply_panels<false>(a, b, steps_, ahead, c, product_.c_stride, is_first);
         alignas(kLineSize) float sums[kPanel * kPanel];
         for (int64_t row = 0; row < rows && !is_first; ++row)
             std::copy_n(c + row * product_.c_stride, columns, sums + row * kPanel);
-        multiply_panels(a, b, steps_, ahead, sums, kPanel, is_first);
+        const auto multiply = columns <= kTile ? multiply_panels<true> : multiply_panels<false>;
+        multiply(a, b, steps_, ahead, sums, kPanel, is_first);
         for (int64_t row = 0; row < rows; ++row) std::copy_n(sums + row * kPanel, columns, c + row * product_.c_stride);
     }
 
