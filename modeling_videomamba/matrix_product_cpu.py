@@ -13,14 +13,24 @@ from .operators import operator
 
 # Below these PyTorch's product is as fast: there is too little to do, or too little for each row that is packed.
 MIN_MULTIPLY_ADDS = 1 << 20
-MIN_COLUMNS = 32
+MIN_COLUMNS = 64
 ALIGNMENT = 64  # bytes
 MAX_SCRATCH = 32 << 20  # bytes that a thread keeps from one product to the next
 
 
 @functools.cache
 def matrix_kernels() -> ctypes.CDLL:
+    """
+    Packing and products, once the system has been asked for the matrix units.
+
+    Raises:
+        `ImportError`, `OSError`: if there is no kernel, no such unit, or no permission to use it.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise ImportError("needs a processor with AVX-512 and AMX")
     library = load_library("amx")
+    if not library.videomamba_has_matrix_units():
+        raise ImportError("needs a processor with AMX, and a system that lets it be used")
     library.videomamba_packed_size.restype = ctypes.c_int64
     library.videomamba_packed_size.argtypes = [ctypes.c_int64, ctypes.c_int64]
     return library
@@ -29,14 +39,10 @@ def matrix_kernels() -> ctypes.CDLL:
 @functools.cache
 def unusable() -> str | None:
     """Why there are no products on matrix units here, if there are none."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "needs a processor with AVX-512 and AMX"
     try:
-        library = matrix_kernels()
+        matrix_kernels()
     except (ImportError, OSError, AttributeError) as error:
-        return f"the compiled kernel can't be loaded: {error}"
-    if not library.videomamba_has_matrix_units():
-        return "needs a processor with AMX, and a system that lets it be used"
+        return str(error)
     return None
 
 
@@ -142,7 +148,12 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     a, b = ctx.saved_tensors
     needs_a, needs_b = ctx.needs_input_grad
-    return _matrix_product(grad, b.T) if needs_a else None, _matrix_product(a.T, grad) if needs_b else None
+    grad_a = _matrix_product(grad, b.T) if needs_a else None
+    if not needs_b:
+        return grad_a, None
+    # all of the second matrix is packed before the first product, so that it had better be the smaller one
+    a_is_larger = a.shape[1] > grad.shape[1]
+    return grad_a, _matrix_product(a.T, grad) if a_is_larger else _matrix_product(grad.T, a).T
 
 
 _matrix_product.register_autograd(_backward, setup_context=_setup_context)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -238,9 +238,9 @@ class VideoMambaEmbeddings(nn.Module):
 @dataclass
 class VideoMambaPiece:
     """
-    Memory for a piece of the tokens, `(batch, length of the piece, ...)`: inputs `x` and outputs `y` of the scans, which
-    all pieces have at the same time; and what they have in the same place, one after the other. The last three are never
-    needed at the same time, and share theirs too.
+    Memory for a piece of the tokens, `(batch, length of the piece, ...)`: inputs `x` and outputs `y` of the scans,
+    which all pieces have at the same time; and what they have in the same place, one after the other. The last three
+    are never needed at the same time, and share theirs too.
     """
 
     x: torch.Tensor
@@ -394,7 +394,7 @@ class VideoMambaScan(nn.Module):
 
 
 class VideoMambaInputProjection(VideoMambaLinear):
-    """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`."""
+    """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`; or one of them by its `name`."""
 
     def forward(
         self,
@@ -403,10 +403,10 @@ class VideoMambaInputProjection(VideoMambaLinear):
         pieces: VideoMambaPieces | None = None,
         name: str = "",
     ) -> torch.Tensor:
-        """With `out`, `pieces` and a `name`, `x` or `z`, a step of inference in pieces: `(batch, length, E)`."""
+        weight = self.weight.chunk(2)["xz".index(name)] if name else self.weight
         if out is None or pieces is None:
-            return super().forward(hidden_states)
-        return pieces.project(name, self.weight.chunk(2)["xz".index(name)], hidden_states, out)
+            return linear(hidden_states, weight)
+        return pieces.project(name, weight, hidden_states, out)
 
 
 class VideoMambaOutputProjection(VideoMambaLinear):
@@ -425,7 +425,10 @@ class VideoMambaMixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if isinstance(self.in_proj, VideoMambaInputProjection):  # apart, so that nobody has to join their gradients
+            x, z = self.in_proj(hidden_states, name="x"), self.in_proj(hidden_states, name="z")
+        else:  # wrapped by an adapter
+            x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         y = None
         for order, scan in zip(self.orders, self.scans, strict=True):
             gate = z if scan is self.scans[-1] else None

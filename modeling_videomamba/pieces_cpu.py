@@ -21,19 +21,19 @@ class Queue:
     """Steps that are to run one after the other."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[Callable[[Any], None], Any, tuple[torch.Tensor | None, ...]]] = []
+        self._steps: list[tuple[Callable[[], Any], tuple[torch.Tensor | None, ...]]] = []
 
-    def add(self, function: Callable[[Any], None], arguments: ctypes.Structure, *kept: torch.Tensor | None) -> None:
+    def add(self, kernel: Callable[[Any], None], arguments: ctypes.Structure, *kept: torch.Tensor | None) -> None:
         """A call of a kernel. The tensors whose memory its arguments name are `kept` until it has run."""
-        self._steps.append((function, ctypes.byref(arguments), kept))
+        self._steps.append((functools.partial(kernel, ctypes.byref(arguments)), kept))
 
     def add_call(self, function: Callable[[], Any]) -> None:
-        self._steps.append((lambda _: function(), None, ()))
+        self._steps.append((function, ()))
 
     def run(self) -> None:
         steps, self._steps = self._steps, []
-        for function, arguments, _ in steps:
-            function(arguments)
+        for step, _ in steps:
+            step()
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -78,7 +78,7 @@ class PiecewiseLinear:
         rows, target = hidden_states.view(-1, hidden_states.shape[-1]), out.view(-1, out.shape[-1])
         columns = self.weight.T
         if not (self.is_packed or is_fit(rows, self.weight)):
-            self.queue.add_call(functools.partial(torch.mm, rows, columns, out=target))
+            self.queue.add_call(lambda: torch.mm(rows, columns, out=target))
             return
         product = prepare(rows, columns, target, self.memory)
         if not self.is_packed:
@@ -93,13 +93,14 @@ class PiecewiseConvolution:
     to the first.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, queue: Queue, *, reverse: bool) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, queue: Queue, *, reverse: bool) -> None:
         (channels, _, width), self.reverse, self.queue = weight.shape, reverse, queue
-        self.weight, self.bias = weight.squeeze(1).float().contiguous(), bias.float().contiguous()
+        self.weight = weight.squeeze(1).float().contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
         self.context: torch.Tensor | None = None
         self.arguments = Convolution(
             **{"channels": channels, "width": width, "threads": torch.get_num_threads(), "reverse": reverse},
-            **{"weight": self.weight.data_ptr(), "bias": self.bias.data_ptr()},
+            **{"weight": self.weight.data_ptr(), "bias": None if self.bias is None else self.bias.data_ptr()},
         )
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:

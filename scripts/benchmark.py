@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from modeling_videomamba import (
     selective_scan,
     selective_scan_backends,
 )
+from modeling_videomamba.cpu_library import kernels
+from modeling_videomamba.matrix_product_cpu import unusable as matrix_units_unusable
 from modeling_videomamba.modeling_videomamba import SCANS
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
 
@@ -244,46 +247,90 @@ def measure_model(model: str, frames: int, image_size: int, **timing: Any) -> Re
     return result
 
 
-# Modules of VideoMamba by the last part of their names; a scan is what these leave of its time.
-PARTS = ("embeddings", "norm", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+# What the kernels and the functions of PyTorch that take their place are called in a profile.
+PARTS = {
+    "videomamba_pack": "products",
+    "videomamba_matrix_product": "products",
+    "mm": "products",
+    "linear": "products",
+    "videomamba_selective_scan": "scan",
+    "videomamba_selective_scan_backward": "scan_backward",
+    "videomamba_causal_conv1d": "convolution",
+    "videomamba_causal_conv1d_backward": "convolution_backward",
+    "videomamba_rms_norm": "norm",
+    "videomamba_sum": "sum",
+}
 
 
-def measure_profile(model: str, frames: int, image_size: int, repeats: int, min_seconds: float) -> Result:
-    """Where the time of the fastest call goes."""
-    network = build_model(model, frames, image_size).eval()
-    clip = torch.randn(1, frames, 3, image_size, image_size)
+class Watched:
+    """A module or library whose functions add their time to `spent`."""
+
+    def __init__(self, target: Any, spent: defaultdict[str, float]):
+        self.__dict__["target"], self.__dict__["spent"] = target, spent
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.target, name)
+        return functools.partial(self._timed, PARTS[name], function) if name in PARTS else function
+
+    def _timed(self, part: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        self.spent[part] += time.perf_counter() - start
+        return result
+
+
+def watch_kernels() -> defaultdict[str, float]:
+    """From now on the kernels of this process add their time to what is returned."""
     spent: defaultdict[str, float] = defaultdict(float)
+    modules = [import_module(f"modeling_videomamba.{name}") for name in ("pieces_cpu", "selective_scan_cpu")]
+    products = import_module("modeling_videomamba.matrix_product_cpu")
+    if selective_scan_backends()["cpu"].usable:
+        watched = Watched(kernels(), spent)
+        for module in modules:
+            module.kernels = lambda: watched  # type: ignore[attr-defined]
+    if products.unusable() is None:
+        units = Watched(products.matrix_kernels(), spent)
+        products.matrix_kernels = modules[0].matrix_kernels = lambda: units  # type: ignore[attr-defined]
+    products.F = Watched(F, spent)  # type: ignore[attr-defined]
+    modules[0].torch = Watched(torch, spent)  # type: ignore[attr-defined]
+    return spent
 
-    def add_clock(part: str, sign: int) -> None:
-        spent[part] += sign * time.perf_counter()
 
-    def watch(module: torch.nn.Module, part: str) -> None:
-        module.register_forward_pre_hook(lambda *_: add_clock(part, -1))
-        module.register_forward_hook(lambda *_: add_clock(part, 1))
-
-    for name, module in network.named_modules():
-        part = name.rpartition(".")[2]
-        if part in PARTS:
-            watch(module, part)
-        elif part.isdecimal() and ".scans." in name:
-            watch(module, "scan")
+def fastest(call: Callable[[], Any], spent: defaultdict[str, float], repeats: int, min_seconds: float) -> Result:
+    """Where the time of the fastest call goes, after a first one."""
     calls: list[tuple[float, dict[str, float]]] = []
-    total = 0.0
-    with torch.no_grad():
-        while len(calls) <= repeats or total < min_seconds:  # the first one is a warm-up
-            spent.clear()
-            start = time.perf_counter()
-            network(clip)
-            calls.append((time.perf_counter() - start, dict(spent)))
-            total += calls[-1][0]
+    while len(calls) <= repeats or sum(seconds for seconds, _ in calls) < min_seconds:
+        spent.clear()
+        start = time.perf_counter()
+        call()
+        calls.append((time.perf_counter() - start, dict(spent)))
     seconds, parts = min(calls[1:], key=lambda call: call[0])
-    parts["scan"] -= parts["conv1d"] + parts["x_proj"] + parts["dt_proj"]
+    parts = dict.fromkeys((*PARTS.values(), "optimizer"), 0.0) | parts
     parts["rest"] = seconds - sum(parts.values())
     return {"min_seconds": seconds, **{f"{part}_seconds": value for part, value in parts.items()}}
 
 
-def measure_training(frames: int, image_size: int, batch: int, **timing: Any) -> Result:
-    """A step of training and inference on the same clips, in turn."""
+def measure_profile(model: str, frames: int, image_size: int, **timing: Any) -> Result:
+    """Where the time of inference goes."""
+    network = build_model(model, frames, image_size).eval()
+    clip = torch.randn(1, frames, 3, image_size, image_size)
+    with torch.no_grad():
+        return fastest(lambda: network(clip), watch_kernels(), **timing)
+
+
+def measure_training_profile(frames: int, image_size: int, batch: int, **timing: Any) -> Result:
+    """Where the time of a step of training goes."""
+    spent = watch_kernels()
+    _, step, optimizer = prepare_training(frames, image_size, batch)
+    watched = Watched(optimizer, spent)
+    optimizer.step = functools.partial(watched._timed, "optimizer", optimizer.step)  # type: ignore[method-assign]
+    return fastest(step, spent, **timing)
+
+
+def prepare_training(
+    frames: int, image_size: int, batch: int
+) -> tuple[Callable[[], None], Callable[[], None], torch.optim.Optimizer]:
+    """Inference and a step of training of VideoMamba-Ti on the same clips, and the optimizer."""
     config = VideoMambaConfig(num_frames=frames, image_size=image_size, num_labels=400, **VIDEOMAMBA_SIZES["tiny"])
     model = VideoMambaForVideoClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -298,6 +345,12 @@ def measure_training(frames: int, image_size: int, batch: int, **timing: Any) ->
         optimizer.step()
         optimizer.zero_grad()
 
+    return inference, step, optimizer
+
+
+def measure_training(frames: int, image_size: int, batch: int, **timing: Any) -> Result:
+    """A step of training and inference on the same clips, in turn."""
+    inference, step, _ = prepare_training(frames, image_size, batch)
     first = first_call(step)
     start = time.perf_counter()
     inference()
@@ -315,6 +368,7 @@ MEASURES: dict[str, Callable[..., Result]] = {
     "model": measure_model,
     "profile": measure_profile,
     "training": measure_training,
+    "training profile": measure_training_profile,
 }
 
 
@@ -348,6 +402,7 @@ def list_measurements(args: argparse.Namespace) -> dict[str, Result]:
         listed[f"profile {model} {frames} frames"] = {"measure": "profile", **spec, **timing}
     spec = {"frames": short, "image_size": args.image_size, "batch": TRAINING_BATCH}
     listed["training VideoMamba-Ti"] = {"measure": "training", **spec, **timing}
+    listed["profile training VideoMamba-Ti"] = {"measure": "training profile", **spec, **timing}
     if not args.only:
         return listed
     return {name: spec for name, spec in listed.items() if any(part in name for part in args.only)}
@@ -431,6 +486,7 @@ def make_report(results: dict[str, Result], threads: int) -> Result:
         "threads": threads,
         "logical_cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "matrix_units": matrix_units_unusable() or "used",
         "backend": os.environ.get(BACKEND_VARIABLE) or ("cpu" if selective_scan_backends()["cpu"].usable else "torch"),
         "dtype": "float32",
         "best_matrix_product_rate": max((r.get("matrix_product_rate", 0.0) for r in results.values()), default=0.0),
@@ -464,14 +520,23 @@ TABLES = {
     "profile": (
         "Where the time goes, inference on one clip",
         ("model", "frames"),
-        ("min_seconds", *(f"{part}_seconds" for part in (*PARTS, "scan", "rest"))),
-        "Of the fastest call, with a look at the clock around each module.",
+        ("min_seconds", *(f"{part}_seconds" for part in ("products", "scan", "convolution", "norm", "sum", "rest"))),
+        "Of the fastest call, kernel by kernel; products of the embeddings and of dt_proj are in the rest.",
     ),
     "training": (
         "Training of VideoMamba-Ti",
         ("frames", "batch"),
         ("inference_min_seconds", "step_min_seconds", "ratio_of_min", "ratio_of_median", "peak_bytes"),
         "A step: forward, backward and AdamW, in turn with inference on the same clips.",
+    ),
+    "training profile": (
+        "Where the time goes, a step of training",
+        ("frames", "batch"),
+        (
+            *("min_seconds", "products_seconds", "scan_seconds", "scan_backward_seconds", "convolution_seconds"),
+            *("convolution_backward_seconds", "optimizer_seconds", "rest_seconds"),
+        ),
+        "Of the fastest step; the norm, dt_proj and what PyTorch adds up are in the rest.",
     ),
 }
 BILLIONS = {word: (word, 1e-9) for word in ("adds", "scan", "rate")}
@@ -509,7 +574,8 @@ def print_report(console: Console, report: Result) -> None:
     versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
     machine = f"threads: {facts['threads']}, logical cores: {facts['logical_cores']}, {facts['cpu_capability']}"
     rate = f"best rate of matrix products: {number(facts['best_matrix_product_rate'], 'rate')} G multiply-adds / s"
-    lines = (versions, f"{machine}, {facts['dtype']}, backend {facts['backend']}", rate)
+    units = f"matrix units: {facts['matrix_units']}"
+    lines = (versions, f"{machine}, {facts['dtype']}, backend {facts['backend']}", rate, units)
     console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
     for kind in TABLES:
         rows = [r for r in results if ("ratio_to_limit" in r if kind == "limit" else r["measure"] == kind)]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig, VideoMambaModel
+from modeling_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig, VideoMambaModel, selective_scan_backends
 from scripts import benchmark
 from tests.conftest import ROOT, tiny_config
 
@@ -21,6 +21,7 @@ CHOSEN = {
     "model TimeSformer-Ti joint 2 frames",
     "profile VideoMamba-Ti 2 frames",
     "training VideoMamba-Ti",
+    "profile training VideoMamba-Ti",
 }
 
 
@@ -58,7 +59,7 @@ def test_chosen_measurements_are_in_the_json(report):
     for name, result in report["measurements"].items():
         if "mambapy" not in name:
             assert "failed" not in result, result
-        if not name.startswith("profile") and "failed" not in result:
+        if "profile" not in name and "failed" not in result:
             assert 0 < result["peak_bytes"] < result["process_peak_bytes"]
     scan = report["measurements"]["scan 1x65x32 forward cpu"]
     assert len(scan["seconds"]) == 2 and 0 < scan["min_seconds"] <= scan["median_seconds"]
@@ -79,10 +80,16 @@ def test_limit_and_ratios_follow_from_the_rate(report):
     assert training["ratio_of_min"] == pytest.approx(ratio)
 
 
-def test_the_parts_of_a_profile_are_the_whole(report):
-    profile = report["measurements"]["profile VideoMamba-Ti 2 frames"]
-    parts = [profile[f"{part}_seconds"] for part in (*benchmark.PARTS, "scan", "rest")]
-    assert min(parts) > 0 and sum(parts) == pytest.approx(profile["min_seconds"])
+@pytest.mark.parametrize("name", ["profile VideoMamba-Ti 2 frames", "profile training VideoMamba-Ti"])
+def test_the_parts_of_a_profile_are_the_whole(report, name):
+    profile = report["measurements"][name]
+    parts = {part: profile[f"{part}_seconds"] for part in {*benchmark.PARTS.values(), "optimizer", "rest"}}
+    assert sum(parts.values()) == pytest.approx(profile["min_seconds"])
+    training = {"scan_backward", "convolution_backward", "optimizer"}
+    inference = {"norm", "sum"} if selective_scan_backends()["cpu"].usable else set()
+    only_here, elsewhere = (training, inference) if "training" in name else (inference, training)
+    assert all(parts[part] > 0 for part in only_here | {"products", "rest"})
+    assert all(parts[part] == 0 for part in elsewhere)
 
 
 def test_a_missing_peer_is_reported_with_its_reason(folder, report):

@@ -588,15 +588,45 @@ def test_inference_in_pieces_is_left_to_modules_that_can(small_pieces):
     with torch.no_grad():
         expected = model(pixels).last_hidden_state
         assert max(small_pieces) < 17
-        for layer in model.layers:
-            for scan in layer.mixer.scans:
-                scan.dt_proj = Adapter(scan.dt_proj)
-        assert_equal(model(pixels).last_hidden_state, expected)
+        for name in ("in_proj", "out_proj", "scans.0.x_proj", "scans.0.dt_proj"):
+            wrapped = copy.deepcopy(model)
+            for layer in wrapped.layers:
+                layer.mixer.set_submodule(name, Adapter(layer.mixer.get_submodule(name)))
+            small_pieces.clear()
+            assert_equal(wrapped(pixels).last_hidden_state, expected)
+            assert set(small_pieces) == {17}
+
+
+@needs_kernel
+def test_inference_in_pieces_is_not_for_modules_that_hooks_watch(small_pieces):
+    model, pixels, seen = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32), {}
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state
         small_pieces.clear()
-        for layer in model.layers:
-            layer.mixer.in_proj = Adapter(layer.mixer.in_proj)
+        projection = model.layers[1].mixer.out_proj
+        projection.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs, output=output))
         assert_equal(model(pixels).last_hidden_state, expected)
-        assert set(small_pieces) == {17}
+        assert small_pieces.count(17) == 2 and len(small_pieces) > 2  # both scans of that layer
+        assert_equal(seen["output"], F.linear(seen["inputs"][0], projection.weight))
+
+
+@needs_kernel
+@pytest.mark.parametrize("watched", ["embeddings", "layers.0", "layers.1", "layers.2"])
+def test_the_residual_stream_is_not_overwritten_where_a_hook_has_seen_it(small_pieces, watched):
+    model, pixels, seen = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32), []
+    with torch.no_grad():
+        hidden_states = model(pixels, output_hidden_states=True).hidden_states
+        module = model.get_submodule(watched)
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        model(pixels)
+    before, after = seen[0], seen[1] if watched != "embeddings" else seen[1][0]
+    index = 0 if watched == "embeddings" else int(watched[-1]) + 1
+    assert_equal(after, hidden_states[index])
+    if index:
+        assert_equal(before, hidden_states[index - 1])
+    else:
+        assert torch.equal(before, pixels)
 
 
 @needs_kernel

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_videomamba import selective_scan, selective_scan_backends
-from modeling_videomamba.selective_scan import CHUNK_SIZE, causal_conv1d, scans_in_pieces
+from modeling_videomamba.selective_scan import CHUNK_SIZE, causal_conv1d
 from tests.conftest import needs_kernel
 from tests.scan_reference import DEVICE, assert_same, make_inputs, naive_conv, naive_scan
 

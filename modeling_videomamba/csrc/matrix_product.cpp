@@ -89,8 +89,10 @@ void pack_tile(const float* source, int64_t line_stride, int64_t inner_stride, i
             first = read(line, inner);
             second = read(line + kTile, inner - kTile);
         } else if (!by_line) {
-            if (2 * row < inner) first = read(source + 2 * row * inner_stride, lines);
-            if (2 * row + 1 < inner) second = read(source + (2 * row + 1) * inner_stride, lines);
+            const float* pair = source + 2 * row * inner_stride;
+            __builtin_prefetch(pair + kAhead * kStep * inner_stride), __builtin_prefetch(pair + (kAhead * kStep + 1) * inner_stride);
+            if (2 * row < inner) first = read(pair, lines);
+            if (2 * row + 1 < inner) second = read(pair + inner_stride, lines);
         }
         for (auto& tile : tiles) {
             const __m512i upper = cut(first);

@@ -14,6 +14,7 @@ namespace {
 constexpr int kChunk = 32;  // steps between checkpoints; selective_scan_cpu.py has the same number
 constexpr int kStride = kChunk + 1;  // of blocks, so that they don't compete for the same lines of the first cache
 constexpr int kGroup = kLanes == 16 ? 8 : 4;  // states in registers at the same time
+constexpr int kBackwardGroup = 4;             // the same, of which all that a chunk needs stays in the first cache
 constexpr int kBlocks = 128 / kLanes;  // blocks of channels that are read row by row: as many as stay in the caches
 
 // exp(dt * A), for A in units of log2(e).
@@ -307,15 +308,15 @@ class Backward {
         : scan_(scan),
           gradients_(gradients),
           slot_(slot),
-          workspace_(Share<T>::size(scan, last - first) + (last - first) * (2 * scan.state + 2) + 2 * kChunk * kGroup),
+          workspace_(Share<T>::size(scan, last - first) + (last - first) * (2 * scan.state + 2) + 2 * kChunk * kBackwardGroup),
           share_(scan, sample, first, last, workspace_),
           adjoints_(std::min<int64_t>(kBlocks, last - first)) {
         carry_ = workspace_.take(share_.count * scan.state);
         grad_A_ = workspace_.take(share_.count * scan.state);
         grad_D_ = workspace_.take(share_.count);
         grad_dt_bias_ = workspace_.take(share_.count);
-        grad_B_ = workspace_.take(kChunk * kGroup);
-        grad_C_ = workspace_.take(kChunk * kGroup);
+        grad_B_ = workspace_.take(kChunk * kBackwardGroup);
+        grad_C_ = workspace_.take(kChunk * kBackwardGroup);
     }
 
     void run() {
@@ -328,7 +329,7 @@ class Backward {
                 const int64_t last = std::min(share_.count, first + kBlocks);
                 prepare(first, last);
                 int64_t n = 0;
-                for (; n + kGroup <= scan_.state; n += kGroup) states<kGroup>(n, first, last);
+                for (; n + kBackwardGroup <= scan_.state; n += kBackwardGroup) states<kBackwardGroup>(n, first, last);
                 for (; n < scan_.state; ++n) states<1>(n, first, last);
                 finish(first, last);
             }
