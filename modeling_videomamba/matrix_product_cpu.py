@@ -106,7 +106,7 @@ def prepare(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, memory: Memory | 
         *(Matrix(matrix.data_ptr(), *matrix.stride()) for matrix in (a, b)),
         *(memory.address(size), c.data_ptr(), c.stride(0)),
     )
-    product.keep = (a, b, c, memory)  # alive as long as the addresses of theirs
+    product.kept = (a, b, c, memory.buffer)  # as long as their addresses
     return product
 
 

@@ -700,6 +700,8 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         # what records operators sees none in the pieces, and stand-ins for tensors have no memory
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(hidden_states) is not torch.Tensor:
             return None
+        if getattr(torch.nn.modules.module, "_has_any_global_hook", bool)():  # which sees inside of the layers
+            return None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dtype
         if not scans_in_pieces("cpu", dtype):
             return None

@@ -56,6 +56,7 @@ FRAMES = [8, 16, 32, 64]
 STATE_SIZE = 16
 SCAN_IMPLEMENTATIONS = ("cpu", "torch", "transformers", "mambapy")
 VIDEOMAMBAS = {"VideoMamba-Ti": "tiny", "VideoMamba-M": "middle"}
+WITHOUT_AMX = " without AMX"  # added to the name of a model whose products are left to PyTorch
 COMPARED = ("VideoMamba-Ti", "VideoMAE-Ti", "TimeSformer-Ti joint", "TimeSformer-Ti divided")
 COLORS = ("#0072b2", "#d55e00", "#cc79a7", "#009e73")
 MATRIX_SHAPES = ((2048, 2048, 2048), (1569, 192, 768), (1569, 576, 2304))  # the last two are projections of Ti and M
@@ -225,7 +226,9 @@ def build_model(name: str, frames: int, image_size: int) -> torch.nn.Module:
 
 
 def measure_model(model: str, frames: int, image_size: int, **timing: Any) -> Result:
-    network = build_model(model, frames, image_size).eval()
+    if model.endswith(WITHOUT_AMX):
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    network = build_model(model.removesuffix(WITHOUT_AMX), frames, image_size).eval()
     clip = torch.randn(1, frames, 3, image_size, image_size)
     rates: list[float] = []
     with torch.no_grad():
@@ -392,6 +395,11 @@ def list_measurements(args: argparse.Namespace) -> dict[str, Result]:
     short = args.frames[0]
     clips = [(model, frames, timing) for frames in args.frames for model in COMPARED]
     clips += [("VideoMamba-M", short, timing)]
+    if matrix_units_unusable() is None and hasattr(torch.backends.mkldnn, "matmul"):
+        clips += [
+            (f"VideoMamba-Ti{WITHOUT_AMX}", args.frames[-1], timing),
+            (f"VideoMamba-M{WITHOUT_AMX}", short, timing),
+        ]
     if args.long_clip not in args.frames:
         clips += [("VideoMamba-Ti", args.long_clip, {"repeats": 1, "min_seconds": 0.0})]
     for model, frames, how in clips:

@@ -18,6 +18,7 @@ CHOSEN = {
     "scan 1x65x32 forward cpu",
     "scan 1x65x32 forward mambapy",
     "model VideoMamba-Ti 2 frames",
+    *(["model VideoMamba-Ti without AMX 2 frames"] if benchmark.matrix_units_unusable() is None else []),
     "model TimeSformer-Ti joint 2 frames",
     "profile VideoMamba-Ti 2 frames",
     "training VideoMamba-Ti",
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "mambapy.py").write_text("raise ImportError('no mambapy today')")
     result = run(
-        *("--only", "x32 forward cpu", "x32 forward mambapy", "VideoMamba-Ti 2", "joint", "training"),
+        *("--only", "x32 forward cpu", "x32 forward mambapy", "VideoMamba-Ti 2", "Ti without", "joint", "training"),
         *("--scan-shapes", "1x65x32", "--frames", 2, "--image-size", 32, "--long-clip", 4),
         *("--threads", 1, "--repeats", 2, "--min-seconds", 0),
         *("--json", folder / "results.json", "--picture", folder / "picture.png"),

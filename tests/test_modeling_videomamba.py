@@ -611,6 +611,18 @@ def test_inference_in_pieces_is_not_for_modules_that_hooks_watch(small_pieces):
 
 
 @needs_kernel
+def test_inference_in_pieces_is_not_for_hooks_that_watch_everything(small_pieces):
+    model, pixels = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        with torch.no_grad():
+            model(pixels)
+    finally:
+        handle.remove()
+    assert set(small_pieces) == {17}
+
+
+@needs_kernel
 @pytest.mark.parametrize("watched", ["embeddings", "layers.0", "layers.1", "layers.2"])
 def test_the_residual_stream_is_not_overwritten_where_a_hook_has_seen_it(small_pieces, watched):
     model, pixels, seen = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32), []

@@ -117,6 +117,17 @@ def test_what_steps_need_is_kept_until_they_have_run(queue):
     assert (total == 3).all() and all((other == 0).all() for other in others)
 
 
+def test_memory_that_grows_leaves_steps_what_they_need(queue):
+    memory, x = Memory(), torch.randn(1, 700, 200)
+    weights = [torch.randn(columns, 200) for columns in (130, 600)]
+    outs = [torch.empty(1, 700, len(weight)) for weight in weights]
+    for weight, out in zip(weights, outs, strict=True):
+        PiecewiseLinear(weight, memory, queue)(x, out)
+    queue.run()
+    for weight, out in zip(weights, outs, strict=True):
+        torch.testing.assert_close(out, F.linear(x, weight), rtol=1e-5, atol=1e-4)
+
+
 def test_pieces_are_checked():
     assert scans_in_pieces("cpu", torch.float32) and not scans_in_pieces("cpu", torch.float64)
     queue = Queue()
