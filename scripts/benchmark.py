@@ -227,7 +227,7 @@ def build_model(name: str, frames: int, image_size: int) -> torch.nn.Module:
 
 def measure_model(model: str, frames: int, image_size: int, **timing: Any) -> Result:
     if model.endswith(WITHOUT_AMX):
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
     network = build_model(model.removesuffix(WITHOUT_AMX), frames, image_size).eval()
     clip = torch.randn(1, frames, 3, image_size, image_size)
     rates: list[float] = []
