@@ -58,7 +58,7 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product.unflatten(0, hidden_states.shape[:-1])
 
 
-def is_fit(hidden_states, weight):
+def is_fit(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether these can be multiplied on matrix units, may be, and are large enough."""
     if unusable() is not None or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return False
@@ -74,8 +74,8 @@ def is_fit(hidden_states, weight):
     return getattr(settings, "fp32_precision", "none") in ("none", "tf32")
 
 
-def _rows_or_columns(matrix):
-    """The matrix itself if one of its strides is 1."""
+def rows_or_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix without gaps in its rows or in its columns."""
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
@@ -122,7 +122,7 @@ def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of float32 matrices `(rows, inner)` and `(inner, columns)`."""
     c = a.new_empty(a.shape[0], b.shape[1])
     if c.numel():
-        product = prepare(_rows_or_columns(a), _rows_or_columns(b), c)
+        product = prepare(rows_or_columns(a), rows_or_columns(b), c)
         matrix_kernels().videomamba_pack(ctypes.byref(product))
         matrix_kernels().videomamba_matrix_product(ctypes.byref(product))
     return c

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .cpu_library import DTYPES, Convolution, Norm, Scan, Sequence, Sum, kernels
-from .matrix_product_cpu import Memory, is_fit, matrix_kernels, prepare
+from .matrix_product_cpu import Memory, is_fit, matrix_kernels, prepare, rows_or_columns
 
 
 class Queue:
@@ -70,7 +70,7 @@ class PiecewiseLinear:
     """A linear layer on pieces of the tokens. What the matrix units need of its weight is made once, in `memory`."""
 
     def __init__(self, weight: torch.Tensor, memory: Memory, queue: Queue) -> None:
-        self.weight, self.memory, self.queue = weight, memory, queue
+        self.weight, self.memory, self.queue = rows_or_columns(weight), memory, queue
         self.is_packed = False
 
     def __call__(self, hidden_states: torch.Tensor, out: torch.Tensor) -> None:

@@ -92,8 +92,9 @@ def test_a_norm_of_large_and_of_no_values_is_finite(queue):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_linear_layer_takes_pieces(queue, dtype):
-    x, weight = torch.randn(1, 700, 200, dtype=dtype), torch.randn(130, 200, dtype=dtype)
+@pytest.mark.parametrize("strides", [(200, 1), (1, 130), (400, 2)])
+def test_a_linear_layer_takes_pieces(queue, dtype, strides):
+    x, weight = torch.randn(1, 700, 200, dtype=dtype), torch.randn(52000, dtype=dtype).as_strided((130, 200), strides)
     out = torch.empty(1, 700, 130, dtype=dtype)
     linear = PiecewiseLinear(weight, Memory(), queue)
     for piece in zip(x.tensor_split(2, 1), out.tensor_split(2, 1), strict=True):
