@@ -65,6 +65,10 @@ class Norm(ctypes.Structure):
     ]
 
 
+class NormGradients(ctypes.Structure):
+    _fields_ = [*_fields(Sequence, "y x"), *_fields(ctypes.c_void_p, "weight")]
+
+
 class Sum(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_int64, "batch length width threads"),

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_videomamba import VideoMambaConfig
 from .matrix_product_cpu import Memory
 from .pieces_cpu import PiecewiseConvolution, PiecewiseLinear, PiecewiseScan, Queue, norm_into, sum_into
-from .selective_scan import causal_conv1d, linear, scans_in_pieces, selective_scan
+from .selective_scan import causal_conv1d, linear, rms_norm, scans_in_pieces, selective_scan
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
 # ("temporal"), from the first to the last or, where `reverse`, from the last to the first (paper, figure 4).
@@ -111,8 +111,7 @@ class VideoMambaRMSNorm(nn.Module):
         if out is not None and queue is not None:
             norm_into(out, hidden_states, self.weight, self.eps, queue)
             return out
-        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(self.weight.dtype)
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class VideoMambaDropPath(nn.Module):

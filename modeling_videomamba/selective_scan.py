@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from .causal_conv1d_triton import causal_conv1d as _triton_causal_conv1d
 from .matrix_product_cpu import linear as _cpu_linear
 from .operators import operator
+from .rms_norm_cpu import rms_norm as _cpu_rms_norm
 from .selective_scan_cpu import causal_conv1d as _cpu_causal_conv1d
 from .selective_scan_cpu import selective_scan as _cpu_selective_scan
 from .selective_scan_cpu import unusable as _cpu_unusable
@@ -120,6 +121,22 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of shape `(..., out_features)`.
     """
     return _BACKENDS[_choose_backend(hidden_states.device.type, hidden_states.dtype)].linear(hidden_states, weight)
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    r"""
+    RMS norm, computed in float32.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(..., D)`): Input, floating point.
+        weight (`torch.Tensor` of shape `(D,)`): Weight.
+        eps (`float`): Added to the mean of the squares.
+
+    Returns:
+        `torch.Tensor` of shape `(..., D)` and the dtype of `weight`.
+    """
+    backend = _BACKENDS[_choose_backend(hidden_states.device.type, weight.dtype)]
+    return backend.rms_norm(hidden_states.float(), weight, eps)
 
 
 @dataclass(frozen=True)
@@ -228,6 +245,10 @@ def _torch_causal_conv1d(x, weight, bias, reverse):
     y = F.conv1d(F.pad(x.transpose(1, 2), padding), weight.to(x.dtype), groups=weight.shape[0])
     y = y.transpose(1, 2)
     return F.silu(y if bias is None else y + bias.to(x.dtype))
+
+
+def _torch_rms_norm(hidden_states, weight, eps):
+    return F.rms_norm(hidden_states, weight.shape, weight.float(), eps).to(weight.dtype)
 
 
 def _chunks(length: int, reverse: bool) -> Iterator[tuple[slice, int]]:
@@ -413,6 +434,7 @@ class _Backend:
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     linear: Callable[..., torch.Tensor] = F.linear
+    rms_norm: Callable[..., torch.Tensor] = _torch_rms_norm
 
     def reason_against(self, device_type: str, dtype: torch.dtype) -> str | None:
         return self.unusable(device_type) if dtype in self.dtypes else f"does not compute in {dtype}"
@@ -422,7 +444,9 @@ class _Backend:
 _BACKENDS = {
     "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unusable, ("cuda",)),
     "triton": _Backend(_triton_selective_scan, _triton_causal_conv1d, _triton_unusable, ("cuda", "xpu")),
-    "cpu": _Backend(_cpu_selective_scan, _cpu_causal_conv1d, _cpu_unusable, ("cpu",), linear=_cpu_linear),
+    "cpu": _Backend(
+        _cpu_selective_scan, _cpu_causal_conv1d, _cpu_unusable, ("cpu",), linear=_cpu_linear, rms_norm=_cpu_rms_norm
+    ),
     "torch": _Backend(
         _torch_selective_scan,
         _torch_causal_conv1d,
@@ -438,4 +462,4 @@ def scans_in_pieces(device_type: str, dtype: torch.dtype) -> bool:
     return _choose_backend(device_type, dtype) == "cpu"
 
 
-__all__ = ["causal_conv1d", "linear", "scans_in_pieces", "selective_scan", "selective_scan_backends"]
+__all__ = ["causal_conv1d", "linear", "rms_norm", "scans_in_pieces", "selective_scan", "selective_scan_backends"]

@@ -58,6 +58,12 @@ struct VideoMambaNorm {
     VideoMambaSequence y;
 };
 
+// That of `weight` comes in parts (threads, width), zero before the call, which the caller adds up; that of y is an input.
+struct VideoMambaNormGradients {
+    VideoMambaSequence y, x;
+    float* weight;
+};
+
 // y = x + z; x and y are float32, z has the dtype of the call.
 struct VideoMambaSum {
     int64_t batch, length, width, threads;

@@ -17,37 +17,64 @@ void for_vectors(int64_t width, const Function& function) {
     if (channel < width) function(channel, lanes_at(channel, width));
 }
 
-// Calls `function(sample, t)` for all rows, on several threads.
+// Calls `function(part, sample, t)` for all rows, on several threads.
 template <class Call, class Function>
 void for_rows(const Call& call, const Function& function) {
     const int64_t parts = std::min(call.threads, call.batch * call.length);
     parallel(parts, [&](int64_t part) {
         for_share(call.batch, call.length, part, parts, [&](int64_t sample, int64_t first, int64_t last) {
-            for (int64_t t = first; t < last; ++t) function(sample, t);
+            for (int64_t t = first; t < last; ++t) function(part, sample, t);
         });
     });
 }
 
+float inverse_rms(const VideoMambaNorm& norm, const float* x) {
+    Vector squares{};
+    for_vectors(norm.width, [&](int64_t channel, int lanes) {
+        const Vector value = load(x + channel, lanes);
+        squares += value * value;
+    });
+    return 1.0f / std::sqrt(sum(squares) / norm.width + norm.eps);
+}
+
 template <class T>
 void normalise(const VideoMambaNorm& norm) {
-    for_rows(norm, [&](int64_t sample, int64_t t) {
+    for_rows(norm, [&](int64_t, int64_t sample, int64_t t) {
         const float* x = row<float>(norm.x, sample, t);
         T* y = row<T>(norm.y, sample, t);
-        Vector squares{};
-        for_vectors(norm.width, [&](int64_t channel, int lanes) {
-            const Vector value = load(x + channel, lanes);
-            squares += value * value;
-        });
-        const float scale = 1.0f / std::sqrt(sum(squares) / norm.width + norm.eps);
+        const float scale = inverse_rms(norm, x);
         for_vectors(norm.width, [&](int64_t channel, int lanes) {
             store(y + channel, load(x + channel, lanes) * scale * load(norm.weight + channel, lanes), lanes);
         });
     });
 }
 
+// With s = 1 / rms(x): grad_x = s (grad_y weight - x s^2 mean(grad_y weight x)), grad_weight = sum over rows of grad_y x s.
+template <class T>
+void normalise_backward(const VideoMambaNorm& norm, const VideoMambaNormGradients& gradients) {
+    for_rows(norm, [&](int64_t part, int64_t sample, int64_t t) {
+        const float* x = row<float>(norm.x, sample, t);
+        const T* grad_y = row<T>(gradients.y, sample, t);
+        float *grad_x = row<float>(gradients.x, sample, t), *grad_weight = gradients.weight + part * norm.width;
+        const float scale = inverse_rms(norm, x);
+        Vector products{};
+        for_vectors(norm.width, [&](int64_t channel, int lanes) {
+            const Vector normed = load(x + channel, lanes) * scale, grad = load(grad_y + channel, lanes);
+            products += grad * load(norm.weight + channel, lanes) * normed;
+            store(grad_weight + channel, load(grad_weight + channel, lanes) + grad * normed, lanes);
+        });
+        const float mean = sum(products) / norm.width;
+        for_vectors(norm.width, [&](int64_t channel, int lanes) {
+            const Vector normed = load(x + channel, lanes) * scale;
+            const Vector grad = load(grad_y + channel, lanes) * load(norm.weight + channel, lanes);
+            store(grad_x + channel, (grad - normed * mean) * scale, lanes);
+        });
+    });
+}
+
 template <class T>
 void add(const VideoMambaSum& sum) {
-    for_rows(sum, [&](int64_t sample, int64_t t) {
+    for_rows(sum, [&](int64_t, int64_t sample, int64_t t) {
         const float* x = row<float>(sum.x, sample, t);
         const T* z = row<T>(sum.z, sample, t);
         float* y = row<float>(sum.y, sample, t);
@@ -67,6 +94,15 @@ extern "C" __attribute__((visibility("default"))) void videomamba_rms_norm(const
         case kFloat32: return normalise<float>(*norm);
         case kBFloat16: return normalise<BFloat16>(*norm);
         case kFloat16: return normalise<Half>(*norm);
+    }
+}
+
+extern "C" __attribute__((visibility("default"))) void videomamba_rms_norm_backward(
+    const VideoMambaNorm* norm, const VideoMambaNormGradients* gradients) {
+    switch (norm->dtype) {
+        case kFloat32: return normalise_backward<float>(*norm, *gradients);
+        case kBFloat16: return normalise_backward<BFloat16>(*norm, *gradients);
+        case kFloat16: return normalise_backward<Half>(*norm, *gradients);
     }
 }
 
