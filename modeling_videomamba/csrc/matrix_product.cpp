@@ -26,7 +26,7 @@ constexpr int kPieces = 3;
 constexpr int kAhead = 4;  // steps, of lines that are too far apart for the processor to guess what is wanted next
 constexpr int64_t kTileSize = kTile * kStep, kStepSize = kPieces * 2 * kTileSize;  // of a panel
 constexpr int64_t kMaxSteps = 18;           // of a panel, and
-constexpr int64_t kChunkBytes = 768 << 10;  // of panels of `a`, that are multiplied before others: they stay in the second cache
+constexpr int64_t kChunkBytes = 768 << 10;  // of panels of `a`, that all of `b` passes by: they stay in the second cache
 constexpr int64_t kLineSize = 64;           // bytes that the caches move together
 
 int64_t panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
@@ -90,7 +90,8 @@ void pack_tile(const float* source, int64_t line_stride, int64_t inner_stride, i
             second = read(line + kTile, inner - kTile);
         } else if (!by_line) {
             const float* pair = source + 2 * row * inner_stride;
-            __builtin_prefetch(pair + kAhead * kStep * inner_stride), __builtin_prefetch(pair + (kAhead * kStep + 1) * inner_stride);
+            __builtin_prefetch(pair + kAhead * kStep * inner_stride);
+            __builtin_prefetch(pair + (kAhead * kStep + 1) * inner_stride);
             if (2 * row < inner) first = read(pair, lines);
             if (2 * row + 1 < inner) second = read(pair + inner_stride, lines);
         }
@@ -172,7 +173,8 @@ struct Ahead {
 // Adds the product of some steps of two panels to 32 rows and columns of `c`, or writes it there if it `is_first`: of the
 // pieces whose product matters, in an order that loads few tiles.
 template <bool kIsHalf>
-void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, Ahead ahead, float* c, int64_t c_stride, bool is_first) {
+void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, Ahead ahead, float* c, int64_t c_stride,
+                     bool is_first) {
     constexpr int kHigh = 0, kMiddle = 1, kLow = 2;
     const int64_t row_bytes = c_stride * sizeof(float);
     float* const lower = c + kTile * c_stride;
@@ -205,7 +207,8 @@ void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, Ahead 
 // The share of one thread: some panels of `a` by some of `b`.
 class Multiplication {
   public:
-    Multiplication(const VideoMambaMatrixProduct& product, int64_t first_a, int64_t last_a, int64_t first_b, int64_t last_b)
+    Multiplication(const VideoMambaMatrixProduct& product, int64_t first_a, int64_t last_a, int64_t first_b,
+                   int64_t last_b)
         : product_(product), first_a_(first_a), last_a_(last_a), first_b_(first_b), last_b_(last_b) {}
 
     void run() {
@@ -214,7 +217,8 @@ class Multiplication {
         for (first_step_ = 0; first_step_ < all; first_step_ += kMaxSteps) {
             steps_ = std::min(kMaxSteps, all - first_step_);
             const int64_t most = std::max<int64_t>(1, kChunkBytes / (2 * steps_ * kStepSize));
-            for (int64_t first = first_a_; first < last_a_; first += most) multiply_chunk(first, std::min(first + most, last_a_));
+            for (int64_t first = first_a_; first < last_a_; first += most)
+                multiply_chunk(first, std::min(first + most, last_a_));
         }
     }
 
@@ -223,12 +227,14 @@ class Multiplication {
     void multiply_chunk(int64_t first, int64_t last) {
         const int64_t size = steps_ * kStepSize, count = last - first;
         uint16_t* packed = workspace(count * size);
-        for (int64_t i = 0; i < count; ++i) pack_panel(product_, false, first + i, first_step_, first_step_ + steps_, packed + i * size);
+        for (int64_t i = 0; i < count; ++i)
+            pack_panel(product_, false, first + i, first_step_, first_step_ + steps_, packed + i * size);
         const int64_t lines = size * sizeof *packed / kLineSize / steps_, share = (lines + count - 1) / count;
         for (int64_t b = first_b_; b < last_b_; ++b)
             for (int64_t i = 0; i < count; ++i) {
-                const uint16_t* next = panel_of_b(std::min(b + 1, last_b_ - 1)) + i * steps_ * share * kLineSize / sizeof *packed;
-                multiply_one(packed + i * size, first + i, b, {next, share});
+                const int64_t offset = i * steps_ * share * kLineSize / sizeof *packed;
+                const Ahead ahead{panel_of_b(std::min(b + 1, last_b_ - 1)) + offset, share};
+                multiply_one(packed + i * size, first + i, b, ahead);
             }
     }
 
