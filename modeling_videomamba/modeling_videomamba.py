@@ -320,10 +320,15 @@ class VideoMambaLinear(nn.Linear):
         pieces: VideoMambaPieces | None = None,
         name: str = "",
     ) -> torch.Tensor:
-        """With `out`, `pieces` and the `name` of the layer among them a step of inference in pieces."""
+        """With `out`, `pieces` and the `name` of the product among them a step of inference in pieces."""
+        weight = self.weight_of(name)
         if out is None or pieces is None:
-            return linear(hidden_states, self.weight)
-        return pieces.project(name, self.weight, hidden_states, out)
+            return linear(hidden_states, weight)
+        return pieces.project(name, weight, hidden_states, out)
+
+    def weight_of(self, name: str) -> torch.Tensor:
+        """What the product of this `name` takes: all of the weight."""
+        return self.weight
 
 
 class VideoMambaCausalConv1d(nn.Conv1d):
@@ -395,17 +400,8 @@ class VideoMambaScan(nn.Module):
 class VideoMambaInputProjection(VideoMambaLinear):
     """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`; or one of them by its `name`."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        out: torch.Tensor | None = None,
-        pieces: VideoMambaPieces | None = None,
-        name: str = "",
-    ) -> torch.Tensor:
-        weight = self.weight.chunk(2)["xz".index(name)] if name else self.weight
-        if out is None or pieces is None:
-            return linear(hidden_states, weight)
-        return pieces.project(name, weight, hidden_states, out)
+    def weight_of(self, name: str) -> torch.Tensor:
+        return self.weight.chunk(2)["xz".index(name)] if name else self.weight
 
 
 class VideoMambaOutputProjection(VideoMambaLinear):

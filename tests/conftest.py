@@ -17,6 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from modeling_videomamba import VideoMambaConfig, selective_scan_backends
+from modeling_videomamba.cpu_library import load_library
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,6 +25,20 @@ NANO = ROOT / "hub_cards" / "videomamba-nano"
 
 _kernel = selective_scan_backends()["cpu"]
 needs_kernel = pytest.mark.skipif(not _kernel.usable, reason=_kernel.reason)
+
+VARIANTS = ("baseline", "avx2", "avx512")
+
+
+def load_variant(variant: str):
+    """The CPU kernels for one kind of vectors; without them, or without such vectors, the test is skipped."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if variant not in VARIANTS[: 1 + {"AVX2": 1, "AVX512": 2}.get(capability, 0)]:
+        pytest.skip(f"this processor has no {variant}")
+    try:
+        return load_library(variant)
+    except ImportError as error:
+        pytest.skip(f"{variant}: {error}")
+
 
 TINY = {
     "image_size": 32,

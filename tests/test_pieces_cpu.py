@@ -1,6 +1,5 @@
 """Steps of inference in pieces, with each variant of the kernels that this processor has."""
 
-import ctypes
 import importlib
 
 import pytest
@@ -18,9 +17,8 @@ from modeling_videomamba.pieces_cpu import (
     sum_into,
 )
 from modeling_videomamba.selective_scan import causal_conv1d, scans_in_pieces
-from tests.conftest import needs_kernel
+from tests.conftest import VARIANTS, load_variant, needs_kernel
 from tests.scan_reference import make_inputs
-from tests.test_selective_scan import VARIANTS, kernel_path, usable_variants
 
 pieces_cpu = importlib.import_module("modeling_videomamba.pieces_cpu")
 pytestmark = needs_kernel
@@ -28,9 +26,7 @@ pytestmark = needs_kernel
 
 @pytest.fixture(params=VARIANTS)
 def queue(request, monkeypatch):
-    if request.param not in usable_variants() or kernel_path(request.param) is None:
-        pytest.skip(f"no kernel for {request.param}, or no such processor")
-    kernels = ctypes.CDLL(str(kernel_path(request.param)))
+    kernels = load_variant(request.param)
     monkeypatch.setattr(pieces_cpu, "kernels", lambda: kernels)
     return Queue()
 
@@ -103,11 +99,17 @@ def test_a_linear_layer_takes_pieces(queue, dtype, strides):
     torch.testing.assert_close(out, F.linear(x, weight), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
-def test_an_empty_piece_is_no_error(queue):
-    empty = torch.empty(0, 5, 19)
-    PiecewiseConvolution(torch.randn(19, 1, 4), None, queue, reverse=False)(empty, torch.empty_like(empty))
-    norm_into(torch.empty_like(empty), empty, torch.ones(19), 1e-5, queue)
+def test_an_empty_piece_changes_nothing_around_it(queue):
+    memory = torch.full((3, 5, 19), 7.0)
+    empty, stream = memory[:0], torch.randn(0, 5, 19)
+    PiecewiseConvolution(torch.randn(19, 1, 4), None, queue, reverse=False)(stream, empty)
+    norm_into(empty, stream, torch.ones(19), 1e-5, queue)
+    sum_into(empty, stream, stream, queue)
+    parameters = (torch.randn(19, 4), torch.randn(19), torch.randn(19), torch.randn(2, 19))
+    scan = PiecewiseScan(*parameters, queue, batch=0, reverse=False)
+    scan(stream, torch.randn(0, 5, 2), torch.randn(0, 5, 4), torch.randn(0, 5, 4), empty)
     queue.run()
+    assert (memory == 7).all()
 
 
 def test_what_steps_need_is_kept_until_they_have_run(queue):

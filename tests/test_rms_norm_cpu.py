@@ -1,6 +1,5 @@
 """The RMS norm of the CPU kernels, with each variant that this processor has, against PyTorch's."""
 
-import ctypes
 import importlib
 
 import pytest
@@ -10,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE, rms_norm
-from tests.conftest import needs_kernel
-from tests.test_selective_scan import VARIANTS, kernel_path, usable_variants
+from tests.conftest import VARIANTS, load_variant, needs_kernel
 
 cpu = importlib.import_module("modeling_videomamba.rms_norm_cpu")
 pytestmark = needs_kernel
@@ -29,9 +27,7 @@ def gradients(norm, hidden_states, weight, grad):
 
 @pytest.fixture(params=VARIANTS)
 def variant(request, monkeypatch):
-    if request.param not in usable_variants() or kernel_path(request.param) is None:
-        pytest.skip(f"no kernel for {request.param}, or no such processor")
-    kernels = ctypes.CDLL(str(kernel_path(request.param)))
+    kernels = load_variant(request.param)
     monkeypatch.setattr(cpu, "kernels", lambda: kernels)
 
 

@@ -1,9 +1,7 @@
-import ctypes
 import functools
 import importlib
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 from modeling_videomamba import selective_scan, selective_scan_backends
 from modeling_videomamba.selective_scan import CHUNK_SIZE, causal_conv1d
-from tests.conftest import needs_kernel
+from tests.conftest import VARIANTS, load_variant, needs_kernel
 from tests.scan_reference import DEVICE, assert_same, make_inputs, naive_conv, naive_scan
 
 # by name, as the package has a function of the name of the module
@@ -22,18 +20,6 @@ cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")
 library = importlib.import_module("modeling_videomamba.cpu_library")
 triton_kernels = importlib.import_module("modeling_videomamba.triton_kernels")
 triton_scan = importlib.import_module("modeling_videomamba.selective_scan_triton")
-
-VARIANTS = ("baseline", "avx2", "avx512")
-
-
-def kernel_path(variant):
-    folders = [Path(cpu.__file__).parent, *(Path(path) / "modeling_videomamba" for path in sys.path)]
-    return next((path for folder in folders for path in folder.glob(f"_cpu_{variant}.*so")), None)
-
-
-def usable_variants():
-    capability = torch.backends.cpu.get_cpu_capability()
-    return VARIANTS[: 1 + {"AVX2": 1, "AVX512": 2}.get(capability, 0)]
 
 
 def selective_scan_fn(u, delta, A, B=None, C=None, D=None, z=None, delta_bias=None, delta_softplus=False):
@@ -83,9 +69,7 @@ def backend(request, monkeypatch):
         for constant, value in (("BLOCK_CHANNELS", 4), ("BLOCK_STEPS", 4), ("MIN_CHUNK_STEPS", 8)):
             monkeypatch.setattr(triton_scan, constant, value)
     elif name == "cpu":
-        if variant not in usable_variants() or kernel_path(variant) is None:
-            pytest.skip(f"no kernel for {variant}, or no such processor")
-        kernels = ctypes.CDLL(str(kernel_path(variant)))
+        kernels = load_variant(variant)
         monkeypatch.setattr(cpu, "kernels", lambda: kernels)
     return module._BACKENDS[name]
 
