@@ -626,8 +626,10 @@ def test_inference_in_pieces_is_not_for_hooks_that_watch_everything(small_pieces
 @pytest.mark.parametrize("watched", ["embeddings", "layers.0", "layers.1", "layers.2"])
 def test_the_residual_stream_is_not_overwritten_where_a_hook_has_seen_it(small_pieces, watched):
     model, pixels, seen = build(VideoMambaModel), torch.randn(1, 4, 3, 32, 32), []
+    hidden_states = model(pixels, output_hidden_states=True).hidden_states  # with gradients: nothing is overwritten
     with torch.no_grad():
-        hidden_states = model(pixels, output_hidden_states=True).hidden_states
+        for one, two in zip(model(pixels, output_hidden_states=True).hidden_states, hidden_states, strict=True):
+            assert_equal(one, two)
         module = model.get_submodule(watched)
         module.register_forward_hook(lambda module, inputs, output: seen.append(output))
         module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
