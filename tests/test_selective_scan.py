@@ -236,16 +236,37 @@ def test_the_kernel_over_a_long_sequence():
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_as_by_torch(dtype):
-    """Of every 16-bit number, infinities and NaN among them; without scan the output is `D * x + add`."""
+    """
+    Of every 16-bit number, infinities and NaN among them; without scan the output is `D * x + add`. Below the smallest
+    normal float32 the kernel has zeros only.
+    """
+    smallest = torch.finfo(torch.float32).tiny
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype).reshape(1, -1, 64)
     ones, zeros = torch.ones(64), torch.zeros(1, x.shape[1], 1, dtype=dtype)
     A, dt, add = -torch.ones(64, 1), torch.full_like(x, -100.0), torch.zeros_like(x)
     finite = x.nan_to_num(0, 0, 0)
     y = cpu.selective_scan(finite, dt, A, zeros, zeros, 1.0009765625 * ones, None, None, add, False)
-    assert torch.equal(y, (finite.float() * 1.0009765625).to(dtype))
+    expected = finite.float() * 1.0009765625
+    assert torch.equal(y, expected.where(finite.float().abs() >= smallest, 0.0).to(dtype))
     y = cpu.selective_scan(add, dt, A, zeros, zeros, ones, None, None, x, False)
+    x = x.where(~(x.float().abs() < smallest), 0.0)
     torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernel
+def test_states_and_gradients_decay_to_zero():
+    """And not to numbers below the smallest normal one, which take a processor a hundred times as long."""
+    length, channels = 400, 32
+    x, dt, B, C = torch.zeros(1, length, channels), torch.zeros(1, length, channels), *torch.ones(2, 1, length, 8)
+    x[:, 0] = 1
+    x.requires_grad_()
+    y = cpu.selective_scan(x, dt, -torch.ones(channels, 8), B, C, torch.zeros(channels), None, None, None, False)
+    y[:, -1].sum().backward()
+    for decayed in (y.detach(), x.grad):
+        assert ((decayed == 0) | (decayed >= torch.finfo(torch.float32).tiny)).all() and (decayed == 0).any()
+    number = torch.tensor(1e-39)
+    assert (number * 0.5).item() > 0, "PyTorch's own arithmetic is left alone"
 
 
 @needs_kernel

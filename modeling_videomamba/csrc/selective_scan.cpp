@@ -5,6 +5,7 @@
 // writes the rows. What is between stays in the caches, and the states of all steps never exist at once: the backward
 // pass recomputes those of a chunk from a checkpoint.
 
+#include "ahead.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -12,6 +13,7 @@ namespace videomamba {
 namespace {
 
 constexpr int kChunk = 32;  // steps between checkpoints; selective_scan_cpu.py has the same number
+static_assert(kChunk % kLanes == 0);
 constexpr int kStride = kChunk + 1;  // of blocks, so that they don't compete for the same lines of the first cache
 constexpr int kGroup = kLanes == 16 ? 8 : 4;  // states in registers at the same time
 constexpr int kBackwardGroup = 4;             // the same, of which all that a chunk needs stays in the first cache
@@ -31,20 +33,16 @@ struct Rows {
 
     T* operator[](int64_t i) const { return first + i * step; }
     explicit operator bool() const { return first != nullptr; }
-    // Rows are too far apart for the processor to guess which part of the next ones is wanted.
-    void prefetch(int64_t i, int64_t channel) const {
-        if (first) __builtin_prefetch((*this)[i + 8] + channel);
-    }
 };
 
-// What forward and backward know of one sample and some blocks of channels.
-template <class T>
+// What forward and backward know of one sample and some blocks of channels, with kStates states in registers.
+template <class T, int kStates>
 struct Share {
     const VideoMambaScan& scan;
     int64_t sample, first, count;
     Vector *A, *A_max;  // A in units of log2(e), [block][state], and the largest |A| of a block
     Vector *D, *dt_bias, *dt_proj;  // dt_proj: [block][rank]
-    float *B, *C, *dt_low;  // [step][state] and [step][rank] of a chunk, in the order of the scan
+    float *B, *C, *dt_low;  // see `of_group`, and [step][rank], of a chunk in the order of the scan
 
     static int64_t size(const VideoMambaScan& scan, int64_t count) {
         return count * (scan.state + scan.rank + 3) + 2 * vectors(kChunk * scan.state) + vectors(kChunk * scan.rank);
@@ -65,7 +63,7 @@ struct Share {
             if (scan.dt_bias) dt_bias[block] = load(scan.dt_bias + channel(block), lanes(block));
             for (int64_t n = 0; n < scan.state; ++n) {
                 const Vector a = gather(scan.A + channel(block) * scan.state, scan.state, n, lanes(block)) * kLog2E;
-                A[block * scan.state + n] = a;
+                A[block * scan.state + n] = at_least(a, -kLargest);  // infinity times a time step of 0 would be a NaN
                 A_max[block] = maximum(A_max[block], absolute(a));
             }
             for (int64_t k = 0; k < scan.rank; ++k)
@@ -82,6 +80,19 @@ struct Share {
         if (!sequence.data) return {};
         const int64_t step = scan.reverse ? -sequence.row_stride : sequence.row_stride;
         return {row<T>(sequence, sample, position(start)), step};
+    }
+    // Lists the rows of a chunk, of the blocks from `begin` to `end`, and the states before it.
+    void will_want(Ahead& ahead, const VideoMambaSequence& sequence, int64_t start, int64_t begin, int64_t end) const {
+        const auto rows = this->rows(sequence, start);
+        if (!rows) return;
+        const int64_t steps = std::min<int64_t>(kChunk, scan.length - start);
+        const int64_t width = std::min((end - begin) * kLanes, scan.channels - channel(begin));
+        ahead.add(rows[0] + channel(begin), rows.step * sizeof(T), steps, width * sizeof(T));
+    }
+    void will_want_checkpoint(Ahead& ahead, int64_t start, int64_t begin, int64_t end) const {
+        if (!scan.checkpoints) return;
+        const int64_t width = std::min((end - begin) * kLanes, scan.channels - channel(begin));
+        ahead.add(checkpoint(start, begin), scan.channels * sizeof(float), scan.state, width * sizeof(float));
     }
     // Calls `function(block, channel, lanes)`, compiled for full vectors and for others.
     template <class Function>
@@ -104,28 +115,38 @@ struct Share {
         return states(scan.checkpoints + step / kChunk * scan.batch * scan.state * scan.channels, block);
     }
 
-    // What all channels have in common.
-    void read_chunk(int64_t start, int steps) {
-        for (int i = 0; i < steps; ++i) {
-            const int64_t t = position(start + i);
-            copy(row<T>(scan.B, sample, t), scan.state, B + i * scan.state);
-            copy(row<T>(scan.C, sample, t), scan.state, C + i * scan.state);
-            if (scan.rank) copy(row<T>(scan.dt, sample, t), scan.rank, dt_low + i * scan.rank);
-        }
+    // Calls `function(first state, states in registers)` for all states.
+    template <class Function>
+    void for_groups(const Function& function) const {
+        int64_t n = 0;
+        for (; n + kStates <= scan.state; n += kStates) function(n, std::integral_constant<int, kStates>());
+        for (; n < scan.state; ++n) function(n, std::integral_constant<int, 1>());
     }
-    static void copy(const T* source, int64_t width, float* target) {
-        for (int64_t n = 0; n < width; n += kLanes) {
-            const int lanes = lanes_at(n, width);
-            store(target + n, load(source + n, lanes), lanes);
+    int64_t groups() const { return scan.state / kStates + scan.state % kStates; }
+    // B or C of the group of states from n on: [step][state].
+    static float* of_group(float* values, int64_t n) { return values + n * kChunk; }
+
+    // What all channels have in common. Steps that a chunk lacks are zero.
+    void read_chunk(int64_t start, int steps) {
+        for (int i = 0; i < kChunk; ++i) {
+            const int64_t t = position(start + i);
+            const bool is_there = i < steps;
+            for_groups([&](int64_t n, auto states) {
+                for (int j = 0; j < states; ++j) {
+                    of_group(B, n)[i * states + j] = is_there ? number(row<T>(scan.B, sample, t)[n + j]) : 0.0f;
+                    of_group(C, n)[i * states + j] = is_there ? number(row<T>(scan.C, sample, t)[n + j]) : 0.0f;
+                }
+            });
+            for (int64_t k = 0; k < scan.rank; ++k)
+                dt_low[i * scan.rank + k] = is_there ? number(row<T>(scan.dt, sample, t)[k]) : 0.0f;
         }
     }
 
     // Time steps of a chunk for one block from what `dt_proj` projects, a few steps for each time that it is read.
-    void project(int steps, int64_t block, Vector* dt) const {
+    void project(int64_t block, Vector* dt) const {
         constexpr int kSteps = 8;
-        static_assert(kChunk % kSteps == 0);  // the last steps may be none of the chunk
         const Vector* weight = dt_proj + block * scan.rank;
-        for (int start = 0; start < steps; start += kSteps) {
+        for (int start = 0; start < kChunk; start += kSteps) {
             Vector sums[kSteps];
             for (int i = 0; i < kSteps; ++i) sums[i] = dt_bias[block];
             for (int64_t k = 0; k < scan.rank; ++k)
@@ -135,9 +156,9 @@ struct Share {
     }
 
     // Whether no |dt * A| of a chunk can leave the range of the exponential.
-    bool is_bounded(const Vector* dt, int steps, int64_t block) const {
+    bool is_bounded(const Vector* dt, int64_t block) const {
         Vector largest{};
-        for (int i = 0; i < steps; ++i) largest = maximum(largest, dt[i]);
+        for (int i = 0; i < kChunk; ++i) largest = maximum(largest, dt[i]);
         largest *= A_max[block];
         for (int i = 0; i < kLanes; ++i)
             if (!(largest[i] <= kExponents)) return false;
@@ -147,11 +168,12 @@ struct Share {
 
 // The recurrence over a chunk for kStates states of one block: y += C . h, with u = dt * x.
 template <int kStates, bool kBounded>
-void advance(int steps, int64_t state, const Vector* A, const float* B, const float* C, const Vector* dt,
-             const Vector* u, Vector* h, Vector* y) {
+void advance(const Vector* A, const float* B, const float* C, const Vector* dt, const Vector* u, Vector* h, Vector* y,
+             Ahead& ahead) {
     Vector a[kStates], states[kStates];
     for (int n = 0; n < kStates; ++n) a[n] = A[n], states[n] = h[n];
-    for (int i = 0; i < steps; ++i, B += state, C += state) {
+    for (int i = 0; i < kChunk; ++i, B += kStates, C += kStates) {
+        ahead.fetch();
         const Vector dt_i = dt[i], u_i = u[i];
         Vector y_i = y[i];
         for (int n = 0; n < kStates; ++n) {
@@ -163,21 +185,12 @@ void advance(int steps, int64_t state, const Vector* A, const float* B, const fl
     for (int n = 0; n < kStates; ++n) h[n] = states[n];
 }
 
-template <bool kBounded>
-void advance_all(int steps, int64_t state, const Vector* A, const float* B, const float* C, const Vector* dt,
-                 const Vector* u, Vector* h, Vector* y) {
-    int64_t n = 0;
-    for (; n + kGroup <= state; n += kGroup)
-        advance<kGroup, kBounded>(steps, state, A + n, B + n, C + n, dt, u, h + n, y);
-    for (; n < state; ++n) advance<1, kBounded>(steps, state, A + n, B + n, C + n, dt, u, h + n, y);
-}
-
 template <class T>
 class Forward {
   public:
     Forward(const VideoMambaScan& scan, int64_t sample, int64_t first, int64_t last)
         : scan_(scan),
-          workspace_(Share<T>::size(scan, last - first) + (last - first) * scan.state + 3 * kBlocks * kStride),
+          workspace_(Share<T, kGroup>::size(scan, last - first) + (last - first) * scan.state + 3 * kBlocks * kStride),
           share_(scan, sample, first, last, workspace_) {
         h_ = workspace_.take(share_.count * scan.state);
         dt_ = workspace_.take(kBlocks * kStride);
@@ -195,6 +208,7 @@ class Forward {
             for (begin_ = 0; begin_ < share_.count; begin_ += kBlocks) {
                 end_ = std::min(share_.count, begin_ + kBlocks);
                 read();
+                look_ahead();
                 for (int64_t block = begin_; block < end_; ++block) recur(block);
                 write();
             }
@@ -210,27 +224,46 @@ class Forward {
     void read() {
         const bool is_projected = scan_.rank;
         if (is_projected)
-            for (int64_t block = begin_; block < end_; ++block) share_.project(steps_, block, dt_ + at(block, 0));
+            for (int64_t block = begin_; block < end_; ++block) share_.project(block, dt_ + at(block, 0));
         const auto xs = share_.rows(scan_.x, start_), adds = share_.rows(scan_.add, start_);
         const auto dts = is_projected ? Rows<T>{} : share_.rows(scan_.dt, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(begin_, end_, [&](int64_t block, int64_t channel, int lanes) {
-                xs.prefetch(i, channel), dts.prefetch(i, channel), adds.prefetch(i, channel);
                 const Vector x = load(xs[i] + channel, lanes), D = share_.D[block];
                 if (!is_projected)
                     dt_[at(block, i)] = softplus(load(dts[i] + channel, lanes) + share_.dt_bias[block]);
                 u_[at(block, i)] = dt_[at(block, i)] * x;
                 y_[at(block, i)] = adds ? D * x + load(adds[i] + channel, lanes) : D * x;
             });
+        // steps that leave the states alone
+        for (int64_t block = begin_; block < end_; ++block)
+            for (int i = steps_; i < kChunk; ++i) dt_[at(block, i)] = u_[at(block, i)] = Vector{};
+    }
+
+    // What is written after the recurrence, and what is read before the next one.
+    void look_ahead() {
+        ahead_.start((end_ - begin_) * share_.groups() * kChunk);
+        share_.will_want_checkpoint(ahead_, start_, begin_, end_);
+        for (const auto& sequence : {scan_.z, scan_.ungated, scan_.y})
+            share_.will_want(ahead_, sequence, start_, begin_, end_);
+        const bool is_last = end_ == share_.count;
+        const int64_t start = is_last ? start_ + kChunk : start_, begin = is_last ? 0 : end_;
+        if (start >= scan_.length) return;
+        const int64_t end = std::min(share_.count, begin + kBlocks);
+        for (const auto& sequence : {scan_.x, scan_.rank ? VideoMambaSequence{} : scan_.dt, scan_.add})
+            share_.will_want(ahead_, sequence, start, begin, end);
     }
 
     void recur(int64_t block) {
         Vector* h = h_ + block * scan_.state;
         const Vector* dt = dt_ + at(block, 0);
         if (scan_.checkpoints) share_.write_states(share_.checkpoint(start_, block), h, block);
-        const auto run = share_.is_bounded(dt, steps_, block) ? advance_all<true> : advance_all<false>;
-        const Vector* A = share_.A + block * scan_.state;
-        run(steps_, scan_.state, A, share_.B, share_.C, dt, u_ + at(block, 0), h, y_ + at(block, 0));
+        const bool is_bounded = share_.is_bounded(dt, block);
+        share_.for_groups([&](int64_t n, auto states) {
+            const auto run = is_bounded ? advance<states, true> : advance<states, false>;
+            run(share_.A + block * scan_.state + n, share_.of_group(share_.B, n), share_.of_group(share_.C, n), dt,
+                u_ + at(block, 0), h + n, y_ + at(block, 0), ahead_);
+        });
     }
 
     void write() {
@@ -238,7 +271,6 @@ class Forward {
         const auto ungated = share_.rows(scan_.ungated, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(begin_, end_, [&](int64_t block, int64_t channel, int lanes) {
-                zs.prefetch(i, channel), ys.prefetch(i, channel);
                 Vector y = y_[at(block, i)];
                 if (ungated) store(ungated[i] + channel, y, lanes);
                 if (zs) {
@@ -251,8 +283,9 @@ class Forward {
 
     const VideoMambaScan& scan_;
     Workspace workspace_;
-    Share<T> share_;
+    Share<T, kGroup> share_;
     Vector *h_, *dt_, *u_, *y_;  // [block][state], [block][step] of the blocks from begin_ to end_
+    Ahead ahead_;
     int64_t start_ = 0, begin_ = 0, end_ = 0;
     int steps_ = 0;
 };
@@ -261,37 +294,41 @@ class Forward {
 struct Adjoint {
     Vector dt[kChunk], dt_slope[kChunk], u[kChunk], grad_y[kChunk];
     Vector grad_u[kChunk], grad_dt[kChunk];
+
+    // A step that leaves everything alone.
+    void clear(int i) { dt[i] = u[i] = grad_y[i] = grad_u[i] = grad_dt[i] = Vector{}; }
 };
 
 // The states of a chunk anew, then the adjoint recurrence g_t = C_t * grad_y_t + exp(dt_{t+1} * A) * g_{t+1}, for
 // kStates states of one block. `carry` is exp(dt * A) * g of the step after the chunk, `grad_B` and `grad_C` are
 // [step][kStates] sums over blocks.
 template <int kStates, bool kBounded>
-void retreat(int steps, int64_t state, const Vector* A, const float* B, const float* C, const float* checkpoint,
-             int64_t channels, int lanes, Adjoint& block, Vector* carry, Vector* grad_A, Vector* grad_B,
-             Vector* grad_C) {
-    Vector a[kStates], before[kStates], states[kChunk][kStates], decays[kChunk][kStates];
-    for (int n = 0; n < kStates; ++n) a[n] = A[n], before[n] = load(checkpoint + n * channels, lanes);
-    Vector h[kStates];
-    for (int n = 0; n < kStates; ++n) h[n] = before[n];
-    for (int i = 0; i < steps; ++i)
+void retreat(const Vector* A, const float* B, const float* C, const Vector* before, Adjoint& block, Vector* carry,
+             Vector* grad_A, Vector* grad_B, Vector* grad_C, Ahead& ahead) {
+    Vector a[kStates], h[kStates], states[kChunk + 1][kStates], decays[kChunk][kStates];
+    for (int n = 0; n < kStates; ++n) a[n] = A[n], h[n] = states[0][n] = before[n];
+    for (int i = 0; i < kChunk; ++i) {
+        ahead.fetch();
+        const Vector dt = block.dt[i], u = block.u[i];
         for (int n = 0; n < kStates; ++n) {
-            decays[i][n] = decay<kBounded>(block.dt[i], a[n]);
-            h[n] = decays[i][n] * h[n] + block.u[i] * B[i * state + n];
-            states[i][n] = h[n];
+            decays[i][n] = decay<kBounded>(dt, a[n]);
+            h[n] = decays[i][n] * h[n] + u * B[i * kStates + n];
+            states[i + 1][n] = h[n];
         }
+    }
     Vector g[kStates], sum_A[kStates];
     for (int n = 0; n < kStates; ++n) g[n] = carry[n], sum_A[n] = grad_A[n];
-    for (int i = steps - 1; i >= 0; --i) {
+    for (int i = kChunk - 1; i >= 0; --i) {
+        ahead.fetch();
         const Vector grad_y = block.grad_y[i], dt = block.dt[i], u = block.u[i];
         Vector grad_u = block.grad_u[i], grad_dt = block.grad_dt[i];
         for (int n = 0; n < kStates; ++n) {
-            g[n] += grad_y * C[i * state + n];
-            grad_C[i * kStates + n] += grad_y * states[i][n];
+            g[n] += grad_y * C[i * kStates + n];
+            grad_C[i * kStates + n] += grad_y * states[i + 1][n];
             grad_B[i * kStates + n] += u * g[n];
-            grad_u += g[n] * B[i * state + n];
+            grad_u += g[n] * B[i * kStates + n];
             g[n] *= decays[i][n];
-            const Vector grad_exponent = g[n] * (i ? states[i - 1][n] : before[n]);
+            const Vector grad_exponent = g[n] * states[i][n];
             grad_dt += grad_exponent * a[n];
             sum_A[n] += grad_exponent * dt;
         }
@@ -308,7 +345,8 @@ class Backward {
         : scan_(scan),
           gradients_(gradients),
           slot_(slot),
-          workspace_(Share<T>::size(scan, last - first) + (last - first) * (2 * scan.state + 2) + 2 * kChunk * kBackwardGroup),
+          workspace_(Share<T, kBackwardGroup>::size(scan, last - first) + (last - first) * (2 * scan.state + 2) +
+                     2 * kChunk * kBackwardGroup),
           share_(scan, sample, first, last, workspace_),
           adjoints_(std::min<int64_t>(kBlocks, last - first)) {
         carry_ = workspace_.take(share_.count * scan.state);
@@ -328,9 +366,8 @@ class Backward {
             for (int64_t first = 0; first < share_.count; first += kBlocks) {
                 const int64_t last = std::min(share_.count, first + kBlocks);
                 prepare(first, last);
-                int64_t n = 0;
-                for (; n + kBackwardGroup <= scan_.state; n += kBackwardGroup) states<kBackwardGroup>(n, first, last);
-                for (; n < scan_.state; ++n) states<1>(n, first, last);
+                look_ahead(first, last);
+                share_.for_groups([&](int64_t n, auto states) { adjoint<states>(n, first, last); });
                 finish(first, last);
             }
         }
@@ -351,8 +388,6 @@ class Backward {
         const auto grad_adds = share_.rows(gradients_.add, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
-                xs.prefetch(i, channel), dts.prefetch(i, channel), grad_ys.prefetch(i, channel);
-                zs.prefetch(i, channel), ungated.prefetch(i, channel);
                 Adjoint& adjoint = adjoints_[block - first];
                 Vector grad_y = load(grad_ys[i] + channel, lanes);
                 if (zs) {
@@ -368,28 +403,52 @@ class Backward {
                 adjoint.grad_y[i] = grad_y;
                 adjoint.grad_u[i] = adjoint.grad_dt[i] = Vector{};
             });
+        for (int64_t block = first; block < last; ++block)
+            for (int i = steps_; i < kChunk; ++i) adjoints_[block - first].clear(i);
+    }
+
+    // What is written after the adjoint of a chunk, and what is wanted for the next one.
+    void look_ahead(int64_t first, int64_t last) {
+        ahead_.start(2 * (last - first) * share_.groups() * kChunk);
+        for (const auto& sequence : {gradients_.x, gradients_.dt})
+            share_.will_want(ahead_, sequence, start_, first, last);
+        const bool is_last = last == share_.count;
+        const int64_t start = is_last ? start_ - kChunk : start_, begin = is_last ? 0 : last;
+        if (start < 0) return;
+        const int64_t end = std::min(share_.count, begin + kBlocks);
+        for (const auto& sequence :
+             {scan_.x, scan_.dt, gradients_.y, scan_.z, scan_.ungated, gradients_.z, gradients_.add})
+            share_.will_want(ahead_, sequence, start, begin, end);
+        share_.will_want_checkpoint(ahead_, start, begin, end);
     }
 
     template <int kStates>
-    void states(int64_t n, int64_t first, int64_t last) {
-        std::fill_n(grad_B_, steps_ * kStates, Vector{});
-        std::fill_n(grad_C_, steps_ * kStates, Vector{});
+    void adjoint(int64_t n, int64_t first, int64_t last) {
+        std::fill_n(grad_B_, kChunk * kStates, Vector{});
+        std::fill_n(grad_C_, kChunk * kStates, Vector{});
         for (int64_t block = first; block < last; ++block) {
             Adjoint& adjoint = adjoints_[block - first];
-            const bool is_bounded = share_.is_bounded(adjoint.dt, steps_, block);
-            const auto run = is_bounded ? retreat<kStates, true> : retreat<kStates, false>;
+            const auto run = share_.is_bounded(adjoint.dt, block) ? retreat<kStates, true> : retreat<kStates, false>;
             const int64_t offset = block * scan_.state + n;
-            run(steps_, scan_.state, share_.A + offset, share_.B + n, share_.C + n,
-                share_.checkpoint(start_, block) + n * scan_.channels, scan_.channels, share_.lanes(block), adjoint,
-                carry_ + offset, grad_A_ + offset, grad_B_, grad_C_);
+            Vector before[kStates];
+            for (int j = 0; j < kStates; ++j)
+                before[j] = load(share_.checkpoint(start_, block) + (n + j) * scan_.channels, share_.lanes(block));
+            run(share_.A + offset, share_.of_group(share_.B, n), share_.of_group(share_.C, n), before, adjoint,
+                carry_ + offset, grad_A_ + offset, grad_B_, grad_C_, ahead_);
         }
+        add_sums<kStates>(grad_B_, gradients_.B + n);
+        add_sums<kStates>(grad_C_, gradients_.C + n);
+    }
+
+    // Adds the sums over channels of [step][kStates], which they overwrite, to some of the states of each step.
+    template <int kStates>
+    void add_sums(Vector* values, float* target) {
+        const int64_t sample = slot_ * scan_.batch + share_.sample;
+        float sums_of_chunk[kChunk * kStates];
+        for (int i = 0; i < steps_ * kStates; i += kLanes) store(sums_of_chunk + i, sums(values + i));
         for (int i = 0; i < steps_; ++i) {
-            const int64_t sample = slot_ * scan_.batch + share_.sample;
-            const int64_t offset = (sample * scan_.length + share_.position(start_ + i)) * scan_.state + n;
-            for (int j = 0; j < kStates; ++j) {
-                gradients_.B[offset + j] += sum(grad_B_[i * kStates + j]);
-                gradients_.C[offset + j] += sum(grad_C_[i * kStates + j]);
-            }
+            float* row = target + (sample * scan_.length + share_.position(start_ + i)) * scan_.state;
+            for (int j = 0; j < kStates; ++j) row[j] += sums_of_chunk[i * kStates + j];
         }
     }
 
@@ -399,7 +458,6 @@ class Backward {
         const auto grad_dts = share_.rows(gradients_.dt, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
-                grad_xs.prefetch(i, channel), grad_dts.prefetch(i, channel);
                 const Adjoint& adjoint = adjoints_[block - first];
                 const Vector x = load(xs[i] + channel, lanes), grad_y = adjoint.grad_y[i];
                 const Vector grad_dt = (adjoint.grad_dt[i] * kLn2 + adjoint.grad_u[i] * x) * adjoint.dt_slope[i];
@@ -415,9 +473,10 @@ class Backward {
     const VideoMambaScanGradients& gradients_;
     const int64_t slot_;
     Workspace workspace_;
-    Share<T> share_;
+    Share<T, kBackwardGroup> share_;
     std::vector<Adjoint> adjoints_;
     Vector *carry_, *grad_A_, *grad_D_, *grad_dt_bias_, *grad_B_, *grad_C_;
+    Ahead ahead_;
     int64_t start_ = 0;
     int steps_ = 0;
 };

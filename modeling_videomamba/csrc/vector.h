@@ -4,7 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -34,6 +36,8 @@ struct Half {
     uint16_t bits;
 };
 
+constexpr float kLargest = std::numeric_limits<float>::max();
+
 inline Vector broadcast(float value) { return Vector{} + value; }
 // Of a NaN and a bound, the NaN.
 inline Vector at_most(Vector v, float bound) { return bound < v ? broadcast(bound) : v; }
@@ -55,10 +59,11 @@ inline HalfBits narrow(Vector value, BFloat16) {
 inline Vector widen(HalfBits halves, Half) {
     const Bits bits = __builtin_convertvector(halves, Bits);
     const Bits sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
-    // 2^112 moves the exponent from the bias of float16 to that of float32, also where it was denormal
-    const Vector finite = (Vector)(magnitude << 13) * 0x1p112f;
+    const Bits normal = (magnitude << 13) + (112u << 23);  // from the bias of one exponent to that of the other
+    const Bits denormal = (Bits)(__builtin_convertvector((Integers)magnitude, Vector) * 0x1p-24f);
     const Bits infinite_or_nan = (magnitude << 13) | 0x7f800000u;
-    return (Vector)(((magnitude >= 0x7c00u) ? infinite_or_nan : (Bits)finite) | sign);
+    const Bits finite = magnitude < 0x400u ? denormal : normal;
+    return (Vector)((magnitude >= 0x7c00u ? infinite_or_nan : finite) | sign);
 }
 
 inline HalfBits narrow(Vector value, Half) {
@@ -89,6 +94,11 @@ inline Vector load(const T* source, int lanes = kLanes) {
 }
 
 template <class T>
+inline float number(T value) {
+    return load(&value, 1)[0];
+}
+
+template <class T>
 inline void store(T* target, Vector value, int lanes = kLanes) {
     const auto write = [&](auto stored) {
         if (lanes == kLanes)
@@ -109,6 +119,40 @@ inline float sum(const Vector& value) {
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     for (int i = 0; i < 4; ++i) total += lanes[i];
     return total;
+}
+
+template <int... kLane>
+inline Integers lane_numbers(std::integer_sequence<int, kLane...>) {
+    return Integers{kLane...};
+}
+template <int kWidth, int... kLane>
+inline Vector swap(Vector v, std::integer_sequence<int, kLane...>) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(v, v, (kLane ^ kWidth)...);
+#else
+    return __builtin_shuffle(v, Integers{(kLane ^ kWidth)...});
+#endif
+}
+// Neighbouring groups of kWidth lanes in each other's place.
+template <int kWidth>
+inline Vector swap(Vector v) {
+    return swap<kWidth>(v, std::make_integer_sequence<int, kLanes>());
+}
+
+// Lane i of the result is the sum of the lanes of values[i], which are overwritten.
+template <int kWidth = kLanes / 2>
+inline Vector sums(Vector* values) {
+    if constexpr (kWidth == 0) {
+        return values[0];
+    } else {
+        const Integers lane = lane_numbers(std::make_integer_sequence<int, kLanes>());
+        const auto is_second = (lane & kWidth) != 0;
+        for (int i = 0; i < kWidth; ++i) {
+            const Vector first = values[i], second = values[i + kWidth];
+            values[i] = (is_second ? second : first) + swap<kWidth>(is_second ? first : second);
+        }
+        return sums<kWidth / 2>(values);
+    }
 }
 
 // Functions.
