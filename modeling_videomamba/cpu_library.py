@@ -10,7 +10,7 @@ import torch
 
 # What follows repeats csrc/arguments.h.
 
-VERSION = 3
+VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -37,7 +37,11 @@ class Scan(ctypes.Structure):
 
 
 class ScanGradients(ctypes.Structure):
-    _fields_ = [*_fields(Sequence, "y x dt z add"), *_fields(ctypes.c_void_p, "A D dt_bias B C")]
+    _fields_ = [
+        *_fields(Sequence, "y x dt z add"),
+        *_fields(ctypes.c_void_p, "A D dt_bias dt_proj B C dt_low"),
+        *_fields(ctypes.c_int64, "row_stride"),
+    ]
 
 
 class Convolution(ctypes.Structure):

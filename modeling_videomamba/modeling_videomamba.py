@@ -19,9 +19,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
+from .mamba_inner_cpu import mamba_inner
 from .matrix_product_cpu import Memory
 from .pieces_cpu import PiecewiseConvolution, PiecewiseLinear, PiecewiseScan, Queue, norm_into, sum_into
-from .selective_scan import causal_conv1d, linear, rms_norm, scans_in_pieces, selective_scan
+from .selective_scan import causal_conv1d, has_compiled_kernels, linear, rms_norm, selective_scan
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
 # ("temporal"), from the first to the last or, where `reverse`, from the last to the first (paper, figure 4).
@@ -285,7 +286,28 @@ class VideoMambaWorkspace:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a hook sees what goes into the module or comes out of it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """
+    Whether nothing would miss the calls of what is inside of the module: modules may be wrapped by adapters,
+    parametrised, replaced or watched by hooks, weights may be quantised.
+    """
+    inner = list(module.modules())[1:]
+    return (
+        all(type(part) in PLAIN_MODULES for part in inner)
+        and not any(map(is_watched, inner))
+        and all(type(parameter) is nn.Parameter for parameter in module.parameters())
+    )
+
+
+def is_recorded(tensor: torch.Tensor) -> bool:
+    """Whether operators are recorded, or modules watched from inside, so that none can be passed over."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not torch.Tensor:
+        return True
+    return bool(getattr(nn.modules.module, "_has_any_global_hook", bool)())
 
 
 class VideoMambaPieces:
@@ -379,11 +401,20 @@ class VideoMambaScan(nn.Module):
         """
         if memory is not None and pieces is not None:
             return self._scan_piece(x, add, z, memory, pieces)
+        A = -torch.exp(self.A_log.float())
+        if self._is_one_operator(x):
+            conv1d = (self.conv1d.weight, self.conv1d.bias)
+            parameters = (*conv1d, self.x_proj.weight, self.dt_proj.weight, self.dt_bias, A, self.D)
+            return mamba_inner(x, *parameters, z=z, add=add, reverse=self.reverse)
         x = self.conv1d(x)
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
-        A = -torch.exp(self.A_log.float())
         dt = self.dt_proj(dt_low)
         return selective_scan(x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add)
+
+    def _is_one_operator(self, x: torch.Tensor) -> bool:
+        if is_recorded(x) or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        return has_compiled_kernels("cpu", x.dtype) and self.x_proj.weight.dtype == x.dtype and is_plain(self)
 
     def _scan_piece(self, x, add, z, memory, pieces):
         x = self.conv1d(x, memory.convolved, pieces)
@@ -479,13 +510,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
     def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
         if self.training or hidden_states.device != workspace.pieces[0].x.device:
             return False
-        # modules may be wrapped by adapters, parametrised, replaced or watched by hooks, weights may be quantised
-        inner = list(self.modules())[1:]
-        return (
-            all(type(module) in PLAIN_MODULES for module in inner)
-            and not any(map(is_watched, inner))
-            and all(type(parameter) is nn.Parameter for parameter in self.parameters())
-        )
+        return is_plain(self)
 
     def _forward_in_pieces(self, hidden_states: torch.Tensor, workspace: VideoMambaWorkspace) -> torch.Tensor:
         is_own = hidden_states is workspace.stream and not is_watched(self)
@@ -498,7 +523,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         return outputs
 
 
-# What layers are made of, all of which can go through the tokens in pieces.
+# What layers are made of, all of which can be passed over: nothing happens in them that is not in the parameters.
 PLAIN_MODULES = {
     *(VideoMambaRMSNorm, VideoMambaMixer, VideoMambaDropPath, VideoMambaScan, VideoMambaCausalConv1d),
     *(VideoMambaLinear, VideoMambaInputProjection, VideoMambaOutputProjection, nn.Linear, nn.ModuleList),
@@ -692,13 +717,10 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         """For inference in pieces, where that is possible."""
         if self.training or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
             return None
-        # what records operators sees none in the pieces, and stand-ins for tensors have no memory
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(hidden_states) is not torch.Tensor:
-            return None
-        if getattr(torch.nn.modules.module, "_has_any_global_hook", bool)():  # which sees inside of the layers
+        if is_recorded(hidden_states):
             return None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dtype
-        if not scans_in_pieces("cpu", dtype):
+        if not has_compiled_kernels("cpu", dtype):
             return None
         batch, length, _ = hidden_states.shape
         num_pieces = max(1, min(math.ceil(batch * length / PIECE_SIZE), length // MIN_PIECE_LENGTH))

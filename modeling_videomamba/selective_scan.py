@@ -457,9 +457,9 @@ _BACKENDS = {
 }
 
 
-def scans_in_pieces(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether tensors without gradients can go through `scan_piece` and `convolve_piece` of `selective_scan_cpu.py`."""
+def has_compiled_kernels(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether tensors go through the kernels of `csrc/`: also those of `pieces_cpu.py` and `mamba_inner_cpu.py`."""
     return _choose_backend(device_type, dtype) == "cpu"
 
 
-__all__ = ["causal_conv1d", "linear", "rms_norm", "scans_in_pieces", "selective_scan", "selective_scan_backends"]
+__all__ = ["causal_conv1d", "has_compiled_kernels", "linear", "rms_norm", "selective_scan", "selective_scan_backends"]

@@ -1,6 +1,7 @@
 """The scan and its convolution on a CPU: the compiled kernels of `csrc/`, as operators of PyTorch."""
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 
@@ -49,17 +50,19 @@ def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, y, checkpoints=None, ungated=None, gradients=None):
+def _call_scan(
+    x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, y, checkpoints=None, ungated=None, gradients=None
+):
     """Runs the kernel into `y`, or, given the structure of gradients, the backward kernel into those."""
     x, dt, B, C, z, add = map(_rows, (x, dt, B, C, z, add))
     A, D = A.contiguous(), D.contiguous()
-    dt_bias = None if dt_bias is None else dt_bias.contiguous()
+    dt_bias, dt_proj = (None if tensor is None else tensor.contiguous() for tensor in (dt_bias, dt_proj))
     (batch, length, channels), state = x.shape, A.shape[1]
     arguments = Scan(
-        *(batch, length, channels, state, 0, torch.get_num_threads()),
+        *(batch, length, channels, state, 0 if dt_proj is None else len(dt_proj), torch.get_num_threads()),
         *(DTYPES[x.dtype], reverse),
         *map(Sequence.of, (x, dt, B, C, z, add)),
-        *map(_pointer, (None, A, D, dt_bias, None, checkpoints)),
+        *map(_pointer, (dt_proj, A, D, dt_bias, None, checkpoints)),
         *map(Sequence.of, (y, ungated)),
     )
     if x.numel() == 0:
@@ -68,6 +71,72 @@ def _call_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, y, checkpoints=None,
         kernels().videomamba_selective_scan(ctypes.byref(arguments))
     else:
         kernels().videomamba_selective_scan_backward(ctypes.byref(arguments), ctypes.byref(gradients))
+
+
+def scan(x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, keep):
+    """
+    The output, and, to `keep` for the backward pass, the output before the gate and the states before each chunk. With
+    `dt_proj` (rank, channels) `dt` is what it projects, (batch, length, rank).
+    """
+    y, ungated, checkpoints = scan_outputs(x, A, z, keep)
+    kept = {"checkpoints": checkpoints} if keep else {}
+    if keep and z is not None:
+        kept["ungated"] = ungated
+    _call_scan(x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, y, **kept)
+    return y, ungated, checkpoints
+
+
+def scan_outputs(x, A, z, keep):
+    """Memory for what [`scan`] returns."""
+    (batch, length, channels), state = x.shape, A.shape[1]
+    ungated = _empty(x) if keep and z is not None else x.new_empty(0)
+    num_chunks = (length + CHUNK_SIZE - 1) // CHUNK_SIZE if keep else 0
+    return _empty(x), ungated, A.new_empty(num_chunks, batch, state, channels)
+
+
+@dataclass
+class ScanGradient:
+    """Gradients of the tensors of [`scan`] by name; `projected` (batch, length, ...): those of `dt_low`, B and C."""
+
+    x: torch.Tensor
+    dt: torch.Tensor | None
+    projected: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor
+    dt_bias: torch.Tensor
+    dt_proj: torch.Tensor
+    z: torch.Tensor | None
+    add: torch.Tensor | None
+
+
+def scan_backward(grad_y, x, dt, A, B, C, D, z, dt_bias, dt_proj, ungated, checkpoints, reverse):
+    """Gradients of [`scan`]; that of `add` is missing where it is `grad_y`, without a gate."""
+    (batch, length, channels), state = x.shape, A.shape[1]
+    rank = 0 if dt_proj is None else len(dt_proj)
+    grad_y = _rows(grad_y)
+    threads = torch.get_num_threads()
+    slots = min(threads, -(-threads // max(batch, 1)) + 1)  # threads that can share a sample
+    projected = A.new_zeros(slots, batch, length, rank + 2 * state)
+    grad_A, grad_dt_proj = A.new_empty(batch, state, channels), A.new_empty(batch, rank, channels)
+    grad_D, grad_dt_bias = D.new_empty(2, batch, channels)
+    sequences = {
+        **{"x": _empty(x), "dt": _empty(dt) if rank == 0 else None},
+        **{"z": None if z is None else _empty(z), "add": None if z is None else _empty(x)},
+    }
+    dt_low, grad_B, grad_C = projected.split([rank, state, state], dim=-1)
+    parts = {"A": grad_A, "D": grad_D, "dt_bias": grad_dt_bias, "dt_proj": grad_dt_proj}
+    pointers = {**parts, "B": grad_B, "C": grad_C, "dt_low": dt_low}
+    gradients = ScanGradients(
+        **{name: Sequence.of(tensor) for name, tensor in {"y": grad_y, **sequences}.items()},
+        **{name: tensor.data_ptr() for name, tensor in pointers.items()},
+        row_stride=projected.shape[-1],
+    )
+    ungated = None if z is None else ungated
+    arguments = (x, dt, A, B, C, D, z, dt_bias, None, dt_proj, reverse, None)
+    _call_scan(*arguments, checkpoints=checkpoints, ungated=ungated, gradients=gradients)
+    sums = {name: tensor.sum(0) for name, tensor in {"projected": projected, **parts}.items()}
+    sums["A"] = sums["A"].T.contiguous()
+    return ScanGradient(**sequences, **sums)
 
 
 def cpu_selective_scan(
@@ -83,20 +152,8 @@ def cpu_selective_scan(
     reverse: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output, and, to `keep` for the backward pass, the output before the gate and the states before each chunk."""
-    y, ungated, checkpoints = _scan_outputs(x, dt, A, B, C, D, z, dt_bias, add, reverse, keep)
-    kept = {"checkpoints": checkpoints} if keep else {}
-    if keep and z is not None:
-        kept["ungated"] = ungated
-    _call_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse, y, **kept)
-    return y, ungated, checkpoints
-
-
-def _scan_outputs(x, dt, A, B, C, D, z, dt_bias, add, reverse, keep):
-    (batch, length, channels), state = x.shape, A.shape[1]
-    ungated = _empty(x) if keep and z is not None else x.new_empty(0)
-    num_chunks = (length + CHUNK_SIZE - 1) // CHUNK_SIZE if keep else 0
-    return _empty(x), ungated, A.new_empty(num_chunks, batch, state, channels)
+    """[`scan`] as an operator, of time steps before bias and softplus."""
+    return scan(x, dt, A, B, C, D, z, dt_bias, add, None, reverse, keep)
 
 
 def cpu_selective_scan_backward(
@@ -114,40 +171,19 @@ def cpu_selective_scan_backward(
     reverse: bool,
 ) -> list[torch.Tensor]:
     """Gradients of `x, dt, A, B, C, D, dt_bias`, then, with a gate, of `z` and of what was added before the gate."""
-    (batch, length, channels), state = x.shape, A.shape[1]
-    grad_y = _rows(grad_y)
-    grad_x, grad_dt = _empty(x), _empty(dt)
-    grad_z, grad_add = (None, None) if z is None else (_empty(z), _empty(x))
-    grad_A = A.new_empty(batch, state, channels)
-    grad_D, grad_dt_bias = D.new_empty(batch, channels), D.new_empty(batch, channels)
-    threads = torch.get_num_threads()
-    slots = min(threads, -(-threads // max(batch, 1)) + 1)  # threads that can share a sample
-    grad_B, grad_C = A.new_zeros(2, slots, batch, length, state)
-    gradients = ScanGradients(
-        *map(Sequence.of, (grad_y, grad_x, grad_dt, grad_z, grad_add)),
-        *map(_pointer, (grad_A, grad_D, grad_dt_bias, grad_B, grad_C)),
-    )
-    _call_scan(
-        *(x, dt, A, B, C, D, z, dt_bias, None, reverse, None),
-        checkpoints=checkpoints,
-        ungated=None if z is None else ungated,
-        gradients=gradients,
-    )
-    return [
-        grad_x,
-        grad_dt,
-        grad_A.sum(0).T.contiguous(),
-        grad_B.sum(0).to(B.dtype),
-        grad_C.sum(0).to(C.dtype),
-        grad_D.sum(0),
-        grad_dt_bias.sum(0),
-        *(() if z is None else (grad_z, grad_add)),
-    ]
+    gradient = scan_backward(grad_y, x, dt, A, B, C, D, z, dt_bias, None, ungated, checkpoints, reverse)
+    grad_B, grad_C = (part.to(B.dtype, copy=True).contiguous() for part in gradient.projected.chunk(2, dim=-1))
+    gradients = [gradient.x, gradient.dt, gradient.A, grad_B, grad_C, gradient.D, gradient.dt_bias]
+    return gradients if z is None else [*gradients, gradient.z, gradient.add]
 
 
 _scan = operator(cpu_selective_scan)
 _scan_backward = operator(cpu_selective_scan_backward)
-_scan.register_fake(_scan_outputs)
+
+
+@_scan.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, add, reverse, keep):
+    return scan_outputs(x, A, z, keep)
 
 
 @_scan_backward.register_fake

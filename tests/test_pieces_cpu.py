@@ -16,7 +16,7 @@ from modeling_videomamba.pieces_cpu import (
     norm_into,
     sum_into,
 )
-from modeling_videomamba.selective_scan import causal_conv1d, scans_in_pieces
+from modeling_videomamba.selective_scan import causal_conv1d, has_compiled_kernels
 from tests.conftest import VARIANTS, load_variant, needs_kernel
 from tests.scan_reference import make_inputs
 
@@ -132,7 +132,7 @@ def test_memory_that_grows_leaves_steps_what_they_need(queue):
 
 
 def test_pieces_are_checked():
-    assert scans_in_pieces("cpu", torch.float32) and not scans_in_pieces("cpu", torch.float64)
+    assert has_compiled_kernels("cpu", torch.float32) and not has_compiled_kernels("cpu", torch.float64)
     queue = Queue()
     A, D, dt_bias, dt_proj = torch.randn(3, 4), torch.randn(3), torch.randn(3), torch.randn(2, 3)
     for name, wrong in {"D": torch.randn(4), "dt_bias": torch.randn(1, 3), "dt_proj": torch.randn(2, 4)}.items():

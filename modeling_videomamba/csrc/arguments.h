@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int64_t kVersion = 3;  // to be raised with every change of what is passed
+constexpr int64_t kVersion = 4;  // to be raised with every change of what is passed
 
 extern "C" {
 
@@ -27,12 +27,14 @@ struct VideoMambaScan {
     VideoMambaSequence y, ungated;  // outputs; `ungated` is y before the gate, for the backward pass
 };
 
-// Gradients that are sums over the batch or over channels come in parts, which the caller adds up: threads that share a
-// sample have a slot each for B and C.
+// Gradients that are sums over the batch or over channels come in parts, which the caller adds up. Threads that share a
+// sample have a slot each for those of B, C and of what `dt_proj` makes dt of: rows of (slots, batch, length, row_stride)
+// that are zero before the call.
 struct VideoMambaScanGradients {
-    VideoMambaSequence y, x, dt, z, add;  // that of y is an input
-    float *A, *D, *dt_bias;               // (batch, state, channels), (batch, channels), (batch, channels)
-    float *B, *C;                         // (slots, batch, length, state), zero before the call
+    VideoMambaSequence y, x, dt, z, add;  // that of y is an input, that of dt absent if there is a rank
+    float *A, *D, *dt_bias, *dt_proj;     // (batch, state, channels), (batch, channels) twice, (batch, rank, channels)
+    float *B, *C, *dt_low;                // of the first row
+    int64_t row_stride;
 };
 
 struct VideoMambaConvolution {

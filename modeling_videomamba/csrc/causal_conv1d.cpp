@@ -1,5 +1,6 @@
 // SiLU of the depthwise causal convolution in front of the scan (Mamba, arXiv 2312.00752, section 3.4), on a CPU.
 
+#include "ahead.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -96,8 +97,17 @@ void backward(const VideoMambaConvolution& convolution, const VideoMambaConvolut
     Workspace workspace(2 * kChunk + 6 * margin + kernel.count * (width + 1));
     Vector *xs = workspace.take(kChunk + 4 * margin), *grads = workspace.take(kChunk + 2 * margin),
            *grad_weight = workspace.take(kernel.count * width), *grad_bias = workspace.take(kernel.count);
+    Ahead ahead;
+    const auto will_want = [&](const VideoMambaSequence& sequence, int64_t begin, int64_t end) {
+        if (begin >= end) return;
+        const int64_t part = std::min(kernel.count * kLanes, channels - kernel.channel(0));
+        ahead.add(row<T>(sequence, sample, begin) + kernel.channel(0), sequence.row_stride * sizeof(T), end - begin,
+                  part * sizeof(T));
+    };
     for (int64_t start = 0; start < length; start += kChunk) {
-        const int64_t end = std::min(start + kChunk, length);
+        const int64_t end = std::min(start + kChunk, length), next_end = std::min(end + kChunk, length);
+        ahead.start(kernel.count * (end - start));
+        for (const auto& sequence : {convolution.x, gradients.y, gradients.x}) will_want(sequence, end, next_end);
         const auto backward_block = [&](int64_t block, int lanes) {
             const int64_t channel = kernel.channel(block);
             const Vector* weight = kernel.weight + block * width;
@@ -113,6 +123,7 @@ void backward(const VideoMambaConvolution& convolution, const VideoMambaConvolut
                 grad_at(t) = is_inside(t) ? slope * load(row<T>(gradients.y, sample, t) + channel, lanes) : Vector{};
             }
             for (int64_t t = start; t < end; ++t) {
+                ahead.fetch();
                 Vector grad_x{};
                 for (int64_t tap = 0; tap < width; ++tap)
                     grad_x += weight[tap] * grad_at(t + (t - kernel.source(t, tap)));  // the step that sees t

@@ -42,7 +42,7 @@ struct Share {
     int64_t sample, first, count;
     Vector *A, *A_max;  // A in units of log2(e), [block][state], and the largest |A| of a block
     Vector *D, *dt_bias, *dt_proj;  // dt_proj: [block][rank]
-    float *B, *C, *dt_low;  // see `of_group`, and [step][rank], of a chunk in the order of the scan
+    float *B, *C, *dt_low;  // of a chunk in the order of the scan, see `of_group`
 
     static int64_t size(const VideoMambaScan& scan, int64_t count) {
         return count * (scan.state + scan.rank + 3) + 2 * vectors(kChunk * scan.state) + vectors(kChunk * scan.rank);
@@ -115,43 +115,47 @@ struct Share {
         return states(scan.checkpoints + step / kChunk * scan.batch * scan.state * scan.channels, block);
     }
 
-    // Calls `function(first state, states in registers)` for all states.
+    // Calls `function(first, how many)` for groups of the states or ranks, as many as are in registers.
     template <class Function>
-    void for_groups(const Function& function) const {
+    static void for_groups(int64_t width, const Function& function) {
         int64_t n = 0;
-        for (; n + kStates <= scan.state; n += kStates) function(n, std::integral_constant<int, kStates>());
-        for (; n < scan.state; ++n) function(n, std::integral_constant<int, 1>());
+        for (; n + kStates <= width; n += kStates) function(n, std::integral_constant<int, kStates>());
+        for (; n < width; ++n) function(n, std::integral_constant<int, 1>());
     }
-    int64_t groups() const { return scan.state / kStates + scan.state % kStates; }
-    // B or C of the group of states from n on: [step][state].
+    static int64_t groups(int64_t width) { return width / kStates + width % kStates; }
+    // B, C or dt_low of the group from n on: [step][state or rank].
     static float* of_group(float* values, int64_t n) { return values + n * kChunk; }
 
-    // What all channels have in common. Steps that a chunk lacks are zero.
+    // What all channels have in common.
     void read_chunk(int64_t start, int steps) {
-        for (int i = 0; i < kChunk; ++i) {
-            const int64_t t = position(start + i);
-            const bool is_there = i < steps;
-            for_groups([&](int64_t n, auto states) {
-                for (int j = 0; j < states; ++j) {
-                    of_group(B, n)[i * states + j] = is_there ? number(row<T>(scan.B, sample, t)[n + j]) : 0.0f;
-                    of_group(C, n)[i * states + j] = is_there ? number(row<T>(scan.C, sample, t)[n + j]) : 0.0f;
-                }
-            });
-            for (int64_t k = 0; k < scan.rank; ++k)
-                dt_low[i * scan.rank + k] = is_there ? number(row<T>(scan.dt, sample, t)[k]) : 0.0f;
-        }
+        read_chunk(scan.B, start, steps, scan.state, B);
+        read_chunk(scan.C, start, steps, scan.state, C);
+        if (scan.rank) read_chunk(scan.dt, start, steps, scan.rank, dt_low);
+    }
+    void read_chunk(const VideoMambaSequence& sequence, int64_t start, int steps, int64_t width, float* target) const {
+        const auto source = rows(sequence, start);
+        for_groups(width, [&](int64_t n, auto count) {
+            float* group = of_group(target, n);
+            for (int i = 0; i < steps; ++i)
+                for (int j = 0; j < count; ++j) group[i * count + j] = number(source[i][n + j]);
+            std::fill(group + steps * count, group + kChunk * count, 0.0f);  // steps that the chunk lacks
+        });
     }
 
-    // Time steps of a chunk for one block from what `dt_proj` projects, a few steps for each time that it is read.
+    // Time steps of a chunk for one block, before the softplus, from what `dt_proj` projects: a few steps for each time
+    // that it is read.
     void project(int64_t block, Vector* dt) const {
         constexpr int kSteps = 8;
         const Vector* weight = dt_proj + block * scan.rank;
         for (int start = 0; start < kChunk; start += kSteps) {
             Vector sums[kSteps];
             for (int i = 0; i < kSteps; ++i) sums[i] = dt_bias[block];
-            for (int64_t k = 0; k < scan.rank; ++k)
-                for (int i = 0; i < kSteps; ++i) sums[i] += weight[k] * dt_low[(start + i) * scan.rank + k];
-            for (int i = 0; i < kSteps; ++i) dt[start + i] = softplus(sums[i]);
+            for_groups(scan.rank, [&](int64_t k, auto count) {
+                const float* low = of_group(dt_low, k) + start * count;
+                for (int j = 0; j < count; ++j)
+                    for (int i = 0; i < kSteps; ++i) sums[i] += weight[k + j] * low[i * count + j];
+            });
+            for (int i = 0; i < kSteps; ++i) dt[start + i] = sums[i];
         }
     }
 
@@ -230,9 +234,9 @@ class Forward {
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(begin_, end_, [&](int64_t block, int64_t channel, int lanes) {
                 const Vector x = load(xs[i] + channel, lanes), D = share_.D[block];
-                if (!is_projected)
-                    dt_[at(block, i)] = softplus(load(dts[i] + channel, lanes) + share_.dt_bias[block]);
-                u_[at(block, i)] = dt_[at(block, i)] * x;
+                Vector& dt = dt_[at(block, i)];
+                dt = softplus(is_projected ? dt : load(dts[i] + channel, lanes) + share_.dt_bias[block]);
+                u_[at(block, i)] = dt * x;
                 y_[at(block, i)] = adds ? D * x + load(adds[i] + channel, lanes) : D * x;
             });
         // steps that leave the states alone
@@ -242,7 +246,7 @@ class Forward {
 
     // What is written after the recurrence, and what is read before the next one.
     void look_ahead() {
-        ahead_.start((end_ - begin_) * share_.groups() * kChunk);
+        ahead_.start((end_ - begin_) * share_.groups(scan_.state) * kChunk);
         share_.will_want_checkpoint(ahead_, start_, begin_, end_);
         for (const auto& sequence : {scan_.z, scan_.ungated, scan_.y})
             share_.will_want(ahead_, sequence, start_, begin_, end_);
@@ -259,7 +263,7 @@ class Forward {
         const Vector* dt = dt_ + at(block, 0);
         if (scan_.checkpoints) share_.write_states(share_.checkpoint(start_, block), h, block);
         const bool is_bounded = share_.is_bounded(dt, block);
-        share_.for_groups([&](int64_t n, auto states) {
+        share_.for_groups(scan_.state, [&](int64_t n, auto states) {
             const auto run = is_bounded ? advance<states, true> : advance<states, false>;
             run(share_.A + block * scan_.state + n, share_.of_group(share_.B, n), share_.of_group(share_.C, n), dt,
                 u_ + at(block, 0), h + n, y_ + at(block, 0), ahead_);
@@ -337,6 +341,22 @@ void retreat(const Vector* A, const float* B, const float* C, const Vector* befo
     for (int n = 0; n < kStates; ++n) carry[n] = g[n], grad_A[n] = sum_A[n];
 }
 
+// From the time steps before the softplus to what `dt_proj` made them of, for kRanks ranks of one block: `grad_low` is
+// [step][kRanks] sums over blocks.
+template <int kRanks>
+void project_back(const Vector* grad_dt, const Vector* weight, const float* low, Vector* grad_weight, Vector* grad_low) {
+    Vector w[kRanks], sum_w[kRanks];
+    for (int k = 0; k < kRanks; ++k) w[k] = weight[k], sum_w[k] = grad_weight[k];
+    for (int i = 0; i < kChunk; ++i) {
+        const Vector grad = grad_dt[i];
+        for (int k = 0; k < kRanks; ++k) {
+            grad_low[i * kRanks + k] += grad * w[k];
+            sum_w[k] += grad * low[i * kRanks + k];
+        }
+    }
+    for (int k = 0; k < kRanks; ++k) grad_weight[k] = sum_w[k];
+}
+
 template <class T>
 class Backward {
   public:
@@ -345,7 +365,7 @@ class Backward {
         : scan_(scan),
           gradients_(gradients),
           slot_(slot),
-          workspace_(Share<T, kBackwardGroup>::size(scan, last - first) + (last - first) * (2 * scan.state + 2) +
+          workspace_(Share<T, kBackwardGroup>::size(scan, last - first) + (last - first) * (2 * scan.state + scan.rank + 2) +
                      2 * kChunk * kBackwardGroup),
           share_(scan, sample, first, last, workspace_),
           adjoints_(std::min<int64_t>(kBlocks, last - first)) {
@@ -353,8 +373,9 @@ class Backward {
         grad_A_ = workspace_.take(share_.count * scan.state);
         grad_D_ = workspace_.take(share_.count);
         grad_dt_bias_ = workspace_.take(share_.count);
-        grad_B_ = workspace_.take(kChunk * kBackwardGroup);
-        grad_C_ = workspace_.take(kChunk * kBackwardGroup);
+        grad_dt_proj_ = workspace_.take(share_.count * scan.rank);
+        sums_ = workspace_.take(kChunk * kBackwardGroup);
+        more_sums_ = workspace_.take(kChunk * kBackwardGroup);
     }
 
     void run() {
@@ -367,8 +388,9 @@ class Backward {
                 const int64_t last = std::min(share_.count, first + kBlocks);
                 prepare(first, last);
                 look_ahead(first, last);
-                share_.for_groups([&](int64_t n, auto states) { adjoint<states>(n, first, last); });
+                share_.for_groups(scan_.state, [&](int64_t n, auto states) { adjoint<states>(n, first, last); });
                 finish(first, last);
+                share_.for_groups(scan_.rank, [&](int64_t k, auto ranks) { project_back<ranks>(k, first, last); });
             }
         }
         for (int64_t block = 0; block < share_.count; ++block) {
@@ -376,13 +398,20 @@ class Backward {
             const int64_t offset = share_.sample * scan_.channels + share_.channel(block);
             store(gradients_.D + offset, grad_D_[block], share_.lanes(block));
             store(gradients_.dt_bias + offset, grad_dt_bias_[block], share_.lanes(block));
+            for (int64_t k = 0; k < scan_.rank; ++k)
+                store(gradients_.dt_proj + share_.sample * scan_.rank * scan_.channels + k * scan_.channels +
+                          share_.channel(block),
+                      grad_dt_proj_[block * scan_.rank + k], share_.lanes(block));
         }
     }
 
   private:
     // Through the gate, and the time steps.
     void prepare(int64_t first, int64_t last) {
-        const auto xs = share_.rows(scan_.x, start_), dts = share_.rows(scan_.dt, start_);
+        const bool is_projected = scan_.rank;
+        if (is_projected)
+            for (int64_t block = first; block < last; ++block) share_.project(block, adjoints_[block - first].dt);
+        const auto xs = share_.rows(scan_.x, start_), dts = is_projected ? Rows<T>{} : share_.rows(scan_.dt, start_);
         const auto zs = share_.rows(scan_.z, start_), ungated = share_.rows(scan_.ungated, start_);
         const auto grad_ys = share_.rows(gradients_.y, start_), grad_zs = share_.rows(gradients_.z, start_);
         const auto grad_adds = share_.rows(gradients_.add, start_);
@@ -397,8 +426,8 @@ class Backward {
                     grad_y *= z * gate;
                     store(grad_adds[i] + channel, grad_y, lanes);
                 }
-                const Vector v = load(dts[i] + channel, lanes) + share_.dt_bias[block];
-                adjoint.dt[i] = softplus(v, &adjoint.dt_slope[i]);
+                const Vector dt = is_projected ? adjoint.dt[i] : load(dts[i] + channel, lanes) + share_.dt_bias[block];
+                adjoint.dt[i] = softplus(dt, &adjoint.dt_slope[i]);
                 adjoint.u[i] = adjoint.dt[i] * load(xs[i] + channel, lanes);
                 adjoint.grad_y[i] = grad_y;
                 adjoint.grad_u[i] = adjoint.grad_dt[i] = Vector{};
@@ -409,7 +438,8 @@ class Backward {
 
     // What is written after the adjoint of a chunk, and what is wanted for the next one.
     void look_ahead(int64_t first, int64_t last) {
-        ahead_.start(2 * (last - first) * share_.groups() * kChunk);
+        ahead_.start(2 * (last - first) * share_.groups(scan_.state) * kChunk);
+        const auto dt = scan_.rank ? VideoMambaSequence{} : scan_.dt;
         for (const auto& sequence : {gradients_.x, gradients_.dt})
             share_.will_want(ahead_, sequence, start_, first, last);
         const bool is_last = last == share_.count;
@@ -417,15 +447,15 @@ class Backward {
         if (start < 0) return;
         const int64_t end = std::min(share_.count, begin + kBlocks);
         for (const auto& sequence :
-             {scan_.x, scan_.dt, gradients_.y, scan_.z, scan_.ungated, gradients_.z, gradients_.add})
+             {scan_.x, dt, gradients_.y, scan_.z, scan_.ungated, gradients_.z, gradients_.add})
             share_.will_want(ahead_, sequence, start, begin, end);
         share_.will_want_checkpoint(ahead_, start, begin, end);
     }
 
     template <int kStates>
     void adjoint(int64_t n, int64_t first, int64_t last) {
-        std::fill_n(grad_B_, kChunk * kStates, Vector{});
-        std::fill_n(grad_C_, kChunk * kStates, Vector{});
+        std::fill_n(sums_, kChunk * kStates, Vector{});
+        std::fill_n(more_sums_, kChunk * kStates, Vector{});
         for (int64_t block = first; block < last; ++block) {
             Adjoint& adjoint = adjoints_[block - first];
             const auto run = share_.is_bounded(adjoint.dt, block) ? retreat<kStates, true> : retreat<kStates, false>;
@@ -434,21 +464,32 @@ class Backward {
             for (int j = 0; j < kStates; ++j)
                 before[j] = load(share_.checkpoint(start_, block) + (n + j) * scan_.channels, share_.lanes(block));
             run(share_.A + offset, share_.of_group(share_.B, n), share_.of_group(share_.C, n), before, adjoint,
-                carry_ + offset, grad_A_ + offset, grad_B_, grad_C_, ahead_);
+                carry_ + offset, grad_A_ + offset, sums_, more_sums_, ahead_);
         }
-        add_sums<kStates>(grad_B_, gradients_.B + n);
-        add_sums<kStates>(grad_C_, gradients_.C + n);
+        add_sums<kStates>(sums_, gradients_.B + n);
+        add_sums<kStates>(more_sums_, gradients_.C + n);
     }
 
-    // Adds the sums over channels of [step][kStates], which they overwrite, to some of the states of each step.
-    template <int kStates>
+    template <int kRanks>
+    void project_back(int64_t k, int64_t first, int64_t last) {
+        std::fill_n(sums_, kChunk * kRanks, Vector{});
+        for (int64_t block = first; block < last; ++block) {
+            const int64_t offset = block * scan_.rank + k;
+            videomamba::project_back<kRanks>(adjoints_[block - first].grad_dt, share_.dt_proj + offset,
+                                             share_.of_group(share_.dt_low, k), grad_dt_proj_ + offset, sums_);
+        }
+        add_sums<kRanks>(sums_, gradients_.dt_low + k);
+    }
+
+    // Adds the sums over channels of [step][kWidth], which they overwrite, to some of the entries of each step.
+    template <int kWidth>
     void add_sums(Vector* values, float* target) {
         const int64_t sample = slot_ * scan_.batch + share_.sample;
-        float sums_of_chunk[kChunk * kStates];
-        for (int i = 0; i < steps_ * kStates; i += kLanes) store(sums_of_chunk + i, sums(values + i));
+        float sums_of_chunk[kChunk * kWidth];
+        for (int i = 0; i < kChunk * kWidth; i += kLanes) store(sums_of_chunk + i, sums(values + i));
         for (int i = 0; i < steps_; ++i) {
-            float* row = target + (sample * scan_.length + share_.position(start_ + i)) * scan_.state;
-            for (int j = 0; j < kStates; ++j) row[j] += sums_of_chunk[i * kStates + j];
+            float* row = target + (sample * scan_.length + share_.position(start_ + i)) * gradients_.row_stride;
+            for (int j = 0; j < kWidth; ++j) row[j] += sums_of_chunk[i * kWidth + j];
         }
     }
 
@@ -458,12 +499,15 @@ class Backward {
         const auto grad_dts = share_.rows(gradients_.dt, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
-                const Adjoint& adjoint = adjoints_[block - first];
+                Adjoint& adjoint = adjoints_[block - first];
                 const Vector x = load(xs[i] + channel, lanes), grad_y = adjoint.grad_y[i];
                 const Vector grad_dt = (adjoint.grad_dt[i] * kLn2 + adjoint.grad_u[i] * x) * adjoint.dt_slope[i];
                 const Vector grad_x = adjoint.grad_u[i] * adjoint.dt[i] + grad_y * share_.D[block];
                 store(grad_xs[i] + channel, grad_x, lanes);
-                store(grad_dts[i] + channel, grad_dt, lanes);
+                if (grad_dts)
+                    store(grad_dts[i] + channel, grad_dt, lanes);
+                else
+                    adjoint.grad_dt[i] = grad_dt;
                 grad_D_[block] += grad_y * x;
                 grad_dt_bias_[block] += grad_dt;
             });
@@ -475,7 +519,8 @@ class Backward {
     Workspace workspace_;
     Share<T, kBackwardGroup> share_;
     std::vector<Adjoint> adjoints_;
-    Vector *carry_, *grad_A_, *grad_D_, *grad_dt_bias_, *grad_B_, *grad_C_;
+    Vector *carry_, *grad_A_, *grad_D_, *grad_dt_bias_, *grad_dt_proj_;
+    Vector *sums_, *more_sums_;  // over channels, [step][states or ranks of a group]
     Ahead ahead_;
     int64_t start_ = 0;
     int steps_ = 0;
