@@ -55,7 +55,7 @@ class Convolution(ctypes.Structure):
 
 
 class ConvolutionGradients(ctypes.Structure):
-    _fields_ = [*_fields(Sequence, "y x"), *_fields(ctypes.c_void_p, "weight bias")]
+    _fields_ = [*_fields(Sequence, "y x add"), *_fields(ctypes.c_void_p, "weight bias")]
 
 
 class Norm(ctypes.Structure):

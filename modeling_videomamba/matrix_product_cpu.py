@@ -128,6 +128,19 @@ def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return c
 
 
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` of matrices, by what is fastest here, for what has gradients of its own."""
+    return cpu_matrix_product(a, b) if is_fit(a, b.T) else torch.mm(a, b)
+
+
+def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """`grad.T @ inputs`, that of the weight of a linear layer, from `(rows, out_features)` and `(rows, in_features)`."""
+    # all of the second matrix is packed before the first product, so that it had better be the smaller one
+    if inputs.shape[1] > grad.shape[1] and is_fit(inputs.T, grad.T):
+        return cpu_matrix_product(inputs.T, grad).T.contiguous()
+    return matmul(grad.T, inputs)
+
+
 _matrix_product = operator(cpu_matrix_product)
 
 

@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
-from .mamba_inner_cpu import mamba_inner
 from .matrix_product_cpu import Memory
+from .mixer_cpu import ScanParameters, mixer
 from .pieces_cpu import PiecewiseConvolution, PiecewiseLinear, PiecewiseScan, Queue, norm_into, sum_into
 from .selective_scan import causal_conv1d, has_compiled_kernels, linear, rms_norm, selective_scan
 
@@ -401,20 +401,23 @@ class VideoMambaScan(nn.Module):
         """
         if memory is not None and pieces is not None:
             return self._scan_piece(x, add, z, memory, pieces)
-        A = -torch.exp(self.A_log.float())
-        if self._is_one_operator(x):
-            conv1d = (self.conv1d.weight, self.conv1d.bias)
-            parameters = (*conv1d, self.x_proj.weight, self.dt_proj.weight, self.dt_bias, A, self.D)
-            return mamba_inner(x, *parameters, z=z, add=add, reverse=self.reverse)
         x = self.conv1d(x)
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
+        A = -torch.exp(self.A_log.float())
         dt = self.dt_proj(dt_low)
         return selective_scan(x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add)
 
-    def _is_one_operator(self, x: torch.Tensor) -> bool:
-        if is_recorded(x) or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return False
-        return has_compiled_kernels("cpu", x.dtype) and self.x_proj.weight.dtype == x.dtype and is_plain(self)
+    def parameters_of_scan(self) -> ScanParameters:
+        """What the compiled kernels take."""
+        return ScanParameters(
+            self.conv1d.weight.squeeze(1).float(),
+            self.conv1d.bias.float(),
+            self.x_proj.weight,
+            self.dt_proj.weight.float(),
+            self.dt_bias.float(),
+            -torch.exp(self.A_log.float()),
+            self.D.float(),
+        )
 
     def _scan_piece(self, x, add, z, memory, pieces):
         x = self.conv1d(x, memory.convolved, pieces)
@@ -451,6 +454,10 @@ class VideoMambaMixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
+        if permutation is None and self._is_one_operator(hidden_states):
+            scans = [scan.parameters_of_scan() for scan in self.scans]
+            reverse = [scan.reverse for scan in self.scans]
+            return mixer(hidden_states, self.in_proj.weight, self.out_proj.weight, scans, reverse)
         if isinstance(self.in_proj, VideoMambaInputProjection):  # apart, so that nobody has to join their gradients
             x, z = self.in_proj(hidden_states, name="x"), self.in_proj(hidden_states, name="z")
         else:  # wrapped by an adapter
@@ -464,6 +471,12 @@ class VideoMambaMixer(nn.Module):
             else:
                 y = scan(x, y, gate)
         return self.out_proj(y)
+
+    def _is_one_operator(self, hidden_states: torch.Tensor) -> bool:
+        if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_recorded(hidden_states):
+            return False
+        is_of_one_dtype = all(parameter.dtype == hidden_states.dtype for parameter in self.parameters())
+        return is_of_one_dtype and has_compiled_kernels("cpu", hidden_states.dtype) and is_plain(self)
 
     def forward_in_pieces(
         self, pieces: Sequence[torch.Tensor], norm: nn.Module, workspace: VideoMambaWorkspace

@@ -105,38 +105,38 @@ class ScanGradient:
     D: torch.Tensor
     dt_bias: torch.Tensor
     dt_proj: torch.Tensor
-    z: torch.Tensor | None
     add: torch.Tensor | None
 
 
-def scan_backward(grad_y, x, dt, A, B, C, D, z, dt_bias, dt_proj, ungated, checkpoints, reverse):
-    """Gradients of [`scan`]; that of `add` is missing where it is `grad_y`, without a gate."""
+def scan_backward(
+    grad_y, x, dt, A, B, C, D, dt_bias, dt_proj, checkpoints, reverse, *, z=None, grad_z=None, ungated=None, y=None
+):
+    """
+    Gradients of [`scan`]. With the gate `z` that of `z` goes into `grad_z`, and, where there is a `y`, the output into
+    that, computed anew. Without one the gradient of `add` is `grad_y`, and missing here.
+    """
     (batch, length, channels), state = x.shape, A.shape[1]
     rank = 0 if dt_proj is None else len(dt_proj)
     grad_y = _rows(grad_y)
     threads = torch.get_num_threads()
     slots = min(threads, -(-threads // max(batch, 1)) + 1)  # threads that can share a sample
     projected = A.new_zeros(slots, batch, length, rank + 2 * state)
+    dt_low, grad_B, grad_C = projected.split([rank, state, state], dim=-1)
     grad_A, grad_dt_proj = A.new_empty(batch, state, channels), A.new_empty(batch, rank, channels)
     grad_D, grad_dt_bias = D.new_empty(2, batch, channels)
-    sequences = {
-        **{"x": _empty(x), "dt": _empty(dt) if rank == 0 else None},
-        **{"z": None if z is None else _empty(z), "add": None if z is None else _empty(x)},
-    }
-    dt_low, grad_B, grad_C = projected.split([rank, state, state], dim=-1)
-    parts = {"A": grad_A, "D": grad_D, "dt_bias": grad_dt_bias, "dt_proj": grad_dt_proj}
-    pointers = {**parts, "B": grad_B, "C": grad_C, "dt_low": dt_low}
+    sums = {"projected": projected, "A": grad_A, "D": grad_D, "dt_bias": grad_dt_bias, "dt_proj": grad_dt_proj}
+    sequences = {"x": _empty(x), "dt": _empty(dt) if rank == 0 else None, "add": None if z is None else _empty(x)}
+    addresses = {**sums, "B": grad_B, "C": grad_C, "dt_low": dt_low}
+    del addresses["projected"]
     gradients = ScanGradients(
-        **{name: Sequence.of(tensor) for name, tensor in {"y": grad_y, **sequences}.items()},
-        **{name: tensor.data_ptr() for name, tensor in pointers.items()},
+        **{name: Sequence.of(tensor) for name, tensor in {"y": grad_y, "z": grad_z, **sequences}.items()},
+        **{name: tensor.data_ptr() for name, tensor in addresses.items()},
         row_stride=projected.shape[-1],
     )
-    ungated = None if z is None else ungated
-    arguments = (x, dt, A, B, C, D, z, dt_bias, None, dt_proj, reverse, None)
+    arguments = (x, dt, A, B, C, D, z, dt_bias, None, dt_proj, reverse, y)
     _call_scan(*arguments, checkpoints=checkpoints, ungated=ungated, gradients=gradients)
-    sums = {name: tensor.sum(0) for name, tensor in {"projected": projected, **parts}.items()}
-    sums["A"] = sums["A"].T.contiguous()
-    return ScanGradient(**sequences, **sums)
+    sums = {name: parts.sum(0) for name, parts in sums.items()}
+    return ScanGradient(**sequences, **{**sums, "A": sums["A"].T.contiguous()})
 
 
 def cpu_selective_scan(
@@ -171,10 +171,12 @@ def cpu_selective_scan_backward(
     reverse: bool,
 ) -> list[torch.Tensor]:
     """Gradients of `x, dt, A, B, C, D, dt_bias`, then, with a gate, of `z` and of what was added before the gate."""
-    gradient = scan_backward(grad_y, x, dt, A, B, C, D, z, dt_bias, None, ungated, checkpoints, reverse)
+    grad_z = None if z is None else _empty(z)
+    gate = {} if z is None else {"z": z, "grad_z": grad_z, "ungated": ungated}
+    gradient = scan_backward(grad_y, x, dt, A, B, C, D, dt_bias, None, checkpoints, reverse, **gate)
     grad_B, grad_C = (part.to(B.dtype, copy=True).contiguous() for part in gradient.projected.chunk(2, dim=-1))
     gradients = [gradient.x, gradient.dt, gradient.A, grad_B, grad_C, gradient.D, gradient.dt_bias]
-    return gradients if z is None else [*gradients, gradient.z, gradient.add]
+    return gradients if z is None else [*gradients, grad_z, gradient.add]
 
 
 _scan = operator(cpu_selective_scan)
@@ -234,24 +236,35 @@ def _call_convolution(x, weight, bias, reverse, y, gradients=None):
         kernels().videomamba_causal_conv1d_backward(ctypes.byref(arguments), ctypes.byref(gradients))
 
 
-def cpu_causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, reverse: bool) -> torch.Tensor:
+def convolve(x, weight, bias, reverse):
     """SiLU of the convolution with `weight` (channels, width)."""
     y = _empty(x)
     _call_convolution(x, weight, bias, reverse, y)
     return y
 
 
+def convolve_backward(grad_y, x, weight, bias, reverse, grad_x, *, add=False):
+    """Gradients of `weight` and `bias`; that of `x` goes into `grad_x`, or, to `add`, is added to what is there."""
+    batch, (channels, width) = x.shape[0], weight.shape
+    grad_y = _rows(grad_y)
+    grad_weight, grad_bias = weight.new_empty(batch, width, channels), weight.new_empty(batch, channels)
+    sequences = map(Sequence.of, (grad_y, grad_x, grad_x if add else None))
+    gradients = ConvolutionGradients(*sequences, *map(_pointer, (grad_weight, grad_bias)))
+    _call_convolution(x, weight, bias, reverse, None, gradients=gradients)
+    return grad_weight.sum(0).T.contiguous(), grad_bias.sum(0)
+
+
+def cpu_causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, reverse: bool) -> torch.Tensor:
+    """[`convolve`] as an operator."""
+    return convolve(x, weight, bias, reverse)
+
+
 def cpu_causal_conv1d_backward(
     grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, reverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `x, weight, bias`."""
-    batch, (channels, width) = x.shape[0], weight.shape
-    grad_y, grad_x = _rows(grad_y), _empty(x)
-    grad_weight, grad_bias = weight.new_empty(batch, width, channels), weight.new_empty(batch, channels)
-    sequences, parameters = map(Sequence.of, (grad_y, grad_x)), map(_pointer, (grad_weight, grad_bias))
-    gradients = ConvolutionGradients(*sequences, *parameters)
-    _call_convolution(x, weight, bias, reverse, None, gradients=gradients)
-    return grad_x, grad_weight.sum(0).T.contiguous(), grad_bias.sum(0)
+    grad_x = _empty(x)
+    return grad_x, *convolve_backward(grad_y, x, weight, bias, reverse, grad_x)
 
 
 _convolution = operator(cpu_causal_conv1d)

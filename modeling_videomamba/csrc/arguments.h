@@ -24,7 +24,8 @@ struct VideoMambaScan {
     const float *A, *D, *dt_bias;  // (channels, state), (channels,), (channels,) or null
     float* h;                      // (batch, state, channels) or null: the state before the first step, then after the last
     float* checkpoints;            // (chunks, batch, state, channels) or null: the states before each chunk of kChunk steps
-    VideoMambaSequence y, ungated;  // outputs; `ungated` is y before the gate, for the backward pass
+    // Outputs; `ungated` is y before the gate, for the backward pass, which can compute y anew from it.
+    VideoMambaSequence y, ungated;
 };
 
 // Gradients that are sums over the batch or over channels come in parts, which the caller adds up. Threads that share a
@@ -46,7 +47,7 @@ struct VideoMambaConvolution {
 };
 
 struct VideoMambaConvolutionGradients {
-    VideoMambaSequence y, x;
+    VideoMambaSequence y, x, add;  // that of y is an input; `add` is added to that of x, and may be in its place
     float *weight, *bias;  // (batch, width, channels), (batch, channels)
 };
 

@@ -125,6 +125,7 @@ void backward(const VideoMambaConvolution& convolution, const VideoMambaConvolut
             for (int64_t t = start; t < end; ++t) {
                 ahead.fetch();
                 Vector grad_x{};
+                if (gradients.add.data) grad_x = load(row<T>(gradients.add, sample, t) + channel, lanes);
                 for (int64_t tap = 0; tap < width; ++tap)
                     grad_x += weight[tap] * grad_at(t + (t - kernel.source(t, tap)));  // the step that sees t
                 store(row<T>(gradients.x, sample, t) + channel, grad_x, lanes);

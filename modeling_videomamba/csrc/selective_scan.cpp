@@ -414,15 +414,16 @@ class Backward {
         const auto xs = share_.rows(scan_.x, start_), dts = is_projected ? Rows<T>{} : share_.rows(scan_.dt, start_);
         const auto zs = share_.rows(scan_.z, start_), ungated = share_.rows(scan_.ungated, start_);
         const auto grad_ys = share_.rows(gradients_.y, start_), grad_zs = share_.rows(gradients_.z, start_);
-        const auto grad_adds = share_.rows(gradients_.add, start_);
+        const auto grad_adds = share_.rows(gradients_.add, start_), ys = share_.rows(scan_.y, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
                 Adjoint& adjoint = adjoints_[block - first];
                 Vector grad_y = load(grad_ys[i] + channel, lanes);
                 if (zs) {
                     const Vector z = load(zs[i] + channel, lanes), gate = sigmoid(z);
-                    const Vector grad_gate = grad_y * load(ungated[i] + channel, lanes);
-                    store(grad_zs[i] + channel, grad_gate * gate * (1.0f + z * (1.0f - gate)), lanes);
+                    const Vector y = load(ungated[i] + channel, lanes);
+                    store(grad_zs[i] + channel, grad_y * y * gate * (1.0f + z * (1.0f - gate)), lanes);
+                    if (ys) store(ys[i] + channel, y * z * gate, lanes);
                     grad_y *= z * gate;
                     store(grad_adds[i] + channel, grad_y, lanes);
                 }
@@ -447,7 +448,7 @@ class Backward {
         if (start < 0) return;
         const int64_t end = std::min(share_.count, begin + kBlocks);
         for (const auto& sequence :
-             {scan_.x, dt, gradients_.y, scan_.z, scan_.ungated, gradients_.z, gradients_.add})
+             {scan_.x, dt, gradients_.y, scan_.z, scan_.ungated, scan_.y, gradients_.z, gradients_.add})
             share_.will_want(ahead_, sequence, start, begin, end);
         share_.will_want_checkpoint(ahead_, start, begin, end);
     }
