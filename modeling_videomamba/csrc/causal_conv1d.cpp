@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kChunk = 64;             // steps, and
 constexpr int kBlocks = 256 / kLanes;  // blocks of channels whose rows, weights and gradients stay in the first cache
+constexpr int kBackwardBlocks = 64 / kLanes;  // the same, with what the gradients of a chunk need
 constexpr int kAhead = 4;              // rows, of which the processor can't guess which part is wanted
 
 template <class T>
@@ -86,72 +87,143 @@ void forward(const VideoMambaConvolution& convolution, int64_t sample, int64_t f
             }
 }
 
-template <class T>
-void backward(const VideoMambaConvolution& convolution, const VideoMambaConvolutionGradients& gradients, int64_t sample,
-              int64_t first, int64_t last) {
-    const Convolution<T> kernel(convolution, first, last);
-    const int64_t length = convolution.length, channels = convolution.channels, width = convolution.width;
-    // The gradient of x at a step needs those before the SiLU of the `margin` steps that see it, each of which needs x of
-    // the `margin` steps that it sees.
-    const int64_t margin = width - 1;
-    Workspace workspace(2 * kChunk + 6 * margin + kernel.count * (width + 1));
-    Vector *xs = workspace.take(kChunk + 4 * margin), *grads = workspace.take(kChunk + 2 * margin),
-           *grad_weight = workspace.take(kernel.count * width), *grad_bias = workspace.take(kernel.count);
-    Ahead ahead;
-    const auto will_want = [&](const VideoMambaSequence& sequence, int64_t begin, int64_t end) {
-        if (begin >= end) return;
-        const int64_t part = std::min(kernel.count * kLanes, channels - kernel.channel(0));
-        ahead.add(row<T>(sequence, sample, begin) + kernel.channel(0), sequence.row_stride * sizeof(T), end - begin,
-                  part * sizeof(T));
-    };
-    for (int64_t start = 0; start < length; start += kChunk) {
-        const int64_t end = std::min(start + kChunk, length), next_end = std::min(end + kChunk, length);
-        ahead.start(kernel.count * (end - start));
-        for (const auto& sequence : {convolution.x, gradients.y, gradients.x}) will_want(sequence, end, next_end);
-        const auto backward_block = [&](int64_t block, int lanes) {
-            const int64_t channel = kernel.channel(block);
-            const Vector* weight = kernel.weight + block * width;
-            const auto x_at = [&](int64_t t) -> Vector& { return xs[t - start + 2 * margin]; };
-            const auto grad_at = [&](int64_t t) -> Vector& { return grads[t - start + margin]; };
-            const auto is_inside = [&](int64_t t) { return t >= 0 && t < length; };
-            for (int64_t t = start - 2 * margin; t < end + 2 * margin; ++t)
-                x_at(t) = is_inside(t) ? load(row<T>(convolution.x, sample, t) + channel, lanes) : Vector{};
-            for (int64_t t = start - margin; t < end + margin; ++t) {
-                Vector y = kernel.bias[block];
-                for (int64_t tap = 0; tap < width; ++tap) y += weight[tap] * x_at(kernel.source(t, tap));
-                const Vector gate = sigmoid(y), slope = gate * (1.0f + y * (1.0f - gate));
-                grad_at(t) = is_inside(t) ? slope * load(row<T>(gradients.y, sample, t) + channel, lanes) : Vector{};
+// Of one sample and some blocks of channels. With a kWidth the number of taps is known to the compiler.
+template <class T, int kWidth>
+class Backward {
+  public:
+    Backward(const VideoMambaConvolution& convolution, const VideoMambaConvolutionGradients& gradients, int64_t sample,
+             int64_t first, int64_t last)
+        : kernel_(convolution, first, last),
+          gradients_(gradients),
+          sample_(sample),
+          length_(convolution.length),
+          width_(kWidth ? kWidth : convolution.width),
+          workspace_(kBackwardBlocks * (2 * kChunk + 3 * (width_ - 1)) + kernel_.count * (width_ + 1)),
+          x_(rows(convolution.x)),
+          grad_y_(rows(gradients.y)),
+          grad_x_(rows(gradients.x)),
+          add_(rows(gradients.add)) {
+        xs_ = workspace_.take(kBackwardBlocks * (kChunk + 2 * (width_ - 1)));
+        grads_ = workspace_.take(kBackwardBlocks * (kChunk + width_ - 1));
+        grad_weight_ = workspace_.take(kernel_.count * width_);
+        grad_bias_ = workspace_.take(kernel_.count);
+    }
+
+    void run() {
+        for (start_ = 0; start_ < length_; start_ += kChunk) {
+            steps_ = std::min<int64_t>(kChunk, length_ - start_);
+            look_ahead();
+            for (begin_ = 0; begin_ < kernel_.count; begin_ += kBackwardBlocks) {
+                end_ = std::min(begin_ + kBackwardBlocks, kernel_.count);
+                read();
+                for (int64_t block = begin_; block < end_; ++block) backward(block);
+                write();
             }
-            for (int64_t t = start; t < end; ++t) {
-                ahead.fetch();
-                Vector grad_x{};
-                if (gradients.add.data) grad_x = load(row<T>(gradients.add, sample, t) + channel, lanes);
-                for (int64_t tap = 0; tap < width; ++tap)
-                    grad_x += weight[tap] * grad_at(t + (t - kernel.source(t, tap)));  // the step that sees t
-                store(row<T>(gradients.x, sample, t) + channel, grad_x, lanes);
-            }
-            for (int64_t tap = 0; tap < width; ++tap) {
-                Vector total{};
-                for (int64_t t = start; t < end; ++t) total += grad_at(t) * x_at(kernel.source(t, tap));
-                grad_weight[block * width + tap] += total;
-            }
-            for (int64_t t = start; t < end; ++t) grad_bias[block] += grad_at(t);
-        };
-        for (int64_t block = 0; block < kernel.count; ++block) {
-            if (kernel.lanes(block) == kLanes)
-                backward_block(block, kLanes);
-            else
-                backward_block(block, kernel.lanes(block));
+        }
+        const int64_t channels = kernel_.convolution.channels;
+        for (int64_t block = 0; block < kernel_.count; ++block) {
+            const int64_t channel = kernel_.channel(block);
+            for (int64_t tap = 0; tap < width_; ++tap)
+                store(gradients_.weight + (sample_ * width_ + tap) * channels + channel,
+                      grad_weight_[block * width_ + tap], kernel_.lanes(block));
+            store(gradients_.bias + sample_ * channels + channel, grad_bias_[block], kernel_.lanes(block));
         }
     }
-    for (int64_t block = 0; block < kernel.count; ++block) {
-        const int64_t channel = kernel.channel(block);
-        for (int64_t tap = 0; tap < width; ++tap)
-            store(gradients.weight + (sample * width + tap) * channels + channel, grad_weight[block * width + tap],
-                  kernel.lanes(block));
-        store(gradients.bias + sample * channels + channel, grad_bias[block], kernel.lanes(block));
+
+  private:
+    int64_t width() const { return kWidth ? kWidth : width_; }
+    Rows<T> rows(const VideoMambaSequence& sequence) const {
+        const auto& convolution = kernel_.convolution;
+        return videomamba::rows<T>(sequence, sample_, convolution.length, convolution.reverse, 0);
     }
-}
+
+    int64_t margin() const { return width() - 1; }
+    Vector* xs(int64_t block) const { return xs_ + (block - begin_) * (kChunk + 2 * margin()); }
+    Vector* grads(int64_t block) const { return grads_ + (block - begin_) * (kChunk + margin()); }
+
+    // The rows of the next chunk.
+    void look_ahead() {
+        const int64_t start = start_ + steps_, steps = std::min<int64_t>(kChunk, length_ - start);
+        const int64_t channel = kernel_.channel(0);
+        const int64_t part = std::min(kernel_.count * kLanes, kernel_.convolution.channels - channel);
+        ahead_.start(kernel_.count * steps_);
+        for (const auto& rows : {x_, grad_y_, grad_x_})
+            ahead_.add(rows[start] + channel, rows.step * sizeof(T), steps, part * sizeof(T));
+    }
+
+    // Steps in the order of the scan. The gradient of x at a step needs those before the SiLU of the steps that see it,
+    // of which there are `margin` after the chunk, and these need x of the steps that they see.
+    void read() {
+        const int64_t margin = this->margin();
+        for (int64_t i = 0; i < steps_ + 2 * margin; ++i) {
+            const int64_t t = start_ - margin + i;
+            const bool is_inside = t >= 0 && t < length_;
+            for_blocks([&](int64_t block, int64_t channel, int lanes) {
+                xs(block)[i] = is_inside ? load(x_[t] + channel, lanes) : Vector{};
+                if (i >= margin) grads(block)[i - margin] = is_inside ? load(grad_y_[t] + channel, lanes) : Vector{};
+            });
+        }
+    }
+
+    void backward(int64_t block) {
+        const int64_t margin = this->margin(), steps = steps_;
+        const Vector *weight = kernel_.weight + block * width(), *x = xs(block), bias = kernel_.bias[block];
+        Vector *grad = grads(block), *sums = grad_weight_ + block * width(), grad_bias = grad_bias_[block];
+        Vector local_weight[std::max(kWidth, 1)], local_sums[std::max(kWidth, 1)];  // in registers
+        if constexpr (kWidth > 0) {
+            std::copy_n(weight, kWidth, local_weight), std::copy_n(sums, kWidth, local_sums);
+            weight = local_weight, sums = local_sums;
+        }
+        const auto through_silu = [&](int64_t i) {
+            Vector y = bias;
+            for (int64_t tap = 0; tap < width(); ++tap) y += weight[tap] * x[i + tap];
+            const Vector gate = sigmoid(y);
+            return grad[i] * (gate * (1.0f + y * (1.0f - gate)));
+        };
+        for (int64_t i = 0; i < steps; ++i) {
+            const Vector grad_y = through_silu(i);
+            for (int64_t tap = 0; tap < width(); ++tap) sums[tap] += grad_y * x[i + tap];
+            grad_bias += grad_y;
+            grad[i] = grad_y;
+        }
+        for (int64_t i = steps; i < steps + margin; ++i) grad[i] = through_silu(i);
+        for (int64_t i = 0; i < steps; ++i) {
+            ahead_.fetch();
+            Vector grad_x{};
+            for (int64_t tap = 0; tap < width(); ++tap) grad_x += weight[tap] * grad[i + margin - tap];
+            grad[i] = grad_x;
+        }
+        std::copy_n(sums, width(), grad_weight_ + block * width());
+        grad_bias_[block] = grad_bias;
+    }
+
+    void write() {
+        for (int64_t i = 0; i < steps_; ++i)
+            for_blocks([&](int64_t block, int64_t channel, int lanes) {
+                Vector grad_x = grads(block)[i];
+                if (add_) grad_x += load(add_[start_ + i] + channel, lanes);
+                store(grad_x_[start_ + i] + channel, grad_x, lanes);
+            });
+    }
+
+    // Calls `function(block, channel, lanes)`, compiled for full vectors and for others.
+    template <class Function>
+    void for_blocks(const Function& function) const {
+        const int64_t full = std::min(end_, kernel_.convolution.channels / kLanes - kernel_.first);
+        for (int64_t block = begin_; block < full; ++block) function(block, kernel_.channel(block), kLanes);
+        if (full < end_) function(full, kernel_.channel(full), kernel_.lanes(full));
+    }
+
+    const Convolution<T> kernel_;
+    const VideoMambaConvolutionGradients& gradients_;
+    const int64_t sample_, length_, width_;
+    Workspace workspace_;
+    const Rows<T> x_, grad_y_, grad_x_, add_;
+    Vector *xs_, *grads_;  // [block][step], x from `margin` steps before a chunk to as many after it, like the gradients
+    Vector *grad_weight_, *grad_bias_;  // [block][tap], [block]
+    Ahead ahead_;
+    int64_t start_ = 0, steps_ = 0, begin_ = 0, end_ = 0;
+};
 
 template <class T>
 void forward_all(const VideoMambaConvolution& convolution) {
@@ -168,7 +240,10 @@ void backward_all(const VideoMambaConvolution& convolution, const VideoMambaConv
     const int64_t blocks = vectors(convolution.channels), parts = std::min(convolution.threads, convolution.batch * blocks);
     parallel(parts, [&](int64_t part) {
         for_share(convolution.batch, blocks, part, parts, [&](int64_t sample, int64_t first, int64_t last) {
-            backward<T>(convolution, gradients, sample, first, last);
+            if (convolution.width == 4)
+                Backward<T, 4>(convolution, gradients, sample, first, last).run();
+            else
+                Backward<T, 0>(convolution, gradients, sample, first, last).run();
         });
     });
 }

@@ -26,15 +26,6 @@ Vector decay(Vector dt, Vector A) {
     return exp2_bounded(kBounded ? exponent : bounded(exponent));
 }
 
-template <class T>
-struct Rows {
-    T* first;
-    int64_t step;
-
-    T* operator[](int64_t i) const { return first + i * step; }
-    explicit operator bool() const { return first != nullptr; }
-};
-
 // What forward and backward know of one sample and some blocks of channels, with kStates states in registers.
 template <class T, int kStates>
 struct Share {
@@ -75,11 +66,8 @@ struct Share {
     int lanes(int64_t block) const { return lanes_at(channel(block), scan.channels); }
     int64_t position(int64_t step) const { return scan.reverse ? scan.length - 1 - step : step; }
 
-    // A chunk of rows, in the order of the scan.
     Rows<T> rows(const VideoMambaSequence& sequence, int64_t start) const {
-        if (!sequence.data) return {};
-        const int64_t step = scan.reverse ? -sequence.row_stride : sequence.row_stride;
-        return {row<T>(sequence, sample, position(start)), step};
+        return videomamba::rows<T>(sequence, sample, scan.length, scan.reverse, start);
     }
     // Lists the rows of a chunk, of the blocks from `begin` to `end`, and the states before it.
     void will_want(Ahead& ahead, const VideoMambaSequence& sequence, int64_t start, int64_t begin, int64_t end) const {

@@ -196,7 +196,17 @@ inline Vector exp2_bounded(Vector v) {
 
 inline Vector bounded(Vector v) { return at_most(at_least(v, -kExponents), kExponents); }
 
-inline Vector sigmoid(Vector v) { return 1.0f / (1.0f + exp2_bounded(bounded(v * -kLog2E))); }
+// 1 / v for a normal v whose reciprocal is normal.
+inline Vector reciprocal(Vector v) {
+#if VIDEOMAMBA_VECTOR_BYTES == 64
+    const Vector estimate = (Vector)_mm512_rcp14_ps((__m512)v);  // and one step of Newton's method, for a third of the time
+    return estimate + estimate * (1.0f - v * estimate);
+#else
+    return 1.0f / v;
+#endif
+}
+
+inline Vector sigmoid(Vector v) { return reciprocal(1.0f + exp2_bounded(bounded(v * -kLog2E))); }
 
 // log(1 + w) for 0 <= w <= 1, within 1e-7 relative.
 inline Vector log1p_unit(Vector w) {
@@ -215,7 +225,7 @@ inline Vector log1p_unit(Vector w) {
 // log(1 + exp(v)), and its slope, the sigmoid.
 inline Vector softplus(Vector v, Vector* slope = nullptr) {
     const Vector w = exp2_bounded(at_least(absolute(v) * -kLog2E, -kExponents));
-    if (slope) *slope = (v < 0.0f ? w : broadcast(1.0f)) / (1.0f + w);
+    if (slope) *slope = (v < 0.0f ? w : broadcast(1.0f)) * reciprocal(1.0f + w);
     return at_least(v, 0.0f) + log1p_unit(w);
 }
 

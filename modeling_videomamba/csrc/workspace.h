@@ -32,6 +32,24 @@ T* row(const VideoMambaSequence& sequence, int64_t sample, int64_t t) {
     return static_cast<T*>(sequence.data) + sample * sequence.batch_stride + t * sequence.row_stride;
 }
 
+// Rows in the order of a scan.
+template <class T>
+struct Rows {
+    T* first;
+    int64_t step;
+
+    T* operator[](int64_t i) const { return first + i * step; }
+    explicit operator bool() const { return first != nullptr; }
+};
+
+// From step `start` of the scan on; none of an absent tensor.
+template <class T>
+Rows<T> rows(const VideoMambaSequence& sequence, int64_t sample, int64_t length, bool reverse, int64_t start) {
+    if (!sequence.data) return {};
+    if (reverse) return {row<T>(sequence, sample, length - 1 - start), -sequence.row_stride};
+    return {row<T>(sequence, sample, start), sequence.row_stride};
+}
+
 inline int64_t vectors(int64_t width) { return (width + kLanes - 1) / kLanes; }
 
 // Entries of the block of channels that starts at `channel`.
