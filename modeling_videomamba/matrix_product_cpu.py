@@ -134,7 +134,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """`grad.T @ inputs`, that of the weight of a linear layer, from `(rows, out_features)` and `(rows, in_features)`."""
+    """`grad.T @ inputs` of `(rows, out_features)` and `(rows, in_features)`: that of the weight of a linear layer."""
     # all of the second matrix is packed before the first product, so that it had better be the smaller one
     if inputs.shape[1] > grad.shape[1] and is_fit(inputs.T, grad.T):
         return cpu_matrix_product(inputs.T, grad).T.contiguous()

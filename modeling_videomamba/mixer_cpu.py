@@ -1,9 +1,9 @@
 """
 The bidirectional Mamba block on a CPU as one operator with gradients, as Mamba's release has its block.
 
-For the backward pass it keeps what `in_proj` and `x_proj` make, the states between chunks and the output before the gate.
-The output of the convolution, the time steps and the gated output are computed anew, which takes less time than to
-read them from memory (Mamba, arXiv 2312.00752, section 3.3.2).
+For the backward pass it keeps what `in_proj` and `x_proj` make, the states between chunks and the output before the
+gate. The output of the convolution, the time steps and the gated output are computed anew, which takes no more time
+than to read them from memory (Mamba, arXiv 2312.00752, section 3.3.2).
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from .selective_scan_cpu import convolve, convolve_backward, scan, scan_backward
 @dataclass
 class ScanParameters:
     """
-    Of one scan: `conv_weight` (channels, width), `conv_bias`, `dt_bias` and `D` (channels,), `x_proj` (rank + 2 * state,
-    channels), `dt_proj` (channels, rank), `A` (channels, state). All but `x_proj` are float32.
+    Of one scan: `conv_weight` (channels, width), `conv_bias`, `dt_bias` and `D` (channels,), `x_proj`
+    (rank + 2 * state, channels), `dt_proj` (channels, rank), `A` (channels, state). All but `x_proj` are float32.
     """
 
     conv_weight: torch.Tensor
@@ -118,12 +118,13 @@ def cpu_mixer_backward(
         dt, B, C = each.split(projected)
         gate = {"z": z, "grad_z": grad_z, "ungated": ungated, "y": y} if is_last else {}
         gradient = scan_backward(
-            *(grad_y, convolved, dt, each.A, B, C, each.D, each.dt_bias, each.dt_proj.T, checkpoints, reverse[i]), **gate
+            *(grad_y, convolved, dt, each.A, B, C, each.D, each.dt_bias, each.dt_proj.T, checkpoints, reverse[i]),
+            **gate,
         )
         grad_y = gradient.add if is_last else grad_y
         grad_convolved, grad_projected = gradient.x, _rows(gradient.projected.to(xz.dtype))
-        _rows(grad_convolved).addmm_(grad_projected, each.x_proj)
-        grad_x_proj = grad_projected.T @ _rows(convolved)
+        torch.addmm(_rows(grad_convolved), grad_projected, each.x_proj, out=_rows(grad_convolved))
+        grad_x_proj = torch.mm(grad_projected.T, _rows(convolved))
         grad_conv = convolve_backward(
             *(grad_convolved, x, each.conv_weight, each.conv_bias, reverse[i], grad_x), add=not is_last
         )
@@ -189,9 +190,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, *_):
     hidden_states, in_proj, out_proj, xz, ungated, *rest = ctx.saved_tensors
     parameters, kept = rest[: ctx.num_parameters], rest[ctx.num_parameters :]
-    gradients = _mixer_backward(
-        *(grad_out, hidden_states, in_proj, out_proj, parameters, xz, ungated, kept, ctx.reverse)
-    )
+    with torch.autocast("cpu", enabled=False):  # as it was in the forward pass
+        gradients = _mixer_backward(
+            *(grad_out, hidden_states, in_proj, out_proj, parameters, xz, ungated, kept, ctx.reverse)
+        )
     return *gradients[:3], gradients[3:], None, None
 
 

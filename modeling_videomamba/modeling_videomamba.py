@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -411,7 +411,7 @@ class VideoMambaScan(nn.Module):
         """What the compiled kernels take."""
         return ScanParameters(
             self.conv1d.weight.squeeze(1).float(),
-            self.conv1d.bias.float(),
+            self.conv1d.get_parameter("bias").float(),
             self.x_proj.weight,
             self.dt_proj.weight.float(),
             self.dt_bias.float(),
@@ -455,9 +455,9 @@ class VideoMambaMixer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
         if permutation is None and self._is_one_operator(hidden_states):
-            scans = [scan.parameters_of_scan() for scan in self.scans]
-            reverse = [scan.reverse for scan in self.scans]
-            return mixer(hidden_states, self.in_proj.weight, self.out_proj.weight, scans, reverse)
+            scans = cast(list[VideoMambaScan], list(self.scans))
+            parameters, reverse = [scan.parameters_of_scan() for scan in scans], [scan.reverse for scan in scans]
+            return mixer(hidden_states, self.in_proj.weight, self.out_proj.weight, parameters, reverse)
         if isinstance(self.in_proj, VideoMambaInputProjection):  # apart, so that nobody has to join their gradients
             x, z = self.in_proj(hidden_states, name="x"), self.in_proj(hidden_states, name="z")
         else:  # wrapped by an adapter
@@ -475,8 +475,12 @@ class VideoMambaMixer(nn.Module):
     def _is_one_operator(self, hidden_states: torch.Tensor) -> bool:
         if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_recorded(hidden_states):
             return False
+        # as accelerate does, to bring weights when their modules are called
+        is_offloaded = any("forward" in vars(module) for module in self.modules())
         is_of_one_dtype = all(parameter.dtype == hidden_states.dtype for parameter in self.parameters())
-        return is_of_one_dtype and has_compiled_kernels("cpu", hidden_states.dtype) and is_plain(self)
+        if is_offloaded or not is_of_one_dtype or not is_plain(self):
+            return False
+        return has_compiled_kernels("cpu", hidden_states.dtype)
 
     def forward_in_pieces(
         self, pieces: Sequence[torch.Tensor], norm: nn.Module, workspace: VideoMambaWorkspace

@@ -50,9 +50,7 @@ def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call_scan(
-    x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, y, checkpoints=None, ungated=None, gradients=None
-):
+def _call_scan(x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, y, checkpoints=None, ungated=None, gradients=None):
     """Runs the kernel into `y`, or, given the structure of gradients, the backward kernel into those."""
     x, dt, B, C, z, add = map(_rows, (x, dt, B, C, z, add))
     A, D = A.contiguous(), D.contiguous()
@@ -99,13 +97,13 @@ class ScanGradient:
     """Gradients of the tensors of [`scan`] by name; `projected` (batch, length, ...): those of `dt_low`, B and C."""
 
     x: torch.Tensor
-    dt: torch.Tensor | None
+    dt: torch.Tensor  # without `dt_proj`
     projected: torch.Tensor
     A: torch.Tensor
     D: torch.Tensor
     dt_bias: torch.Tensor
     dt_proj: torch.Tensor
-    add: torch.Tensor | None
+    add: torch.Tensor  # with a gate
 
 
 def scan_backward(
@@ -171,12 +169,11 @@ def cpu_selective_scan_backward(
     reverse: bool,
 ) -> list[torch.Tensor]:
     """Gradients of `x, dt, A, B, C, D, dt_bias`, then, with a gate, of `z` and of what was added before the gate."""
-    grad_z = None if z is None else _empty(z)
-    gate = {} if z is None else {"z": z, "grad_z": grad_z, "ungated": ungated}
+    gate = {} if z is None else {"z": z, "grad_z": _empty(z), "ungated": ungated}
     gradient = scan_backward(grad_y, x, dt, A, B, C, D, dt_bias, None, checkpoints, reverse, **gate)
     grad_B, grad_C = (part.to(B.dtype, copy=True).contiguous() for part in gradient.projected.chunk(2, dim=-1))
     gradients = [gradient.x, gradient.dt, gradient.A, grad_B, grad_C, gradient.D, gradient.dt_bias]
-    return gradients if z is None else [*gradients, grad_z, gradient.add]
+    return gradients if z is None else [*gradients, gate["grad_z"], gradient.add]
 
 
 _scan = operator(cpu_selective_scan)

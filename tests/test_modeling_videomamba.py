@@ -536,22 +536,26 @@ def test_tokens_are_the_class_token_and_then_the_patches_frame_by_frame():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Inference in many pieces; the lengths of the pieces that were scanned."""
+    """Inference in many pieces; the lengths of what was scanned."""
     modeling = importlib.import_module("modeling_videomamba.modeling_videomamba")
     monkeypatch.setattr(modeling, "PIECE_SIZE", 1)
     monkeypatch.setattr(modeling, "MIN_PIECE_LENGTH", 4)
     lengths = []
-    whole, piece = modeling.selective_scan, modeling.PiecewiseScan.__call__
+    piece = modeling.PiecewiseScan.__call__
 
-    def record(x, *rest, **kw):
-        lengths.append(x.shape[1])
-        return whole(x, *rest, **kw)
+    def recording(function):
+        def record(x, *rest, **kw):
+            lengths.append(x.shape[1])
+            return function(x, *rest, **kw)
+
+        return record
 
     def record_piece(self, x, *rest, **kw):
         lengths.append(x.shape[1])
         return piece(self, x, *rest, **kw)
 
-    monkeypatch.setattr(modeling, "selective_scan", record)
+    for name in ("selective_scan", "mixer"):
+        monkeypatch.setattr(modeling, name, recording(getattr(modeling, name)))
     monkeypatch.setattr(modeling.PiecewiseScan, "__call__", record_piece)
     return lengths
 

@@ -1,0 +1,187 @@
+"""The block as one operator of the CPU kernels, with each variant that this processor has, against its modules."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_videomamba import modeling_videomamba as modeling
+from modeling_videomamba.selective_scan import BACKEND_VARIABLE
+from tests.conftest import VARIANTS, load_variant, needs_kernel, tiny_config
+
+scan_cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")
+mixer_cpu = importlib.import_module("modeling_videomamba.mixer_cpu")
+pytestmark = needs_kernel
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, monkeypatch):
+    kernels = load_variant(request.param)
+    monkeypatch.setattr(scan_cpu, "kernels", lambda: kernels)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """One entry for each call of the operator."""
+    made = []
+    monkeypatch.setattr(modeling, "mixer", lambda *inputs: made.append(inputs) or mixer_cpu.mixer(*inputs))
+    return made
+
+
+def make_mixer(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    mixer = modeling.VideoMambaMixer(tiny_config(**changes))
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return mixer.to(dtype)
+
+
+def outputs_and_gradients(mixer, hidden_states, grad):
+    hidden_states = hidden_states.detach().requires_grad_()
+    y = mixer(hidden_states)
+    y.backward(grad.to(y.dtype))
+    gradients = {name: parameter.grad for name, parameter in mixer.named_parameters()}
+    return {"y": y.detach(), "hidden_states": hidden_states.grad, **gradients}
+
+
+def assert_same(mixer, hidden_states, tolerance):
+    grad = torch.randn_like(hidden_states)
+    actual = outputs_and_gradients(mixer, hidden_states, grad)
+    exact = copy.deepcopy(mixer).double()
+    exact.zero_grad()
+    expected = outputs_and_gradients(exact, hidden_states.double(), grad)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == hidden_states.dtype and actual[name].shape == tensor.shape
+        if tensor.numel():
+            scale = tensor.abs().max().clamp(min=1e-6)
+            assert (actual[name].double() - tensor).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("scan_order", ["spatial_first", "spatiotemporal_v1"])
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 20, "state_size": 5, "conv_kernel": 3, "time_step_rank": 9}])
+@pytest.mark.parametrize("length", [1, 5, 32, 103])
+def test_parity_of_outputs_and_gradients(variant, calls, length, changes, scan_order):
+    mixer = make_mixer(scan_order=scan_order, **changes)
+    assert_same(mixer, torch.randn(2, length, mixer.in_proj.in_features), 1e-4)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parity_in_half_precision(variant, calls, dtype):
+    mixer = make_mixer(dtype)
+    assert_same(mixer, torch.randn(2, 40, 32).to(dtype), 5e-2)
+    assert len(calls) == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 3), st.integers(1, 70), st.integers(1, 5), st.sampled_from([1, 4, 16]), st.integers(1, 5))
+def test_any_sizes_and_threads(batch, length, threads, state_size, conv_kernel):
+    mixer = make_mixer(state_size=state_size, conv_kernel=conv_kernel)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same(mixer, torch.randn(batch, length, 32), 1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_operator_is_deterministic():
+    mixer, hidden_states = make_mixer(), torch.randn(2, 90, 32)
+    runs = []
+    for _ in range(2):
+        mixer.zero_grad()
+        runs.append(outputs_and_gradients(mixer, hidden_states, torch.ones(2, 90, 32)))
+        runs[-1] = {name: tensor.clone() for name, tensor in runs[-1].items()}
+    assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
+
+
+def test_the_operators_fulfil_the_contract_of_torch():
+    mixer = make_mixer()
+    scans = [scan.parameters_of_scan() for scan in mixer.scans]
+    parameters = [tensor for scan in scans for tensor in vars(scan).values()]
+    weights = (mixer.in_proj.weight, mixer.out_proj.weight)
+    inputs = (torch.randn(2, 40, 32, requires_grad=True), *weights, [p.detach().requires_grad_() for p in parameters])
+    operators = torch.ops.videomamba
+    result = torch.library.opcheck(operators.cpu_mixer.default, (*inputs, [False, True], True))
+    assert set(result.values()) == {"SUCCESS"}
+    with torch.no_grad():
+        out, *kept = operators.cpu_mixer(*inputs, [False, True], True)
+    detached = (inputs[0].detach(), *(weight.detach() for weight in weights), [p.detach() for p in parameters])
+    result = torch.library.opcheck(operators.cpu_mixer_backward.default, (out, *detached, *kept, [False, True]))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_only_what_the_backward_pass_cannot_compute_is_kept(monkeypatch):
+    def kept_bytes(mixer):
+        sizes = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = mixer(torch.randn(1, 500, 32))
+        assert y.requires_grad
+        return sum(sizes.values())
+
+    as_one = kept_bytes(make_mixer())
+    monkeypatch.setattr(modeling, "is_plain", lambda module: False)
+    assert as_one < 0.6 * kept_bytes(make_mixer())
+
+
+def test_without_gradients_nothing_is_kept(calls):
+    mixer, hidden_states = make_mixer(), torch.randn(1, 20, 32)
+    with torch.no_grad():
+        without = mixer(hidden_states)
+    torch.testing.assert_close(without, mixer(hidden_states).detach(), rtol=0, atol=0)
+    assert len(calls) == 2
+
+
+def wrap(mixer):
+    mixer.scans[0].x_proj = torch.nn.Sequential(mixer.scans[0].x_proj)
+
+
+def parametrise(mixer):
+    torch.nn.utils.parametrizations.weight_norm(mixer.out_proj)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        wrap,
+        parametrise,
+        lambda mixer: mixer.scans[1].conv1d.register_forward_hook(lambda *_: None),
+        lambda mixer: mixer.in_proj.register_full_backward_hook(lambda *_: None),
+        lambda mixer: mixer.scans[0].dt_proj.bfloat16(),
+    ],
+    ids=["adapter", "parametrisation", "hook", "backward hook", "another dtype"],
+)
+def test_modules_that_someone_changed_or_watches_are_called(calls, change):
+    mixer, hidden_states = make_mixer(), torch.randn(1, 20, 32)
+    expected = mixer(hidden_states)
+    assert len(calls) == 1
+    change(mixer)
+    if mixer.scans[0].dt_proj.weight.dtype == torch.float32:
+        torch.testing.assert_close(mixer(hidden_states), expected, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(RuntimeError, match="dtype"):
+            mixer(hidden_states)
+    assert len(calls) == 1
+
+
+def test_the_operator_is_for_the_compiled_kernels_alone(calls, monkeypatch):
+    mixer, hidden_states = make_mixer(), torch.randn(1, 20, 32)
+    expected = mixer(hidden_states)
+    permuted = mixer(hidden_states, torch.arange(20))  # as for scans in temporal order
+    torch.testing.assert_close(permuted, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mixer(hidden_states).dtype == torch.bfloat16
+    assert mixer.to("meta")(hidden_states.to("meta")).device.type == "meta"
+    assert make_mixer().double()(hidden_states.double()).dtype == torch.float64
+    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+    torch.testing.assert_close(make_mixer()(hidden_states), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
