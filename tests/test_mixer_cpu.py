@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_videomamba import modeling_videomamba as modeling
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
@@ -131,6 +132,20 @@ def test_only_what_the_backward_pass_cannot_compute_is_kept(monkeypatch):
     as_one = kept_bytes(make_mixer())
     monkeypatch.setattr(modeling, "is_plain", lambda module: False)
     assert as_one < 0.6 * kept_bytes(make_mixer())
+
+
+def test_the_products_are_counted_as_those_of_the_modules(monkeypatch):
+    def count(mixer):
+        hidden_states = torch.randn(1, 50, 32, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            y = mixer(hidden_states)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    as_one = count(make_mixer())
+    monkeypatch.setattr(modeling, "is_plain", lambda module: False)
+    assert as_one == count(make_mixer()) and as_one[0] > 0
 
 
 def test_without_gradients_nothing_is_kept(calls):
