@@ -1,5 +1,6 @@
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 
 # Nothing in the tests may look for anything on the network.
@@ -38,6 +39,14 @@ def load_variant(variant: str):
         return load_library(variant)
     except ImportError as error:
         pytest.skip(f"{variant}: {error}")
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, monkeypatch) -> None:
+    """All CPU kernels but the matrix products are those for one kind of vectors."""
+    kernels = load_variant(request.param)
+    for name in ("pieces_cpu", "rms_norm_cpu", "selective_scan_cpu"):
+        monkeypatch.setattr(import_module(f"modeling_videomamba.{name}"), "kernels", lambda: kernels)
 
 
 TINY = {

@@ -11,17 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_videomamba import modeling_videomamba as modeling
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
-from tests.conftest import VARIANTS, load_variant, needs_kernel, tiny_config
+from tests.conftest import needs_kernel, tiny_config
 
-scan_cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")
 mixer_cpu = importlib.import_module("modeling_videomamba.mixer_cpu")
 pytestmark = needs_kernel
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request, monkeypatch):
-    kernels = load_variant(request.param)
-    monkeypatch.setattr(scan_cpu, "kernels", lambda: kernels)
 
 
 @pytest.fixture

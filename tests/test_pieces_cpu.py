@@ -17,17 +17,15 @@ from modeling_videomamba.pieces_cpu import (
     sum_into,
 )
 from modeling_videomamba.selective_scan import causal_conv1d, has_compiled_kernels
-from tests.conftest import VARIANTS, load_variant, needs_kernel
+from tests.conftest import needs_kernel
 from tests.scan_reference import make_inputs
 
 pieces_cpu = importlib.import_module("modeling_videomamba.pieces_cpu")
 pytestmark = needs_kernel
 
 
-@pytest.fixture(params=VARIANTS)
-def queue(request, monkeypatch):
-    kernels = load_variant(request.param)
-    monkeypatch.setattr(pieces_cpu, "kernels", lambda: kernels)
+@pytest.fixture
+def queue(variant):
     return Queue()
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE, rms_norm
-from tests.conftest import VARIANTS, load_variant, needs_kernel
+from tests.conftest import needs_kernel
 
 cpu = importlib.import_module("modeling_videomamba.rms_norm_cpu")
 pytestmark = needs_kernel
@@ -23,12 +23,6 @@ def gradients(norm, hidden_states, weight, grad):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (hidden_states, weight)]
     y = norm(*leaves, 1e-5)
     return y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request, monkeypatch):
-    kernels = load_variant(request.param)
-    monkeypatch.setattr(cpu, "kernels", lambda: kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

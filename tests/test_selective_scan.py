@@ -256,7 +256,7 @@ def test_half_precision_is_rounded_as_by_torch(dtype):
 
 @needs_kernel
 def test_states_and_gradients_decay_to_zero():
-    """And not to numbers below the smallest normal one, which take a processor a hundred times as long."""
+    """And not to numbers below the smallest normal one, which take a processor many times as long."""
     length, channels = 400, 32
     x, dt, B, C = torch.zeros(1, length, channels), torch.zeros(1, length, channels), *torch.ones(2, 1, length, 8)
     x[:, 0] = 1

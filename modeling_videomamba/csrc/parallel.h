@@ -15,7 +15,7 @@
 namespace videomamba {
 
 // Numbers below the smallest normal one are zero while this exists. States and gradients decay to such numbers and stay
-// there, and a processor takes a hundred times as long for them.
+// there, and a processor takes many times as long for them.
 class FlushDenormals {
   public:
     FlushDenormals() : before_(control()) { set_control(before_ | kFlush); }
