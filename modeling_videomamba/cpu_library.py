@@ -10,7 +10,7 @@ import torch
 
 # What follows repeats csrc/arguments.h.
 
-VERSION = 4
+VERSION = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -39,8 +39,8 @@ class Scan(ctypes.Structure):
 class ScanGradients(ctypes.Structure):
     _fields_ = [
         *_fields(Sequence, "y x dt z add"),
-        *_fields(ctypes.c_void_p, "A D dt_bias dt_proj B C dt_low"),
-        *_fields(ctypes.c_int64, "row_stride"),
+        *_fields(ctypes.c_void_p, "A D dt_bias dt_proj projected conv_weight conv_bias"),
+        *_fields(ctypes.c_int64, "conv_width"),
     ]
 
 
@@ -55,7 +55,12 @@ class Convolution(ctypes.Structure):
 
 
 class ConvolutionGradients(ctypes.Structure):
-    _fields_ = [*_fields(Sequence, "y x add"), *_fields(ctypes.c_void_p, "weight bias")]
+    _fields_ = [
+        *_fields(Sequence, "y x add"),
+        *_fields(ctypes.c_void_p, "weight bias"),
+        *_fields(ctypes.c_int64, "outputs"),
+        *_fields(ctypes.c_void_p, "x_proj projected x_proj_gradient"),
+    ]
 
 
 class Norm(ctypes.Structure):

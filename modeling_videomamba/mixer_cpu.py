@@ -1,26 +1,24 @@
 """
-The bidirectional Mamba block on a CPU as one operator with gradients, as Mamba's release has its block.
+The bidirectional Mamba block on a CPU as one function with gradients, as Mamba's release has its block.
 
 For the backward pass it keeps what `in_proj` and `x_proj` make, the states between chunks and the output before the
 gate. The output of the convolution, the time steps and the gated output are computed anew, which takes no more time
 than to read them from memory (Mamba, arXiv 2312.00752, section 3.3.2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from .matrix_product_cpu import matmul, weight_gradient
-from .operators import operator
-from .selective_scan_cpu import convolve, convolve_backward, scan, scan_backward, scan_outputs
+from .selective_scan_cpu import Gate, convolve, convolve_backward, scan, scan_backward
 
 
 @dataclass
 class ScanParameters:
     """
-    Of one scan: `conv_weight` (channels, width), `conv_bias`, `dt_bias` and `D` (channels,), `x_proj`
-    (rank + 2 * state, channels), `dt_proj` (channels, rank), `A` (channels, state). All but `x_proj` are float32.
+    Of one scan, as its modules have them: `conv_weight` (channels, 1, width), `conv_bias`, `dt_bias` and `D`
+    (channels,), `x_proj` (rank + 2 * state, channels), `dt_proj` (channels, rank), `A_log` (channels, state).
     """
 
     conv_weight: torch.Tensor
@@ -28,15 +26,23 @@ class ScanParameters:
     x_proj: torch.Tensor
     dt_proj: torch.Tensor
     dt_bias: torch.Tensor
-    A: torch.Tensor
+    A_log: torch.Tensor
     D: torch.Tensor
 
-    def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What `dt_proj` makes time steps of, B and C."""
-        return projected.split([self.dt_proj.shape[1], self.A.shape[1], self.A.shape[1]], dim=-1)
+    def of_convolution(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.conv_weight.squeeze(1).float(), self.conv_bias.float()
+
+    def of_scan(self) -> dict[str, torch.Tensor]:
+        others = {"D": self.D, "dt_bias": self.dt_bias, "dt_proj": self.dt_proj}
+        return {"A": self.A_log.float().exp().neg_(), **{name: tensor.float() for name, tensor in others.items()}}
+
+    def split(self, projected: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What `x_proj` makes: what `dt_proj` makes time steps of, B and C."""
+        state = self.A_log.shape[1]
+        return dict(zip(("dt", "B", "C"), projected.split([self.dt_proj.shape[1], state, state], dim=-1), strict=True))
 
 
-NUM_PARAMETERS = len(ScanParameters.__dataclass_fields__)
+NUM_PARAMETERS = len(fields(ScanParameters))
 
 
 def mixer(
@@ -48,153 +54,105 @@ def mixer(
 ) -> torch.Tensor:
     """
     `(batch, length, D)` to the same: `scans`, each in its direction, of the `x` that `in_proj` (2 * channels, D) makes,
-    their sum times SiLU(z), and `out_proj` (D, channels).
+    their sum times SiLU(z), and `out_proj` (D, channels). All are of one dtype, that of the output.
     """
-    parameters = [getattr(each, name) for each in scans for name in ScanParameters.__dataclass_fields__]
-    needs_grad = any(tensor.requires_grad for tensor in (hidden_states, in_proj, out_proj, *parameters))
-    keep = torch.is_grad_enabled() and needs_grad
-    return _mixer(hidden_states, in_proj, out_proj, parameters, reverse, keep)[0]
+    tensors = [hidden_states, in_proj, out_proj, *(tensor for each in scans for tensor in vars(each).values())]
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _Mixer.apply(reverse, keep, *tensors)
+
+
+class _Mixer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, reverse, keep, *tensors):
+        ctx.reverse, ctx.num_inputs = reverse, len(tensors)
+        out, kept = _forward(*_by_scan(tensors), reverse, keep)
+        if keep:
+            ctx.save_for_backward(*tensors, *kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        tensors, kept = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+        with torch.autocast("cpu", enabled=False):  # as it was in the forward pass
+            gradients = _backward(grad_out, *_by_scan(tensors), ctx.reverse, *kept)
+        gradients = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors, strict=True)]
+        return None, None, *gradients
 
 
 def _by_scan(tensors):
-    return [ScanParameters(*tensors[i : i + NUM_PARAMETERS]) for i in range(0, len(tensors), NUM_PARAMETERS)]
+    """`hidden_states, in_proj, out_proj` and the parameters of the scans."""
+    scans = [ScanParameters(*tensors[i : i + NUM_PARAMETERS]) for i in range(3, len(tensors), NUM_PARAMETERS)]
+    return *tensors[:3], scans
 
 
 def _rows(tensor):
     return tensor.flatten(0, 1)
 
 
-def cpu_mixer(
-    hidden_states: torch.Tensor,
-    in_proj: torch.Tensor,
-    out_proj: torch.Tensor,
-    parameters: list[torch.Tensor],
-    reverse: list[bool],
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def _forward(hidden_states, in_proj, out_proj, scans, reverse, keep):
     """
     The output, and what is to `keep` for the backward pass: `x` and `z` in one tensor, the output before the gate, and,
     for each scan, what `x_proj` made and the states between chunks.
     """
-    scans = _by_scan(parameters)
-    xz = matmul(_rows(hidden_states), in_proj.T).unflatten(0, hidden_states.shape[:2])
+    shape, kept = hidden_states.shape[:2], []
+    xz = matmul(_rows(hidden_states), in_proj.T).unflatten(0, shape)
     x, z = xz.chunk(2, dim=-1)
-    y, ungated, kept = None, None, []
+    y = ungated = None
     for i, each in enumerate(scans):
-        convolved = convolve(x, each.conv_weight, each.conv_bias, reverse[i])
-        projected = matmul(_rows(convolved), each.x_proj.T).unflatten(0, hidden_states.shape[:2])
-        dt, B, C = each.split(projected)
-        gate = z if each is scans[-1] else None
+        convolved = convolve(x, *each.of_convolution(), reverse[i])
+        projected = matmul(_rows(convolved), each.x_proj.T).unflatten(0, shape)
         y, ungated, checkpoints = scan(
-            *(convolved, dt, each.A, B, C, each.D, gate, each.dt_bias, y, each.dt_proj.T, reverse[i], keep)
+            convolved,
+            **each.split(projected),
+            **each.of_scan(),
+            **{"z": z if each is scans[-1] else None, "add": y, "ungated": y, "reverse": reverse[i], "keep": keep},
         )
         kept += [projected, checkpoints]
-    out = matmul(_rows(y), out_proj.T).unflatten(0, hidden_states.shape[:2])
-    return (out, xz, ungated, kept) if keep else (out, *map(hidden_states.new_empty, (0, 0)), [])
+        del convolved  # whose place, which is in the cache, the next one takes
+    return matmul(_rows(y), out_proj.T).unflatten(0, shape), [xz, ungated, *kept]
 
 
-def cpu_mixer_backward(
-    grad_out: torch.Tensor,
-    hidden_states: torch.Tensor,
-    in_proj: torch.Tensor,
-    out_proj: torch.Tensor,
-    parameters: list[torch.Tensor],
-    xz: torch.Tensor,
-    ungated: torch.Tensor,
-    kept: list[torch.Tensor],
-    reverse: list[bool],
-) -> list[torch.Tensor]:
-    """Gradients of `hidden_states, in_proj, out_proj`, then of `parameters`."""
-    scans, shape, grad_out = _by_scan(parameters), xz.shape[:2], _rows(grad_out)
+def _backward(grad_out, hidden_states, in_proj, out_proj, scans, reverse, xz, ungated, *kept):
+    """Gradients of `hidden_states, in_proj, out_proj`, then of the parameters of the scans."""
+    shape, grad_out = xz.shape[:2], _rows(grad_out)
     (x, z), grad_xz = xz.chunk(2, dim=-1), torch.empty_like(xz)
     grad_x, grad_z = grad_xz.chunk(2, dim=-1)
     grad_y = matmul(grad_out, out_proj).unflatten(0, shape)
-    y = torch.empty_like(grad_y)
     gradients: list[torch.Tensor] = []
-    for i, each in reversed(list(enumerate(scans))):
-        is_last = each is scans[-1]
-        convolved = convolve(x, each.conv_weight, each.conv_bias, reverse[i])
-        projected, checkpoints = kept[2 * i : 2 * i + 2]
-        dt, B, C = each.split(projected)
-        gate = {"z": z, "grad_z": grad_z, "ungated": ungated, "y": y} if is_last else {}
+    for i in reversed(range(len(scans))):
+        each, (projected, checkpoints), is_last = scans[i], kept[2 * i : 2 * i + 2], i == len(scans) - 1
+        gate = Gate(z, ungated, grad_z, grad_ungated=grad_y, y=torch.empty_like(grad_y)) if is_last else None
+        convolution, parameters = each.of_convolution(), each.of_scan()
         gradient = scan_backward(
-            *(grad_y, convolved, dt, each.A, B, C, each.D, each.dt_bias, each.dt_proj.T, checkpoints, reverse[i]),
-            **gate,
+            *(grad_y, x),
+            **each.split(projected),
+            **parameters,
+            **{"checkpoints": checkpoints, "gate": gate, "convolution": convolution, "reverse": reverse[i]},
         )
-        grad_y = gradient.add if is_last else grad_y
-        grad_convolved, grad_projected = gradient.x, _rows(gradient.projected.to(xz.dtype))
-        torch.addmm(_rows(grad_convolved), grad_projected, each.x_proj, out=_rows(grad_convolved))
-        grad_x_proj = torch.mm(grad_projected.T, _rows(convolved))
-        grad_conv = convolve_backward(
-            *(grad_convolved, x, each.conv_weight, each.conv_bias, reverse[i], grad_x), add=not is_last
+        if gate:
+            grad_out_proj = weight_gradient(grad_out, _rows(gate.y))
+        grad_weight, grad_bias, grad_x_proj = convolve_backward(
+            *(gradient.x, x, *convolution, reverse[i], grad_x),
+            add=not is_last,
+            x_proj=each.x_proj.float(),
+            grad_projected=gradient.projected,
         )
-        others = (grad_x_proj, gradient.dt_proj.T.contiguous(), gradient.dt_bias, gradient.A, gradient.D)
-        gradients = [*grad_conv, *others, *gradients]
+        of_scan = ScanParameters(
+            conv_weight=grad_weight.unsqueeze(1),
+            conv_bias=grad_bias,
+            x_proj=grad_x_proj,
+            dt_proj=gradient.dt_proj,
+            dt_bias=gradient.dt_bias,
+            A_log=gradient.A.mul_(parameters["A"]),
+            D=gradient.D,
+        )
+        gradients = [*vars(of_scan).values(), *gradients]
+        del gate, gradient  # whose places, which are in the cache, the next ones take
     grad_xz = _rows(grad_xz)
     return [
         matmul(grad_xz, in_proj).unflatten(0, shape),
         weight_gradient(grad_xz, _rows(hidden_states)),
-        weight_gradient(grad_out, _rows(y)),
+        grad_out_proj,
         *gradients,
     ]
-
-
-_mixer = operator(cpu_mixer)
-_mixer_backward = operator(cpu_mixer_backward)
-
-
-@_mixer.register_fake
-def _(hidden_states, in_proj, out_proj, parameters, reverse, keep):
-    if not keep:
-        return torch.empty_like(hidden_states), *map(hidden_states.new_empty, (0, 0)), []
-    xz, kept = hidden_states.new_empty(*hidden_states.shape[:2], len(in_proj)), []
-    x, z = xz.chunk(2, dim=-1)
-    for each in _by_scan(parameters):
-        _, ungated, checkpoints = scan_outputs(x, each.A, z, keep)
-        kept += [hidden_states.new_empty(*hidden_states.shape[:2], len(each.x_proj)), checkpoints]
-    return torch.empty_like(hidden_states), xz, ungated, kept
-
-
-@_mixer_backward.register_fake
-def _(grad_out, hidden_states, in_proj, out_proj, parameters, xz, ungated, kept, reverse):
-    return list(map(torch.empty_like, (hidden_states, in_proj, out_proj, *parameters)))
-
-
-def _count(hidden_states_shape, in_proj_shape, out_proj_shape, parameters_shape):
-    """Operations of all products with weights, which is what is counted of other layers too."""
-    weights = [in_proj_shape, out_proj_shape]
-    for each in _by_scan(parameters_shape):
-        weights += [each.x_proj, each.dt_proj]
-    batch, length, _ = hidden_states_shape
-    return 2 * batch * length * sum(rows * columns for rows, columns in weights)
-
-
-@register_flop_formula(_mixer._opoverload.overloadpacket)
-def _(*shapes, **kwargs):
-    return _count(*shapes[:4])
-
-
-@register_flop_formula(_mixer_backward._opoverload.overloadpacket)
-def _(grad_out_shape, *shapes, **kwargs):
-    return 2 * _count(*shapes[:4])
-
-
-def _setup_context(ctx, inputs, output):
-    hidden_states, in_proj, out_proj, parameters, ctx.reverse, _ = inputs
-    _, xz, ungated, kept = output
-    ctx.num_parameters = len(parameters)
-    ctx.save_for_backward(hidden_states, in_proj, out_proj, xz, ungated, *parameters, *kept)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_out, *_):
-    hidden_states, in_proj, out_proj, xz, ungated, *rest = ctx.saved_tensors
-    parameters, kept = rest[: ctx.num_parameters], rest[ctx.num_parameters :]
-    with torch.autocast("cpu", enabled=False):  # as it was in the forward pass
-        gradients = _mixer_backward(
-            *(grad_out, hidden_states, in_proj, out_proj, parameters, xz, ungated, kept, ctx.reverse)
-        )
-    return *gradients[:3], gradients[3:], None, None
-
-
-_mixer.register_autograd(_backward, setup_context=_setup_context)

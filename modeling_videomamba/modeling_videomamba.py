@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_videomamba import VideoMambaConfig
 from .matrix_product_cpu import Memory
 from .mixer_cpu import ScanParameters, mixer
+from .operators import are_recorded
 from .pieces_cpu import PiecewiseConvolution, PiecewiseLinear, PiecewiseScan, Queue, norm_into, sum_into
 from .selective_scan import causal_conv1d, has_compiled_kernels, linear, rms_norm, selective_scan
 
@@ -293,19 +294,22 @@ def is_watched(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """
     Whether nothing would miss the calls of what is inside of the module: modules may be wrapped by adapters,
-    parametrised, replaced or watched by hooks, weights may be quantised.
+    parametrised, replaced or watched by hooks, weights may be quantised, or brought when their modules are called, for
+    which accelerate replaces `forward`.
     """
-    inner = list(module.modules())[1:]
-    return (
-        all(type(part) in PLAIN_MODULES for part in inner)
-        and not any(map(is_watched, inner))
-        and all(type(parameter) is nn.Parameter for parameter in module.parameters())
-    )
+    for part in module.modules():
+        if any(type(parameter) is not nn.Parameter for parameter in part._parameters.values() if parameter is not None):
+            return False
+        if part is not module and (type(part) not in PLAIN_MODULES or is_watched(part)):
+            return False
+        if "forward" in vars(part):
+            return False
+    return True
 
 
 def is_recorded(tensor: torch.Tensor) -> bool:
     """Whether operators are recorded, or modules watched from inside, so that none can be passed over."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not torch.Tensor:
+    if are_recorded() or type(tensor) is not torch.Tensor:
         return True
     return bool(getattr(nn.modules.module, "_has_any_global_hook", bool)())
 
@@ -408,23 +412,16 @@ class VideoMambaScan(nn.Module):
         return selective_scan(x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add)
 
     def parameters_of_scan(self) -> ScanParameters:
-        """What the compiled kernels take."""
-        return ScanParameters(
-            self.conv1d.weight.squeeze(1).float(),
-            self.conv1d.get_parameter("bias").float(),
-            self.x_proj.weight,
-            self.dt_proj.weight.float(),
-            self.dt_bias.float(),
-            -torch.exp(self.A_log.float()),
-            self.D.float(),
-        )
+        conv_bias = self.conv1d.get_parameter("bias")
+        projections = (self.x_proj.weight, self.dt_proj.weight)
+        return ScanParameters(self.conv1d.weight, conv_bias, *projections, self.dt_bias, self.A_log, self.D)
 
     def _scan_piece(self, x, add, z, memory, pieces):
         x = self.conv1d(x, memory.convolved, pieces)
         dt, B, C = self.x_proj(x, memory.projected, pieces, "x_proj").split(self.split_sizes, dim=-1)
         if pieces.scan is None:
             # what the module makes of the unit vectors: its weight may be there only while it is called
-            dt_proj = self.dt_proj(torch.eye(self.dt_proj.in_features, dtype=x.dtype))
+            dt_proj = self.dt_proj(torch.eye(self.dt_proj.in_features, dtype=x.dtype)).T.contiguous()
             parameters = (-torch.exp(self.A_log.float()), self.D, self.dt_bias, dt_proj)
             pieces.scan = PiecewiseScan(*parameters, pieces.queue, batch=len(x), reverse=self.reverse)
         pieces.scan(x, dt, B, C, memory.y, z, add)
@@ -454,7 +451,7 @@ class VideoMambaMixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
-        if permutation is None and self._is_one_operator(hidden_states):
+        if permutation is None and self._is_one_function(hidden_states):
             scans = cast(list[VideoMambaScan], list(self.scans))
             parameters, reverse = [scan.parameters_of_scan() for scan in scans], [scan.reverse for scan in scans]
             return mixer(hidden_states, self.in_proj.weight, self.out_proj.weight, parameters, reverse)
@@ -472,15 +469,11 @@ class VideoMambaMixer(nn.Module):
                 y = scan(x, y, gate)
         return self.out_proj(y)
 
-    def _is_one_operator(self, hidden_states: torch.Tensor) -> bool:
+    def _is_one_function(self, hidden_states: torch.Tensor) -> bool:
         if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_recorded(hidden_states):
             return False
-        # as accelerate does, to bring weights when their modules are called
-        is_offloaded = any("forward" in vars(module) for module in self.modules())
         is_of_one_dtype = all(parameter.dtype == hidden_states.dtype for parameter in self.parameters())
-        if is_offloaded or not is_of_one_dtype or not is_plain(self):
-            return False
-        return has_compiled_kernels("cpu", hidden_states.dtype)
+        return is_of_one_dtype and is_plain(self) and has_compiled_kernels("cpu", hidden_states.dtype)
 
     def forward_in_pieces(
         self, pieces: Sequence[torch.Tensor], norm: nn.Module, workspace: VideoMambaWorkspace

@@ -1,4 +1,4 @@
-"""Registration of operators with PyTorch."""
+"""Registration of operators with PyTorch, and what has to see them."""
 
 from collections.abc import Callable
 from itertools import count
@@ -20,3 +20,13 @@ def operator(function: Callable) -> torch.library.CustomOpDef:
         if not hasattr(getattr(torch.ops, namespace), name):
             return torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=())
     raise AssertionError("unreachable")
+
+
+def are_recorded() -> bool:
+    """
+    Whether something sees operators one by one, so that functions must be made of them: compilation, export and
+    tracing, and modes (counters of operations, fake tensors, selective checkpoints).
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0

@@ -120,7 +120,7 @@ class PiecewiseConvolution:
 class PiecewiseScan:
     """
     [`selective_scan`] of a sequence that comes in pieces: from the first to the last, or, with `reverse`, from the last
-    to the first. `dt_proj` `(rank, channels)` makes the time steps, before bias and softplus.
+    to the first. `dt_proj` `(channels, rank)` makes the time steps, before bias and softplus.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class PiecewiseScan:
         batch: int,
         reverse: bool,
     ) -> None:
-        (channels, states), rank, self.queue = A.shape, len(dt_proj), queue
-        shapes = {"D": (D, (channels,)), "dt_bias": (dt_bias, (channels,)), "dt_proj": (dt_proj, (rank, channels))}
+        (channels, states), rank, self.queue = A.shape, dt_proj.shape[1], queue
+        shapes = {"D": (D, (channels,)), "dt_bias": (dt_bias, (channels,)), "dt_proj": (dt_proj, (channels, rank))}
         for name, (parameter, shape) in shapes.items():
             _check(name, parameter, shape, parameter.dtype)
         parameters = [parameter.float().contiguous() for parameter in (A, D, dt_bias, dt_proj)]

@@ -57,7 +57,7 @@ def _call_scan(x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, y, checkpoi
     dt_bias, dt_proj = (None if tensor is None else tensor.contiguous() for tensor in (dt_bias, dt_proj))
     (batch, length, channels), state = x.shape, A.shape[1]
     arguments = Scan(
-        *(batch, length, channels, state, 0 if dt_proj is None else len(dt_proj), torch.get_num_threads()),
+        *(batch, length, channels, state, 0 if dt_proj is None else dt_proj.shape[1], torch.get_num_threads()),
         *(DTYPES[x.dtype], reverse),
         *map(Sequence.of, (x, dt, B, C, z, add)),
         *map(_pointer, (dt_proj, A, D, dt_bias, None, checkpoints)),
@@ -71,12 +71,14 @@ def _call_scan(x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, y, checkpoi
         kernels().videomamba_selective_scan_backward(ctypes.byref(arguments), ctypes.byref(gradients))
 
 
-def scan(x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, keep):
+def scan(x, dt, A, B, C, D, z, dt_bias, add, *, reverse, keep, dt_proj=None, ungated=None):
     """
-    The output, and, to `keep` for the backward pass, the output before the gate and the states before each chunk. With
-    `dt_proj` (rank, channels) `dt` is what it projects, (batch, length, rank).
+    The output, and, to `keep` for the backward pass, the output before the gate, in `ungated` if that is given, which
+    may be `add`, and the states before each chunk. With `dt_proj` (channels, rank) `dt` is what it projects,
+    (batch, length, rank).
     """
-    y, ungated, checkpoints = scan_outputs(x, A, z, keep)
+    y, memory, checkpoints = scan_outputs(x, A, z if ungated is None else None, keep)
+    ungated = memory if ungated is None else ungated
     kept = {"checkpoints": checkpoints} if keep else {}
     if keep and z is not None:
         kept["ungated"] = ungated
@@ -93,48 +95,60 @@ def scan_outputs(x, A, z, keep):
 
 
 @dataclass
+class Gate:
+    """
+    `z`, the output before it, and memory for what the backward pass makes: the gradients of `z` and of that output,
+    which may take the place of the gradient of the output after it, and, if there is a `y`, that output anew.
+    """
+
+    z: torch.Tensor
+    ungated: torch.Tensor
+    grad_z: torch.Tensor
+    grad_ungated: torch.Tensor
+    y: torch.Tensor | None = None
+
+
+@dataclass
 class ScanGradient:
     """Gradients of the tensors of [`scan`] by name; `projected` (batch, length, ...): those of `dt_low`, B and C."""
 
     x: torch.Tensor
-    dt: torch.Tensor  # without `dt_proj`
+    dt: torch.Tensor | None  # without `dt_proj`
     projected: torch.Tensor
     A: torch.Tensor
     D: torch.Tensor
     dt_bias: torch.Tensor
-    dt_proj: torch.Tensor
-    add: torch.Tensor  # with a gate
+    dt_proj: torch.Tensor | None
 
 
 def scan_backward(
-    grad_y, x, dt, A, B, C, D, dt_bias, dt_proj, checkpoints, reverse, *, z=None, grad_z=None, ungated=None, y=None
+    grad_y, x, dt, A, B, C, D, dt_bias, *, checkpoints, reverse, dt_proj=None, gate=None, convolution=None
 ):
     """
-    Gradients of [`scan`]. With the gate `z` that of `z` goes into `grad_z`, and, where there is a `y`, the output into
-    that, computed anew. Without one the gradient of `add` is `grad_y`, and missing here.
+    Gradients of [`scan`]. With `convolution`, its weight and bias, `x` is what [`convolve`] makes the input of the scan
+    of, and the gradient of `x` that of this input.
     """
-    (batch, length, channels), state = x.shape, A.shape[1]
-    rank = 0 if dt_proj is None else len(dt_proj)
+    rank = 0 if dt_proj is None else dt_proj.shape[1]
     grad_y = _rows(grad_y)
-    threads = torch.get_num_threads()
-    slots = min(threads, -(-threads // max(batch, 1)) + 1)  # threads that can share a sample
-    projected = A.new_zeros(slots, batch, length, rank + 2 * state)
-    dt_low, grad_B, grad_C = projected.split([rank, state, state], dim=-1)
-    grad_A, grad_dt_proj = A.new_empty(batch, state, channels), A.new_empty(batch, rank, channels)
-    grad_D, grad_dt_bias = D.new_empty(2, batch, channels)
-    sums = {"projected": projected, "A": grad_A, "D": grad_D, "dt_bias": grad_dt_bias, "dt_proj": grad_dt_proj}
-    sequences = {"x": _empty(x), "dt": _empty(dt) if rank == 0 else None, "add": None if z is None else _empty(x)}
-    addresses = {**sums, "B": grad_B, "C": grad_C, "dt_low": dt_low}
-    del addresses["projected"]
+    weight, bias = (tensor.contiguous() for tensor in convolution) if convolution else (None, None)
+    new = A.new_zeros if x.numel() == 0 else A.new_empty
+    gradient = ScanGradient(
+        x=_empty(x),
+        dt=None if rank else _empty(dt),
+        projected=new(*x.shape[:2], rank + 2 * A.shape[1]),
+        **{"A": new(A.shape), "D": new(D.shape), "dt_bias": new(D.shape)},
+        dt_proj=None if dt_proj is None else new(dt_proj.shape),
+    )
+    z, ungated, grad_z, grad_ungated, y = vars(gate).values() if gate else [None] * 5
     gradients = ScanGradients(
-        **{name: Sequence.of(tensor) for name, tensor in {"y": grad_y, "z": grad_z, **sequences}.items()},
-        **{name: tensor.data_ptr() for name, tensor in addresses.items()},
-        row_stride=projected.shape[-1],
+        *map(Sequence.of, (grad_y, gradient.x, gradient.dt, grad_z, grad_ungated)),
+        *map(_pointer, (gradient.A, gradient.D, gradient.dt_bias, gradient.dt_proj, gradient.projected)),
+        *map(_pointer, (weight, bias)),
+        0 if weight is None else weight.shape[1],
     )
     arguments = (x, dt, A, B, C, D, z, dt_bias, None, dt_proj, reverse, y)
     _call_scan(*arguments, checkpoints=checkpoints, ungated=ungated, gradients=gradients)
-    sums = {name: parts.sum(0) for name, parts in sums.items()}
-    return ScanGradient(**sequences, **{**sums, "A": sums["A"].T.contiguous()})
+    return gradient
 
 
 def cpu_selective_scan(
@@ -151,7 +165,7 @@ def cpu_selective_scan(
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[`scan`] as an operator, of time steps before bias and softplus."""
-    return scan(x, dt, A, B, C, D, z, dt_bias, add, None, reverse, keep)
+    return scan(x, dt, A, B, C, D, z, dt_bias, add, reverse=reverse, keep=keep)
 
 
 def cpu_selective_scan_backward(
@@ -169,11 +183,11 @@ def cpu_selective_scan_backward(
     reverse: bool,
 ) -> list[torch.Tensor]:
     """Gradients of `x, dt, A, B, C, D, dt_bias`, then, with a gate, of `z` and of what was added before the gate."""
-    gate = {} if z is None else {"z": z, "grad_z": _empty(z), "ungated": ungated}
-    gradient = scan_backward(grad_y, x, dt, A, B, C, D, dt_bias, None, checkpoints, reverse, **gate)
+    gate = None if z is None else Gate(z, ungated, grad_z=_empty(z), grad_ungated=_empty(x))
+    gradient = scan_backward(grad_y, x, dt, A, B, C, D, dt_bias, checkpoints=checkpoints, reverse=reverse, gate=gate)
     grad_B, grad_C = (part.to(B.dtype, copy=True).contiguous() for part in gradient.projected.chunk(2, dim=-1))
     gradients = [gradient.x, gradient.dt, gradient.A, grad_B, grad_C, gradient.D, gradient.dt_bias]
-    return gradients if z is None else [*gradients, gate["grad_z"], gradient.add]
+    return [*gradients, gate.grad_z, gate.grad_ungated] if gate else gradients
 
 
 _scan = operator(cpu_selective_scan)
@@ -240,15 +254,25 @@ def convolve(x, weight, bias, reverse):
     return y
 
 
-def convolve_backward(grad_y, x, weight, bias, reverse, grad_x, *, add=False):
-    """Gradients of `weight` and `bias`; that of `x` goes into `grad_x`, or, to `add`, is added to what is there."""
-    batch, (channels, width) = x.shape[0], weight.shape
+def convolve_backward(grad_y, x, weight, bias, reverse, grad_x, *, add=False, x_proj=None, grad_projected=None):
+    """
+    Gradients of `weight`, `bias` and `x_proj`; that of `x` goes into `grad_x`, or, to `add`, is added to what is there.
+    What is convolved goes through `x_proj` (outputs, channels), if there is one, besides where `grad_y` is from;
+    `grad_projected` (batch, length, outputs) is the gradient of what that makes. Both are float32.
+    """
     grad_y = _rows(grad_y)
-    grad_weight, grad_bias = weight.new_empty(batch, width, channels), weight.new_empty(batch, channels)
-    sequences = map(Sequence.of, (grad_y, grad_x, grad_x if add else None))
-    gradients = ConvolutionGradients(*sequences, *map(_pointer, (grad_weight, grad_bias)))
+    new = weight.new_zeros if x.numel() == 0 else weight.new_empty
+    grad_weight, grad_bias = new(weight.shape), new(len(weight))
+    x_proj, grad_projected = (None if tensor is None else tensor.contiguous() for tensor in (x_proj, grad_projected))
+    grad_x_proj = None if x_proj is None else new(x_proj.shape)
+    gradients = ConvolutionGradients(
+        *map(Sequence.of, (grad_y, grad_x, grad_x if add else None)),
+        *map(_pointer, (grad_weight, grad_bias)),
+        0 if x_proj is None else len(x_proj),
+        *map(_pointer, (x_proj, grad_projected, grad_x_proj)),
+    )
     _call_convolution(x, weight, bias, reverse, None, gradients=gradients)
-    return grad_weight.sum(0).T.contiguous(), grad_bias.sum(0)
+    return grad_weight, grad_bias, grad_x_proj
 
 
 def cpu_causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, reverse: bool) -> torch.Tensor:
@@ -261,7 +285,7 @@ def cpu_causal_conv1d_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `x, weight, bias`."""
     grad_x = _empty(x)
-    return grad_x, *convolve_backward(grad_y, x, weight, bias, reverse, grad_x)
+    return grad_x, *convolve_backward(grad_y, x, weight, bias, reverse, grad_x)[:2]
 
 
 _convolution = operator(cpu_causal_conv1d)

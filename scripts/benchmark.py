@@ -50,6 +50,7 @@ from modeling_videomamba.cpu_library import kernels
 from modeling_videomamba.matrix_product_cpu import unusable as matrix_units_unusable
 from modeling_videomamba.modeling_videomamba import SCANS
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
+from modeling_videomamba.training.memory import keep_freed_memory
 
 SCAN_SHAPES = [[1, 1569, 384], [1, 12545, 1152]]  # Ti at 8 frames of 224 pixels, M at 64
 FRAMES = [8, 16, 32, 64]
@@ -336,6 +337,7 @@ def prepare_training(
     frames: int, image_size: int, batch: int
 ) -> tuple[Callable[[], None], Callable[[], None], torch.optim.Optimizer]:
     """Inference and a step of training of VideoMamba-Ti on the same clips, and the optimizer."""
+    keep_freed_memory()  # as scripts/finetune.py does
     config = VideoMambaConfig(num_frames=frames, image_size=image_size, num_labels=400, **VIDEOMAMBA_SIZES["tiny"])
     model = VideoMambaForVideoClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # the default of Transformers' Trainer

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from modeling_videomamba import VideoMambaConfig, VideoMambaForVideoClassification, VideoMambaVideoProcessor
 from modeling_videomamba.training.data import LabelledVideos, load_videos
+from modeling_videomamba.training.memory import keep_freed_memory
 from modeling_videomamba.training.optimization import cosine_schedule, parameter_groups
 
 
@@ -82,6 +83,8 @@ def main() -> None:
         sys.exit(f"error: --warmup-epochs {args.warmup_epochs} is above --epochs {args.epochs}")
     set_seed(args.seed)
     accelerator = Accelerator()
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     try:
         splits = load_videos(args.data)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The block as one operator of the CPU kernels, with each variant that this processor has, against its modules."""
+"""The block as one function of the CPU kernels, with each variant that this processor has, against its modules."""
 
 import copy
 import importlib
@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_videomamba import modeling_videomamba as modeling
@@ -19,7 +20,7 @@ pytestmark = needs_kernel
 
 @pytest.fixture
 def calls(monkeypatch):
-    """One entry for each call of the operator."""
+    """One entry for each call of the function."""
     made = []
     monkeypatch.setattr(modeling, "mixer", lambda *inputs: made.append(inputs) or mixer_cpu.mixer(*inputs))
     return made
@@ -82,7 +83,7 @@ def test_any_sizes_and_threads(batch, length, threads, state_size, conv_kernel):
         torch.set_num_threads(before)
 
 
-def test_the_operator_is_deterministic():
+def test_the_function_is_deterministic():
     mixer, hidden_states = make_mixer(), torch.randn(2, 90, 32)
     runs = []
     for _ in range(2):
@@ -92,20 +93,36 @@ def test_the_operator_is_deterministic():
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
 
 
-def test_the_operators_fulfil_the_contract_of_torch():
+def test_what_sees_operators_sees_those_of_the_modules(calls):
+    mixer, hidden_states = make_mixer(), torch.randn(2, 20, 32, requires_grad=True)
+    expected = mixer(hidden_states)
+    assert len(calls) == 1
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert mixer(torch.randn(2, 20, 32)).shape == (2, 20, 32)
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden_states), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
+
+
+def test_a_second_derivative_is_refused():
+    mixer, hidden_states = make_mixer(), torch.randn(1, 20, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mixer(hidden_states).square().sum(), hidden_states, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_the_graph_can_be_used_twice():
+    mixer, hidden_states = make_mixer(), torch.randn(2, 70, 32, requires_grad=True)
+    loss = mixer(hidden_states).square().sum()
+    first, second = (torch.autograd.grad(loss, hidden_states, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_infinite_decay_forgets(variant):
     mixer = make_mixer()
-    scans = [scan.parameters_of_scan() for scan in mixer.scans]
-    parameters = [tensor for scan in scans for tensor in vars(scan).values()]
-    weights = (mixer.in_proj.weight, mixer.out_proj.weight)
-    inputs = (torch.randn(2, 40, 32, requires_grad=True), *weights, [p.detach().requires_grad_() for p in parameters])
-    operators = torch.ops.videomamba
-    result = torch.library.opcheck(operators.cpu_mixer.default, (*inputs, [False, True], True))
-    assert set(result.values()) == {"SUCCESS"}
-    with torch.no_grad():
-        out, *kept = operators.cpu_mixer(*inputs, [False, True], True)
-    detached = (inputs[0].detach(), *(weight.detach() for weight in weights), [p.detach() for p in parameters])
-    result = torch.library.opcheck(operators.cpu_mixer_backward.default, (out, *detached, *kept, [False, True]))
-    assert set(result.values()) == {"SUCCESS"}
+    mixer.scans[0].A_log.data.fill_(200)  # exp(200) is infinite
+    outputs = outputs_and_gradients(mixer, torch.randn(1, 40, 32), torch.ones(1, 40, 32))
+    assert all(tensor.isfinite().all() for name, tensor in outputs.items() if name != "scans.0.A_log")
 
 
 def test_only_what_the_backward_pass_cannot_compute_is_kept(monkeypatch):
@@ -181,7 +198,7 @@ def test_modules_that_someone_changed_or_watches_are_called(calls, change):
     assert len(calls) == 1
 
 
-def test_the_operator_is_for_the_compiled_kernels_alone(calls, monkeypatch):
+def test_the_function_is_for_the_compiled_kernels_alone(calls, monkeypatch):
     mixer, hidden_states = make_mixer(), torch.randn(1, 20, 32)
     expected = mixer(hidden_states)
     permuted = mixer(hidden_states, torch.arange(20))  # as for scans in temporal order

@@ -38,8 +38,8 @@ def ordered(parts, reverse):
 @pytest.mark.parametrize("rank", [1, 12])
 def test_a_sequence_can_be_scanned_in_pieces(queue, reverse, count, rank):
     inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 47, 19, 16).items()}
-    dt_low, dt_proj = torch.randn(2, 47, rank), torch.randn(rank, 19)
-    expected = selective_scan(**inputs | {"dt": dt_low @ dt_proj}, reverse=reverse)
+    dt_low, dt_proj = torch.randn(2, 47, rank), torch.randn(19, rank)
+    expected = selective_scan(**inputs | {"dt": dt_low @ dt_proj.T}, reverse=reverse)
     out = inputs["add"].clone()
     parameters = (inputs["A"], inputs["D"], inputs["dt_bias"], dt_proj)
     scan = PiecewiseScan(*parameters, queue, batch=2, reverse=reverse)
@@ -103,7 +103,7 @@ def test_an_empty_piece_changes_nothing_around_it(queue):
     PiecewiseConvolution(torch.randn(19, 1, 4), None, queue, reverse=False)(stream, empty)
     norm_into(empty, stream, torch.ones(19), 1e-5, queue)
     sum_into(empty, stream, stream, queue)
-    parameters = (torch.randn(19, 4), torch.randn(19), torch.randn(19), torch.randn(2, 19))
+    parameters = (torch.randn(19, 4), torch.randn(19), torch.randn(19), torch.randn(19, 2))
     scan = PiecewiseScan(*parameters, queue, batch=0, reverse=False)
     scan(stream, torch.randn(0, 5, 2), torch.randn(0, 5, 4), torch.randn(0, 5, 4), empty)
     queue.run()
@@ -132,8 +132,8 @@ def test_memory_that_grows_leaves_steps_what_they_need(queue):
 def test_pieces_are_checked():
     assert has_compiled_kernels("cpu", torch.float32) and not has_compiled_kernels("cpu", torch.float64)
     queue = Queue()
-    A, D, dt_bias, dt_proj = torch.randn(3, 4), torch.randn(3), torch.randn(3), torch.randn(2, 3)
-    for name, wrong in {"D": torch.randn(4), "dt_bias": torch.randn(1, 3), "dt_proj": torch.randn(2, 4)}.items():
+    A, D, dt_bias, dt_proj = torch.randn(3, 4), torch.randn(3), torch.randn(3), torch.randn(3, 2)
+    for name, wrong in {"D": torch.randn(4), "dt_bias": torch.randn(1, 3), "dt_proj": torch.randn(4, 2)}.items():
         parameters = {"D": D, "dt_bias": dt_bias, "dt_proj": dt_proj} | {name: wrong}
         with pytest.raises(ValueError, match=f"`{name}` must have shape"):
             PiecewiseScan(A, **parameters, queue=queue, batch=1, reverse=False)

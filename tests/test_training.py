@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,3 +86,24 @@ def test_recall_of_equal_scores_and_of_wrong_shapes():
         retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 19), texts)
     with pytest.raises(ValueError, match=r"no text to the videos \[19\]"):
         retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 20), texts.clamp(max=18))
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    program = """
+import resource, torch
+from modeling_videomamba.training.memory import keep_freed_memory
+def step():
+    tensors = [torch.zeros(2_000_000) for _ in range(10)]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+kept = keep_freed_memory()
+faults()
+print(int(kept), faults(), faults())
+"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    kept, *faults = map(int, output.split())
+    if not kept:
+        pytest.skip("a C library that can't be told to keep memory")
+    assert max(faults) < 5000  # of 20,000 pages

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int64_t kVersion = 4;  // to be raised with every change of what is passed
+constexpr int64_t kVersion = 5;  // to be raised with every change of what is passed
 
 extern "C" {
 
@@ -20,7 +20,7 @@ struct VideoMambaScan {
     int64_t batch, length, channels, state, rank, threads;
     int32_t dtype, reverse;
     VideoMambaSequence x, dt, B, C, z, add;
-    const float* dt_proj;          // (rank, channels): dt is what it makes of (batch, length, rank); null without rank
+    const float* dt_proj;          // (channels, rank): dt is what it makes of (batch, length, rank); null without rank
     const float *A, *D, *dt_bias;  // (channels, state), (channels,), (channels,) or null
     float* h;                      // (batch, state, channels) or null: the state before the first step, then after the last
     float* checkpoints;            // (chunks, batch, state, channels) or null: the states before each chunk of kChunk steps
@@ -28,14 +28,15 @@ struct VideoMambaScan {
     VideoMambaSequence y, ungated;
 };
 
-// Gradients that are sums over the batch or over channels come in parts, which the caller adds up. Threads that share a
-// sample have a slot each for those of B, C and of what `dt_proj` makes dt of: rows of (slots, batch, length, row_stride)
-// that are zero before the call.
 struct VideoMambaScanGradients {
-    VideoMambaSequence y, x, dt, z, add;  // that of y is an input, that of dt absent if there is a rank
-    float *A, *D, *dt_bias, *dt_proj;     // (batch, state, channels), (batch, channels) twice, (batch, rank, channels)
-    float *B, *C, *dt_low;                // of the first row
-    int64_t row_stride;
+    // That of y is an input, that of dt absent if there is a rank. That of `add`, with a gate, may be in the place of y's.
+    VideoMambaSequence y, x, dt, z, add;
+    float *A, *D, *dt_bias, *dt_proj;     // of their shapes, without gaps
+    float* projected;                     // (batch, length, rank + 2 * state): of what `dt_proj` makes dt of, of B and of C
+    // Weight (channels, width) and bias of the convolution that makes the x of the scan of what is passed as x, or null. The
+    // gradient of x is that of what it makes.
+    const float *conv_weight, *conv_bias;
+    int64_t conv_width;
 };
 
 struct VideoMambaConvolution {
@@ -48,7 +49,12 @@ struct VideoMambaConvolution {
 
 struct VideoMambaConvolutionGradients {
     VideoMambaSequence y, x, add;  // that of y is an input; `add` is added to that of x, and may be in its place
-    float *weight, *bias;  // (batch, width, channels), (batch, channels)
+    float *weight, *bias;          // of their shapes, without gaps
+    // A linear layer that y goes through too: its weight (outputs, channels), or null, and what is to be its gradient; and
+    // that of what it makes, (batch, length, outputs).
+    int64_t outputs;
+    const float *x_proj, *projected;
+    float* x_proj_gradient;
 };
 
 // y = x / sqrt(mean(x^2) + eps) * weight, row by row; x is float32, y has the dtype of the call.

@@ -9,12 +9,17 @@
 #include "parallel.h"
 #include "workspace.h"
 
+#include <memory>
+
 namespace videomamba {
 namespace {
 
 constexpr int kChunk = 32;  // steps between checkpoints; selective_scan_cpu.py has the same number
 static_assert(kChunk % kLanes == 0);
 constexpr int kStride = kChunk + 1;  // of blocks, so that they don't compete for the same lines of the first cache
+// Vectors between arrays that are written and read in turn. At a distance of 4096 bytes the processor would take what it
+// reads for what it has just written.
+constexpr int kDistance = 1024 / sizeof(Vector);
 constexpr int kGroup = kLanes == 16 ? 8 : 4;  // states in registers at the same time
 constexpr int kBackwardGroup = 4;             // the same, of which all that a chunk needs stays in the first cache
 constexpr int kBlocks = 128 / kLanes;  // blocks of channels that are read row by row: as many as stay in the caches
@@ -58,7 +63,7 @@ struct Share {
                 A_max[block] = maximum(A_max[block], absolute(a));
             }
             for (int64_t k = 0; k < scan.rank; ++k)
-                dt_proj[block * scan.rank + k] = load(scan.dt_proj + k * scan.channels + channel(block), lanes(block));
+                dt_proj[block * scan.rank + k] = gather(scan.dt_proj + channel(block) * scan.rank, scan.rank, k, lanes(block));
         }
     }
 
@@ -284,8 +289,9 @@ class Forward {
 
 // What the adjoint of a chunk needs for one block, [step] each.
 struct Adjoint {
-    Vector dt[kChunk], dt_slope[kChunk], u[kChunk], grad_y[kChunk];
+    Vector x[kChunk], dt[kChunk], dt_slope[kChunk], u[kChunk], grad_y[kChunk];
     Vector grad_u[kChunk], grad_dt[kChunk];
+    Vector distance;  // between blocks, for the same reason, and so that they don't compete for lines of the first cache
 
     // A step that leaves everything alone.
     void clear(int i) { dt[i] = u[i] = grad_y[i] = grad_u[i] = grad_dt[i] = Vector{}; }
@@ -345,16 +351,58 @@ void project_back(const Vector* grad_dt, const Vector* weight, const float* low,
     for (int k = 0; k < kRanks; ++k) grad_weight[k] = sum_w[k];
 }
 
+// The gradient of what `x_proj` makes, (batch, length, width), which is a sum over channels. Threads that share a sample
+// have rows of their own, the first of them those of the gradient, to which the others are added.
+class ProjectedGradient {
+  public:
+    ProjectedGradient(const VideoMambaScan& scan, float* gradient, int64_t blocks, int64_t parts)
+        : width(scan.rank + 2 * scan.state), scan_(scan), gradient_(gradient), blocks_(blocks), parts_(parts) {
+        int64_t most = 0;
+        for (int64_t sample = 0; sample < scan.batch; ++sample) most = std::max(most, last_part(sample) - first_part(sample));
+        others_.reset(new float[most * scan.batch * scan.length * width]);
+    }
+
+    const int64_t width;
+
+    // Of the rows of a sample, for the part that works on it.
+    float* rows(int64_t sample, int64_t part) const {
+        const int64_t index = part - first_part(sample), offset = sample * scan_.length * width;
+        return index == 0 ? gradient_ + offset : others_.get() + (index - 1) * scan_.batch * scan_.length * width + offset;
+    }
+
+    void add_up() const {
+        const int64_t parts = std::min(parts_, scan_.length);
+        parallel(parts, [&](int64_t share) {
+            for_share(scan_.batch, scan_.length, share, parts, [&](int64_t sample, int64_t first, int64_t last) {
+                for (int64_t part = first_part(sample) + 1; part <= last_part(sample); ++part)
+                    for (int64_t i = first * width; i < last * width; ++i)
+                        rows(sample, first_part(sample))[i] += rows(sample, part)[i];
+            });
+        });
+    }
+
+  private:
+    int64_t first_part(int64_t sample) const { return part_of(sample * blocks_, scan_.batch * blocks_, parts_); }
+    int64_t last_part(int64_t sample) const { return part_of((sample + 1) * blocks_ - 1, scan_.batch * blocks_, parts_); }
+
+    const VideoMambaScan& scan_;
+    float* const gradient_;
+    const int64_t blocks_, parts_;
+    std::unique_ptr<float[]> others_;
+};
+
 template <class T>
 class Backward {
   public:
-    Backward(const VideoMambaScan& scan, const VideoMambaScanGradients& gradients, int64_t sample, int64_t slot,
-             int64_t first, int64_t last)
+    Backward(const VideoMambaScan& scan, const VideoMambaScanGradients& gradients, int64_t sample, int64_t first,
+             int64_t last, float* projected, int64_t projected_width)
         : scan_(scan),
           gradients_(gradients),
-          slot_(slot),
+          projected_(projected),
+          projected_width_(projected_width),
           workspace_(Share<T, kBackwardGroup>::size(scan, last - first) + (last - first) * (2 * scan.state + scan.rank + 2) +
-                     2 * kChunk * kBackwardGroup),
+                     2 * kChunk * kBackwardGroup + kDistance +
+                     (gradients.conv_weight ? (last - first) * (gradients.conv_width + 1) : 0)),
           share_(scan, sample, first, last, workspace_),
           adjoints_(std::min<int64_t>(kBlocks, last - first)) {
         carry_ = workspace_.take(share_.count * scan.state);
@@ -362,11 +410,13 @@ class Backward {
         grad_D_ = workspace_.take(share_.count);
         grad_dt_bias_ = workspace_.take(share_.count);
         grad_dt_proj_ = workspace_.take(share_.count * scan.rank);
-        sums_ = workspace_.take(kChunk * kBackwardGroup);
+        sums_ = workspace_.take(kChunk * kBackwardGroup + kDistance);
         more_sums_ = workspace_.take(kChunk * kBackwardGroup);
+        if (gradients.conv_weight) read_convolution();
     }
 
-    void run() {
+    // The gradients of A, dt_proj, D and dt_bias go into `sums`.
+    void run(SumsOfSamples& sums) {
         const int64_t chunks = (scan_.length + kChunk - 1) / kChunk;
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
             start_ = chunk * kChunk;
@@ -382,24 +432,67 @@ class Backward {
             }
         }
         for (int64_t block = 0; block < share_.count; ++block) {
-            share_.write_states(share_.states(gradients_.A, block), grad_A_ + block * scan_.state, block);
-            const int64_t offset = share_.sample * scan_.channels + share_.channel(block);
-            store(gradients_.D + offset, grad_D_[block], share_.lanes(block));
-            store(gradients_.dt_bias + offset, grad_dt_bias_[block], share_.lanes(block));
-            for (int64_t k = 0; k < scan_.rank; ++k)
-                store(gradients_.dt_proj + share_.sample * scan_.rank * scan_.channels + k * scan_.channels +
-                          share_.channel(block),
-                      grad_dt_proj_[block * scan_.rank + k], share_.lanes(block));
+            const auto set = [&](int64_t index, Vector value) {
+                sums.set(share_.sample, index, share_.channel(block), value);
+            };
+            for (int64_t n = 0; n < scan_.state; ++n) set(n, grad_A_[block * scan_.state + n]);
+            for (int64_t k = 0; k < scan_.rank; ++k) set(scan_.state + k, grad_dt_proj_[block * scan_.rank + k]);
+            set(scan_.state + scan_.rank, grad_D_[block]);
+            set(scan_.state + scan_.rank + 1, grad_dt_bias_[block]);
         }
     }
 
   private:
+    void read_convolution() {
+        const int64_t width = gradients_.conv_width;
+        conv_weight_ = workspace_.take(share_.count * width);
+        conv_bias_ = workspace_.take(share_.count);
+        zeros_.resize(scan_.channels);
+        taps_.resize(width);
+        for (int64_t block = 0; block < share_.count; ++block) {
+            const int64_t channel = share_.channel(block);
+            for (int64_t tap = 0; tap < width; ++tap)
+                conv_weight_[block * width + tap] =
+                    gather(gradients_.conv_weight + channel * width, width, tap, share_.lanes(block));
+            conv_bias_[block] = load(gradients_.conv_bias + channel, share_.lanes(block));
+        }
+    }
+
+    // SiLU of the convolution; with a kWidth the number of taps is known to the compiler.
+    template <int kWidth>
+    void convolve(int64_t first, int64_t last) {
+        const int64_t width = kWidth ? kWidth : gradients_.conv_width;
+        const auto xs = share_.rows(scan_.x, 0);
+        for (int i = 0; i < steps_; ++i) {
+            for (int64_t tap = 0; tap < width; ++tap) {
+                const int64_t t = start_ + i - (width - 1) + tap;
+                taps_[tap] = t < 0 ? zeros_.data() : xs[t];
+            }
+            share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
+                Vector y = conv_bias_[block];
+                for (int64_t tap = 0; tap < width; ++tap)
+                    y += conv_weight_[block * width + tap] * load(taps_[tap] + channel, lanes);
+                adjoints_[block - first].x[i] = y * sigmoid(y);
+            });
+        }
+    }
+
+    void read_x(int64_t first, int64_t last) {
+        if (gradients_.conv_weight) return gradients_.conv_width == 4 ? convolve<4>(first, last) : convolve<0>(first, last);
+        const auto xs = share_.rows(scan_.x, start_);
+        for (int i = 0; i < steps_; ++i)
+            share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
+                adjoints_[block - first].x[i] = load(xs[i] + channel, lanes);
+            });
+    }
+
     // Through the gate, and the time steps.
     void prepare(int64_t first, int64_t last) {
+        read_x(first, last);
         const bool is_projected = scan_.rank;
         if (is_projected)
             for (int64_t block = first; block < last; ++block) share_.project(block, adjoints_[block - first].dt);
-        const auto xs = share_.rows(scan_.x, start_), dts = is_projected ? Rows<T>{} : share_.rows(scan_.dt, start_);
+        const auto dts = is_projected ? Rows<T>{} : share_.rows(scan_.dt, start_);
         const auto zs = share_.rows(scan_.z, start_), ungated = share_.rows(scan_.ungated, start_);
         const auto grad_ys = share_.rows(gradients_.y, start_), grad_zs = share_.rows(gradients_.z, start_);
         const auto grad_adds = share_.rows(gradients_.add, start_), ys = share_.rows(scan_.y, start_);
@@ -417,7 +510,7 @@ class Backward {
                 }
                 const Vector dt = is_projected ? adjoint.dt[i] : load(dts[i] + channel, lanes) + share_.dt_bias[block];
                 adjoint.dt[i] = softplus(dt, &adjoint.dt_slope[i]);
-                adjoint.u[i] = adjoint.dt[i] * load(xs[i] + channel, lanes);
+                adjoint.u[i] = adjoint.dt[i] * adjoint.x[i];
                 adjoint.grad_y[i] = grad_y;
                 adjoint.grad_u[i] = adjoint.grad_dt[i] = Vector{};
             });
@@ -455,8 +548,8 @@ class Backward {
             run(share_.A + offset, share_.of_group(share_.B, n), share_.of_group(share_.C, n), before, adjoint,
                 carry_ + offset, grad_A_ + offset, sums_, more_sums_, ahead_);
         }
-        add_sums<kStates>(sums_, gradients_.B + n);
-        add_sums<kStates>(more_sums_, gradients_.C + n);
+        add_sums<kStates>(sums_, scan_.rank + n, first == 0);
+        add_sums<kStates>(more_sums_, scan_.rank + scan_.state + n, first == 0);
     }
 
     template <int kRanks>
@@ -467,29 +560,29 @@ class Backward {
             videomamba::project_back<kRanks>(adjoints_[block - first].grad_dt, share_.dt_proj + offset,
                                              share_.of_group(share_.dt_low, k), grad_dt_proj_ + offset, sums_);
         }
-        add_sums<kRanks>(sums_, gradients_.dt_low + k);
+        add_sums<kRanks>(sums_, k, first == 0);
     }
 
-    // Adds the sums over channels of [step][kWidth], which they overwrite, to some of the entries of each step.
+    // Adds the sums over channels of [step][kWidth], which are overwritten, to some entries of the rows of these steps,
+    // or writes them there if they are the first ones.
     template <int kWidth>
-    void add_sums(Vector* values, float* target) {
-        const int64_t sample = slot_ * scan_.batch + share_.sample;
+    void add_sums(Vector* values, int64_t entry, bool is_first) {
         float sums_of_chunk[kChunk * kWidth];
         for (int i = 0; i < kChunk * kWidth; i += kLanes) store(sums_of_chunk + i, sums(values + i));
         for (int i = 0; i < steps_; ++i) {
-            float* row = target + (sample * scan_.length + share_.position(start_ + i)) * gradients_.row_stride;
-            for (int j = 0; j < kWidth; ++j) row[j] += sums_of_chunk[i * kWidth + j];
+            float* row = projected_ + share_.position(start_ + i) * projected_width_ + entry;
+            for (int j = 0; j < kWidth; ++j) row[j] = (is_first ? 0 : row[j]) + sums_of_chunk[i * kWidth + j];
         }
     }
 
     // From u = dt * x and exp(dt * A) to x and dt, before bias and softplus.
     void finish(int64_t first, int64_t last) {
-        const auto xs = share_.rows(scan_.x, start_), grad_xs = share_.rows(gradients_.x, start_);
+        const auto grad_xs = share_.rows(gradients_.x, start_);
         const auto grad_dts = share_.rows(gradients_.dt, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
                 Adjoint& adjoint = adjoints_[block - first];
-                const Vector x = load(xs[i] + channel, lanes), grad_y = adjoint.grad_y[i];
+                const Vector x = adjoint.x[i], grad_y = adjoint.grad_y[i];
                 const Vector grad_dt = (adjoint.grad_dt[i] * kLn2 + adjoint.grad_u[i] * x) * adjoint.dt_slope[i];
                 const Vector grad_x = adjoint.grad_u[i] * adjoint.dt[i] + grad_y * share_.D[block];
                 store(grad_xs[i] + channel, grad_x, lanes);
@@ -504,11 +597,15 @@ class Backward {
 
     const VideoMambaScan& scan_;
     const VideoMambaScanGradients& gradients_;
-    const int64_t slot_;
+    float* const projected_;  // rows of gradients of dt_low, B and C
+    const int64_t projected_width_;
     Workspace workspace_;
     Share<T, kBackwardGroup> share_;
     std::vector<Adjoint> adjoints_;
     Vector *carry_, *grad_A_, *grad_D_, *grad_dt_bias_, *grad_dt_proj_;
+    Vector *conv_weight_, *conv_bias_;  // [block][tap], [block]
+    std::vector<T> zeros_;        // in place of the steps before the sequence
+    std::vector<const T*> taps_;  // rows
     Vector *sums_, *more_sums_;  // over channels, [step][states or ranks of a group]
     Ahead ahead_;
     int64_t start_ = 0;
@@ -527,14 +624,20 @@ void forward_all(const VideoMambaScan& scan) {
 
 template <class T>
 void backward_all(const VideoMambaScan& scan, const VideoMambaScanGradients& gradients) {
-    const int64_t blocks = vectors(scan.channels), units = scan.batch * blocks, parts = std::min(scan.threads, units);
+    const int64_t blocks = vectors(scan.channels), parts = std::min(scan.threads, scan.batch * blocks);
+    const ProjectedGradient projected(scan, gradients.projected, blocks, parts);
+    SumsOfSamples sums(scan.batch, scan.state + scan.rank + 2, scan.channels);
     parallel(parts, [&](int64_t part) {
         for_share(scan.batch, blocks, part, parts, [&](int64_t sample, int64_t first, int64_t last) {
-            // the part that has the first block of this sample has slot 0
-            const int64_t first_part = ((sample * blocks + 1) * parts - 1) / units;
-            Backward<T>(scan, gradients, sample, part - first_part, first, last).run();
+            float* rows = projected.rows(sample, part);
+            Backward<T>(scan, gradients, sample, first, last, rows, projected.width).run(sums);
         });
     });
+    projected.add_up();
+    sums.add_up(0, scan.state, gradients.A);
+    sums.add_up(scan.state, scan.rank, gradients.dt_proj);
+    sums.add_up(scan.state + scan.rank, 1, gradients.D);
+    sums.add_up(scan.state + scan.rank + 1, 1, gradients.dt_bias);
 }
 
 }  // namespace

@@ -40,8 +40,13 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 
 inline Vector broadcast(float value) { return Vector{} + value; }
 // Of a NaN and a bound, the NaN.
+#if VIDEOMAMBA_VECTOR_BYTES == 64
+inline Vector at_most(Vector v, float bound) { return (Vector)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)v); }
+inline Vector at_least(Vector v, float bound) { return (Vector)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)v); }
+#else
 inline Vector at_most(Vector v, float bound) { return bound < v ? broadcast(bound) : v; }
 inline Vector at_least(Vector v, float bound) { return bound > v ? broadcast(bound) : v; }
+#endif
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 inline Vector absolute(Vector a) { return (Vector)((Bits)a & 0x7fffffffu); }
 

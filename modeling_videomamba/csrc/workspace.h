@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "arguments.h"
@@ -67,11 +68,53 @@ void for_share(int64_t batch, int64_t blocks, int64_t part, int64_t parts, const
     }
 }
 
+// The part that has a unit.
+inline int64_t part_of(int64_t unit, int64_t units, int64_t parts) { return ((unit + 1) * parts - 1) / units; }
+
 // Entry `index` of successive rows of a (channels, width) matrix.
 inline Vector gather(const float* matrix, int64_t width, int64_t index, int lanes) {
     Vector value{};
     for (int i = 0; i < lanes; ++i) value[i] = matrix[i * width + index];
     return value;
 }
+
+// Gradients of parameters, `width` of each channel, which are sums over the batch: threads have samples of their own, and
+// what these add is added up in their order.
+class SumsOfSamples {
+  public:
+    SumsOfSamples(int64_t batch, int64_t width, int64_t channels)
+        : batch_(batch), width_(width), channels_(channels), values_(new float[batch * width * channels]) {}
+
+    void set(int64_t sample, int64_t index, int64_t channel, Vector value) {
+        store(at(sample, index, channel), value, lanes_at(channel, channels_));
+    }
+    // Those of a parameter (channels, width), which are `width` of all from the first on.
+    void add_up(int64_t first, int64_t width, float* matrix) const {
+        for (int64_t channel = 0; channel < channels_; channel += kLanes)
+            for (int64_t n = 0; n < width; ++n) {
+                const Vector total = sum(first + n, channel);
+                for (int i = 0; i < lanes_at(channel, channels_); ++i) matrix[(channel + i) * width + n] = total[i];
+            }
+    }
+    // The same of a parameter (width, channels).
+    void add_up_rows(int64_t first, int64_t width, float* matrix) const {
+        for (int64_t n = 0; n < width; ++n)
+            for (int64_t channel = 0; channel < channels_; channel += kLanes)
+                store(matrix + n * channels_ + channel, sum(first + n, channel), lanes_at(channel, channels_));
+    }
+
+  private:
+    float* at(int64_t sample, int64_t index, int64_t channel) const {
+        return values_.get() + (sample * width_ + index) * channels_ + channel;
+    }
+    Vector sum(int64_t index, int64_t channel) const {
+        Vector total{};
+        for (int64_t sample = 0; sample < batch_; ++sample)
+            total += load(at(sample, index, channel), lanes_at(channel, channels_));
+        return total;
+    }
+    const int64_t batch_, width_, channels_;
+    const std::unique_ptr<float[]> values_;
+};
 
 }  // namespace videomamba
