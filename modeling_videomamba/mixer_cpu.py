@@ -73,7 +73,8 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        tensors, kept = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+        saved = ctx.saved_tensors  # once: checkpoints compute them anew at each request
+        tensors, kept = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
         with torch.autocast("cpu", enabled=False):  # as it was in the forward pass
             gradients = _backward(grad_out, *_by_scan(tensors), ctx.reverse, *kept)
         gradients = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors, strict=True)]
