@@ -129,8 +129,7 @@ struct Share {
         const auto source = rows(sequence, start);
         for_groups(width, [&](int64_t n, auto count) {
             float* group = of_group(target, n);
-            for (int i = 0; i < steps; ++i)
-                for (int j = 0; j < count; ++j) group[i * count + j] = number(source[i][n + j]);
+            for (int i = 0; i < steps; ++i) store(group + i * count, load(source[i] + n, count), count);
             std::fill(group + steps * count, group + kChunk * count, 0.0f);  // steps that the chunk lacks
         });
     }
