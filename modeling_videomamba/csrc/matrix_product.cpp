@@ -5,7 +5,8 @@
 // others take less time on the matrix units than float32 takes on the vector units, and the sums are as exact.
 //
 // The units work on tiles of 16 rows of 64 bytes. Both matrices are packed into the tiles of panels, of 32 rows of `a`
-// and of 32 columns of `b`; four tiles of sums belong to a pair of panels.
+// and of 32 columns of `b`; four tiles of sums belong to a pair of panels. The units take little of what else a core can
+// do at the same time, so that the panels of `a` are packed, and memory is fetched, between the products of those before.
 
 #include <cpuid.h>
 #include <immintrin.h>
@@ -23,10 +24,9 @@ constexpr int kTile = 16;         // rows of a tile, and float32 numbers in one 
 constexpr int kPanel = 2 * kTile;  // rows or columns of a panel
 constexpr int kStep = 32;         // numbers of the inner dimension in a row of a tile
 constexpr int kPieces = 3;
-constexpr int kAhead = 4;  // steps, of lines that are too far apart for the processor to guess what is wanted next
 constexpr int64_t kTileSize = kTile * kStep, kStepSize = kPieces * 2 * kTileSize;  // of a panel
-constexpr int64_t kMaxSteps = 18;           // of a panel, and
-constexpr int64_t kChunkBytes = 768 << 10;  // of panels of `a`, that all of `b` passes by: they stay in the second cache
+constexpr int64_t kMaxSteps = 18;   // of a panel of `a`, of which this one and the next stay in the second cache, and
+constexpr int64_t kStepsOfB = 172;  // of panels of `b`
 constexpr int64_t kLineSize = 64;           // bytes that the caches move together
 
 int64_t panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
@@ -68,59 +68,138 @@ void transpose(__m512i* rows) {
     }
 }
 
-// One tile of each piece from 16 lines (rows of `a` or columns of `b`), of which there may be fewer, and 32 numbers of
-// the inner dimension. A row of a tile holds pairs of neighbours in the inner dimension: of one row of `a`, or of all 16
-// columns of `b`.
-void pack_tile(const float* source, int64_t line_stride, int64_t inner_stride, int64_t lines, int64_t inner,
-               bool is_b, uint16_t* target) {
-    // of two vectors of float32, the upper half of each number: in turn, or those of the first vector before the others
-    const __m512i in_turn = _mm512_set_epi16(63, 31, 61, 29, 59, 27, 57, 25, 55, 23, 53, 21, 51, 19, 49, 17, 47, 15, 45,
-                                             13, 43, 11, 41, 9, 39, 7, 37, 5, 35, 3, 33, 1);
-    const __m512i one_after_other = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31,
-                                                     29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    const bool by_line = inner_stride == 1;  // a vector runs along the inner dimension, else across the lines
-    const __m512i order = by_line ? one_after_other : in_turn;
-    __m512i tiles[kPieces][kTile];
-    for (int row = 0; row < kTile; ++row) {
-        __m512 first = _mm512_setzero_ps(), second = first;
-        if (by_line && row < lines) {
-            const float* line = source + row * line_stride;
-            __builtin_prefetch(line + kAhead * kStep), __builtin_prefetch(line + kAhead * kStep + kTile);
-            first = read(line, inner);
-            second = read(line + kTile, inner - kTile);
-        } else if (!by_line) {
-            const float* pair = source + 2 * row * inner_stride;
-            __builtin_prefetch(pair + kAhead * kStep * inner_stride);
-            __builtin_prefetch(pair + (kAhead * kStep + 1) * inner_stride);
-            if (2 * row < inner) first = read(pair, lines);
-            if (2 * row + 1 < inner) second = read(pair + inner_stride, lines);
-        }
-        for (auto& tile : tiles) {
-            const __m512i upper = cut(first);
-            tile[row] = _mm512_permutex2var_epi16(upper, order, cut(second));
-        }
-    }
-    for (int piece = 0; piece < kPieces; ++piece) {
-        if (by_line == is_b) transpose(tiles[piece]);
-        uint16_t* tile = target + piece * 2 * kTileSize;
-        for (int row = 0; row < kTile; ++row) _mm512_store_si512(tile + row * kStep, tiles[piece][row]);
-    }
-}
+// Packs a tile of each piece from 16 lines (rows of `a` or columns of `b`) and 32 numbers of the inner dimension, of which
+// there may be fewer, row by row. A row of a tile holds pairs of neighbours in the inner dimension: of one row of `a`, or
+// of all 16 columns of `b`. Where a vector can't be read that way, it is a tile of pairs to be transposed.
+class TilePacking {
+  public:
+    TilePacking(const VideoMambaMatrix& matrix, int64_t lines, int64_t inner, bool is_b)
+        : line_stride_(is_b ? matrix.column_stride : matrix.row_stride),
+          inner_stride_(is_b ? matrix.row_stride : matrix.column_stride),
+          all_lines_(lines),
+          all_inner_(inner),
+          data_(matrix.data),
+          by_line_(inner_stride_ == 1),
+          is_transposed_(by_line_ == is_b) {}
 
-// Some steps of panel `index` of `a` or `b`: [step][piece][tile].
-void pack_panel(const VideoMambaMatrixProduct& product, bool is_b, int64_t index, int64_t first_step, int64_t last_step,
-                uint16_t* target) {
-    const VideoMambaMatrix& matrix = is_b ? product.b : product.a;
-    const int64_t line_stride = is_b ? matrix.column_stride : matrix.row_stride;
-    const int64_t inner_stride = is_b ? matrix.row_stride : matrix.column_stride;
-    const int64_t lines = is_b ? product.columns : product.rows;
-    for (int64_t step = first_step; step < last_step; ++step, target += kStepSize)
-        for (int tile = 0; tile < 2; ++tile) {
-            const int64_t line = index * kPanel + tile * kTile, inner = step * kStep;
-            pack_tile(matrix.data + line * line_stride + inner * inner_stride, line_stride, inner_stride, lines - line,
-                      product.inner - inner, is_b, target + tile * kTileSize);
+    // What a tile takes.
+    int64_t parts() const { return is_transposed_ ? kTile + kPieces : kTile; }
+
+    void start(int64_t line, int64_t step, uint16_t* target) {
+        source_ = data_ + line * line_stride_ + step * kStep * inner_stride_;
+        lines_ = all_lines_ - line, inner_ = all_inner_ - step * kStep;
+        target_ = target;
+    }
+    void run(int64_t part) {
+        if (part >= kTile)
+            transpose_piece(part - kTile);
+        else if (by_line_)
+            pack_row<true>(part);
+        else
+            pack_row<false>(part);
+    }
+
+  private:
+    // A vector runs along the inner dimension if kByLine, else across the lines.
+    template <bool kByLine>
+    void pack_row(int64_t row) {
+        // of two vectors of float32, the upper half of each number: those of the first vector before the others, or in turn
+        const __m512i one_after_other = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
+                                                         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+        const __m512i in_turn = _mm512_set_epi16(63, 31, 61, 29, 59, 27, 57, 25, 55, 23, 53, 21, 51, 19, 49, 17, 47, 15,
+                                                 45, 13, 43, 11, 41, 9, 39, 7, 37, 5, 35, 3, 33, 1);
+        const __m512i order = kByLine ? one_after_other : in_turn;
+        const float* source = source_ + (kByLine ? row * line_stride_ : 2 * row * inner_stride_);
+        const int64_t step = kByLine ? kTile : inner_stride_;
+        const int64_t count = kByLine ? (row < lines_ ? inner_ : 0) : (2 * row < inner_ ? lines_ : 0);
+        const int64_t second_count = kByLine ? count - kTile : (2 * row + 1 < inner_ ? lines_ : 0);
+        const float* next_panel = source + kPanel * line_stride_;
+        __builtin_prefetch(next_panel), __builtin_prefetch(next_panel + step);
+        __m512 first = read(source, count), second = read(source + step, second_count);
+        uint16_t* target = is_transposed_ ? pairs_ + row * kStep : target_ + row * kStep;
+        const int64_t piece_stride = is_transposed_ ? kTileSize : 2 * kTileSize;
+        for (int piece = 0; piece < kPieces; ++piece, target += piece_stride) {
+            const __m512i upper = cut(first);
+            _mm512_store_si512(target, _mm512_permutex2var_epi16(upper, order, cut(second)));
         }
-}
+    }
+
+    void transpose_piece(int64_t piece) {
+        __m512i rows[kTile];
+        for (int row = 0; row < kTile; ++row) rows[row] = _mm512_load_si512(pairs_ + piece * kTileSize + row * kStep);
+        transpose(rows);
+        for (int row = 0; row < kTile; ++row) _mm512_store_si512(target_ + piece * 2 * kTileSize + row * kStep, rows[row]);
+    }
+
+    const int64_t line_stride_, inner_stride_, all_lines_, all_inner_;
+    const float* const data_;
+    const bool by_line_, is_transposed_;
+    const float* source_ = nullptr;
+    int64_t lines_ = 0, inner_ = 0;
+    uint16_t* target_ = nullptr;
+    alignas(kLineSize) uint16_t pairs_[kPieces * kTileSize];
+};
+
+// A panel of `a` or `b` at some steps of the inner dimension; none without steps.
+struct Panel {
+    int64_t index, first_step, last_step;
+
+    int64_t steps() const { return last_step - first_step; }
+};
+
+// Packs a panel, [step][piece][tile], part by part.
+class Packing {
+  public:
+    Packing(const VideoMambaMatrixProduct& product, bool is_b, const Panel& panel, uint16_t* packed)
+        : tile_(is_b ? product.b : product.a, is_b ? product.columns : product.rows, product.inner, is_b),
+          panel_(panel),
+          packed_(packed),
+          parts_(2 * panel.steps() * tile_.parts()) {}
+
+    int64_t parts() const { return parts_; }
+    void run_next() {
+        if (part_ == 0) {
+            const int64_t step = next_tile_ / 2, tile = next_tile_ % 2;
+            tile_.start(panel_.index * kPanel + tile * kTile, panel_.first_step + step,
+                        packed_ + step * kStepSize + tile * kTileSize);
+        }
+        tile_.run(part_);
+        if (++part_ == tile_.parts()) part_ = 0, ++next_tile_;
+    }
+    void run_all() {
+        while (next_tile_ < 2 * panel_.steps()) run_next();
+    }
+
+  private:
+    TilePacking tile_;
+    const Panel panel_;
+    uint16_t* const packed_;
+    const int64_t parts_;
+    int64_t next_tile_ = 0, part_ = 0;
+};
+
+// What is done between the products of tiles, a little each time: while a core goes through more than it can look ahead of,
+// the matrix units wait. The next panel of `a` is packed, and what will be written next is fetched.
+class Meanwhile {
+  public:
+    // The panel will be packed after so many calls of `advance`.
+    Meanwhile(const VideoMambaMatrixProduct& product, const Panel& panel, uint16_t* packed, int64_t calls)
+        : packing_(product, false, panel, packed), calls_(calls), c_stride_(product.c_stride) {}
+
+    // 32 rows and columns of `c`, during so many calls.
+    void fetch(const float* c, int64_t calls) { c_ = c, rows_ = (kPanel + calls - 1) / calls; }
+
+    void advance() {
+        for (int64_t i = 0; i < rows_; ++i, c_ += c_stride_) __builtin_prefetch(c_, 1), __builtin_prefetch(c_ + kTile, 1);
+        for (due_ += packing_.parts(); due_ >= calls_; due_ -= calls_) packing_.run_next();
+    }
+
+  private:
+    Packing packing_;
+    const int64_t calls_, c_stride_;
+    int64_t due_ = 0, rows_ = 0;
+    const float* c_ = nullptr;
+};
 
 // The settings of the tiles are those of a thread. PyTorch's own library may rely on finding its settings again.
 class Tiles {
@@ -152,29 +231,21 @@ inline void load_b(const uint16_t* step, int piece) {
     _tile_loadd(6, step + piece * 2 * kTileSize, 64);
     if constexpr (!kIsHalf) _tile_loadd(7, step + piece * 2 * kTileSize + kTileSize, 64);
 }
+constexpr int kProducts = 6;  // of tiles of the pieces of two numbers
 template <bool kIsHalf>
-inline void multiply() {
+inline void multiply(Meanwhile& meanwhile) {
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (!kIsHalf) _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (!kIsHalf) _tile_dpbf16ps(3, 5, 7);
+    meanwhile.advance();
 }
-
-// What will be wanted next, to be fetched while there is something else to do: `lines` at each step.
-struct Ahead {
-    const uint16_t* next;
-    int64_t lines;
-
-    void fetch() {
-        for (int64_t line = 0; line < lines; ++line, next += kLineSize / sizeof *next) __builtin_prefetch(next, 0, 2);
-    }
-};
 
 // Adds the product of some steps of two panels to 32 rows and columns of `c`, or writes it there if it `is_first`: of the
 // pieces whose product matters, in an order that loads few tiles.
 template <bool kIsHalf>
-void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, Ahead ahead, float* c, int64_t c_stride,
-                     bool is_first) {
+void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int64_t c_stride, bool is_first,
+                     Meanwhile& meanwhile) {
     constexpr int kHigh = 0, kMiddle = 1, kLow = 2;
     const int64_t row_bytes = c_stride * sizeof(float);
     float* const lower = c + kTile * c_stride;
@@ -190,13 +261,12 @@ void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, Ahead 
         _tile_loadd(3, lower + kTile, row_bytes);
     }
     for (int64_t step = 0; step < steps; ++step, a += kStepSize, b += kStepSize) {
-        ahead.fetch();
-        load_a(a, kLow), load_b<kIsHalf>(b, kHigh), multiply<kIsHalf>();
-        load_a(a, kMiddle), multiply<kIsHalf>();
-        load_b<kIsHalf>(b, kMiddle), multiply<kIsHalf>();
-        load_a(a, kHigh), multiply<kIsHalf>();
-        load_b<kIsHalf>(b, kLow), multiply<kIsHalf>();
-        load_b<kIsHalf>(b, kHigh), multiply<kIsHalf>();
+        load_a(a, kLow), load_b<kIsHalf>(b, kHigh), multiply<kIsHalf>(meanwhile);
+        load_a(a, kMiddle), multiply<kIsHalf>(meanwhile);
+        load_b<kIsHalf>(b, kMiddle), multiply<kIsHalf>(meanwhile);
+        load_a(a, kHigh), multiply<kIsHalf>(meanwhile);
+        load_b<kIsHalf>(b, kLow), multiply<kIsHalf>(meanwhile);
+        load_b<kIsHalf>(b, kHigh), multiply<kIsHalf>(meanwhile);
     }
     _tile_stored(0, c, row_bytes);
     _tile_stored(1, c + kTile, row_bytes);
@@ -213,50 +283,61 @@ class Multiplication {
 
     void run() {
         const Tiles tiles;
-        const int64_t all = steps(product_.inner);
-        for (first_step_ = 0; first_step_ < all; first_step_ += kMaxSteps) {
-            steps_ = std::min(kMaxSteps, all - first_step_);
-            const int64_t most = std::max<int64_t>(1, kChunkBytes / (2 * steps_ * kStepSize));
-            for (int64_t first = first_a_; first < last_a_; first += most)
-                multiply_chunk(first, std::min(first + most, last_a_));
+        Block block = block_at(0, first_b_, first_a_);
+        uint16_t *packed = workspace(2 * kMaxSteps * kStepSize), *other = packed + kMaxSteps * kStepSize;
+        Packing(product_, false, block.a, packed).run_all();
+        while (block.a.steps()) {
+            const Block next = after(block);
+            multiply_block(block, packed, next.a, other);
+            block = next;
+            std::swap(packed, other);
         }
     }
 
   private:
-    // Panels of `a` are packed and stay in the cache while those of `b` pass by.
-    void multiply_chunk(int64_t first, int64_t last) {
-        const int64_t size = steps_ * kStepSize, count = last - first;
-        uint16_t* packed = workspace(count * size);
-        for (int64_t i = 0; i < count; ++i)
-            pack_panel(product_, false, first + i, first_step_, first_step_ + steps_, packed + i * size);
-        const int64_t lines = size * sizeof *packed / kLineSize / steps_, share = (lines + count - 1) / count;
-        for (int64_t b = first_b_; b < last_b_; ++b)
-            for (int64_t i = 0; i < count; ++i) {
-                const int64_t offset = i * steps_ * share * kLineSize / sizeof *packed;
-                const Ahead ahead{panel_of_b(std::min(b + 1, last_b_ - 1)) + offset, share};
-                multiply_one(packed + i * size, first + i, b, ahead);
-            }
+    // A panel of `a`, and those of `b` that stay in the cache while the panels of `a` pass by.
+    struct Block {
+        Panel a;
+        int64_t first_b, last_b;
+    };
+    Block block_at(int64_t first_step, int64_t first_b, int64_t index) const {
+        const Panel a{index, first_step, std::min(first_step + kMaxSteps, steps(product_.inner))};
+        return {a, first_b, std::min(first_b + kStepsOfB / a.steps(), last_b_)};
+    }
+    Block after(const Block& block) const {
+        const Panel& a = block.a;
+        if (a.index + 1 < last_a_) return block_at(a.first_step, block.first_b, a.index + 1);
+        if (block.last_b < last_b_) return block_at(a.first_step, block.last_b, first_a_);
+        if (a.last_step < steps(product_.inner)) return block_at(a.last_step, first_b_, first_a_);
+        return {};
     }
 
-    void multiply_one(const uint16_t* a, int64_t a_panel, int64_t b_panel, Ahead ahead) const {
-        const uint16_t* b = panel_of_b(b_panel);
-        float* c = product_.c + a_panel * kPanel * product_.c_stride + b_panel * kPanel;
-        const int64_t rows = std::min<int64_t>(kPanel, product_.rows - a_panel * kPanel);
-        const int64_t columns = std::min<int64_t>(kPanel, product_.columns - b_panel * kPanel);
-        const bool is_first = first_step_ == 0;
+    void multiply_block(const Block& block, const uint16_t* packed, const Panel& next, uint16_t* packed_next) const {
+        const int64_t calls = block.a.steps() * kProducts;
+        Meanwhile meanwhile(product_, next, packed_next, (block.last_b - block.first_b) * calls);
+        for (int64_t b = block.first_b; b < block.last_b; ++b) {
+            meanwhile.fetch(part_of_c(block.a.index, b + 1), calls);
+            multiply_one(packed, block.a, b, meanwhile);
+        }
+    }
+
+    void multiply_one(const uint16_t* packed_a, const Panel& a, int64_t b, Meanwhile& meanwhile) const {
+        const uint16_t* packed_b = product_.packed + b * panel_size(product_.inner) + a.first_step * kStepSize;
+        float* c = part_of_c(a.index, b);
+        const int64_t rows = std::min<int64_t>(kPanel, product_.rows - a.index * kPanel);
+        const int64_t columns = std::min<int64_t>(kPanel, product_.columns - b * kPanel);
+        const bool is_first = a.first_step == 0;
         if (rows == kPanel && columns == kPanel)
-            return multiply_panels<false>(a, b, steps_, ahead, c, product_.c_stride, is_first);
+            return multiply_panels<false>(packed_a, packed_b, a.steps(), c, product_.c_stride, is_first, meanwhile);
         alignas(kLineSize) float sums[kPanel * kPanel];
         for (int64_t row = 0; row < rows && !is_first; ++row)
             std::copy_n(c + row * product_.c_stride, columns, sums + row * kPanel);
         const auto multiply = columns <= kTile ? multiply_panels<true> : multiply_panels<false>;
-        multiply(a, b, steps_, ahead, sums, kPanel, is_first);
+        multiply(packed_a, packed_b, a.steps(), sums, kPanel, is_first, meanwhile);
         for (int64_t row = 0; row < rows; ++row) std::copy_n(sums + row * kPanel, columns, c + row * product_.c_stride);
     }
 
-    const uint16_t* panel_of_b(int64_t index) const {
-        return product_.packed + index * panel_size(product_.inner) + first_step_ * kStepSize;
-    }
+    float* part_of_c(int64_t a, int64_t b) const { return product_.c + a * kPanel * product_.c_stride + b * kPanel; }
 
     // Of a thread, for all its products: to fill new memory would take as long as some of them.
     static uint16_t* workspace(int64_t size) {
@@ -271,7 +352,6 @@ class Multiplication {
 
     const VideoMambaMatrixProduct& product_;
     const int64_t first_a_, last_a_, first_b_, last_b_;
-    int64_t first_step_ = 0, steps_ = 0;
 };
 
 }  // namespace
@@ -299,8 +379,10 @@ extern "C" __attribute__((visibility("default"))) int64_t videomamba_packed_size
 extern "C" __attribute__((visibility("default"))) void videomamba_pack(const VideoMambaMatrixProduct* product) {
     const int64_t count = panels(product->columns), parts = std::min(product->threads, count);
     parallel(parts, [&](int64_t part) {
-        for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i)
-            pack_panel(*product, true, i, 0, steps(product->inner), product->packed + i * panel_size(product->inner));
+        for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+            const Panel panel{i, 0, steps(product->inner)};
+            Packing(*product, true, panel, product->packed + i * panel_size(product->inner)).run_all();
+        }
     });
 }
 
