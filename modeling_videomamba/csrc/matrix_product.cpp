@@ -25,7 +25,7 @@ constexpr int kPanel = 2 * kTile;  // rows or columns of a panel
 constexpr int kStep = 32;         // numbers of the inner dimension in a row of a tile
 constexpr int kPieces = 3;
 constexpr int64_t kTileSize = kTile * kStep, kStepSize = kPieces * 2 * kTileSize;  // of a panel
-constexpr int64_t kMaxSteps = 18;   // of a panel of `a`, of which this one and the next stay in the second cache, and
+constexpr int64_t kMaxSteps = 12;   // of a panel of `a`, of which this one and the next stay in the second cache, and
 constexpr int64_t kStepsOfB = 172;  // of panels of `b`
 constexpr int64_t kLineSize = 64;           // bytes that the caches move together
 
