@@ -155,10 +155,7 @@ struct Share {
     bool is_bounded(const Vector* dt, int64_t block) const {
         Vector largest{};
         for (int i = 0; i < kChunk; ++i) largest = maximum(largest, dt[i]);
-        largest *= A_max[block];
-        for (int i = 0; i < kLanes; ++i)
-            if (!(largest[i] <= kExponents)) return false;
-        return true;
+        return all(largest * A_max[block] <= kExponents);
     }
 };
 
@@ -290,6 +287,7 @@ class Forward {
 struct Adjoint {
     Vector x[kChunk], dt[kChunk], dt_slope[kChunk], u[kChunk], grad_y[kChunk];
     Vector grad_u[kChunk], grad_dt[kChunk];
+    bool is_bounded;
     Vector distance;  // between blocks, for the same reason, and so that they don't compete for lines of the first cache
 
     // A step that leaves everything alone.
@@ -302,15 +300,16 @@ struct Adjoint {
 template <int kStates, bool kBounded>
 void retreat(const Vector* A, const float* B, const float* C, const Vector* before, Adjoint& block, Vector* carry,
              Vector* grad_A, Vector* grad_B, Vector* grad_C, Ahead& ahead) {
-    Vector a[kStates], h[kStates], states[kChunk + 1][kStates], decays[kChunk][kStates];
-    for (int n = 0; n < kStates; ++n) a[n] = A[n], h[n] = states[0][n] = before[n];
+    Vector a[kStates], h[kStates], states[kChunk][kStates], decays[kChunk][kStates];
+    for (int n = 0; n < kStates; ++n) a[n] = A[n], h[n] = before[n];
     for (int i = 0; i < kChunk; ++i) {
         ahead.fetch();
-        const Vector dt = block.dt[i], u = block.u[i];
+        const Vector dt = block.dt[i], u = block.u[i], grad_y = block.grad_y[i];
         for (int n = 0; n < kStates; ++n) {
+            states[i][n] = h[n];
             decays[i][n] = decay<kBounded>(dt, a[n]);
             h[n] = decays[i][n] * h[n] + u * B[i * kStates + n];
-            states[i + 1][n] = h[n];
+            grad_C[i * kStates + n] += grad_y * h[n];
         }
     }
     Vector g[kStates], sum_A[kStates];
@@ -321,7 +320,6 @@ void retreat(const Vector* A, const float* B, const float* C, const Vector* befo
         Vector grad_u = block.grad_u[i], grad_dt = block.grad_dt[i];
         for (int n = 0; n < kStates; ++n) {
             g[n] += grad_y * C[i * kStates + n];
-            grad_C[i * kStates + n] += grad_y * states[i + 1][n];
             grad_B[i * kStates + n] += u * g[n];
             grad_u += g[n] * B[i * kStates + n];
             g[n] *= decays[i][n];
@@ -513,8 +511,11 @@ class Backward {
                 adjoint.grad_y[i] = grad_y;
                 adjoint.grad_u[i] = adjoint.grad_dt[i] = Vector{};
             });
-        for (int64_t block = first; block < last; ++block)
-            for (int i = steps_; i < kChunk; ++i) adjoints_[block - first].clear(i);
+        for (int64_t block = first; block < last; ++block) {
+            Adjoint& adjoint = adjoints_[block - first];
+            for (int i = steps_; i < kChunk; ++i) adjoint.clear(i);
+            adjoint.is_bounded = share_.is_bounded(adjoint.dt, block);
+        }
     }
 
     // What is written after the adjoint of a chunk, and what is wanted for the next one.
@@ -539,7 +540,7 @@ class Backward {
         std::fill_n(more_sums_, kChunk * kStates, Vector{});
         for (int64_t block = first; block < last; ++block) {
             Adjoint& adjoint = adjoints_[block - first];
-            const auto run = share_.is_bounded(adjoint.dt, block) ? retreat<kStates, true> : retreat<kStates, false>;
+            const auto run = adjoint.is_bounded ? retreat<kStates, true> : retreat<kStates, false>;
             const int64_t offset = block * scan_.state + n;
             Vector before[kStates];
             for (int j = 0; j < kStates; ++j)

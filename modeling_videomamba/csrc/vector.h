@@ -48,6 +48,12 @@ inline Vector at_most(Vector v, float bound) { return bound < v ? broadcast(boun
 inline Vector at_least(Vector v, float bound) { return bound > v ? broadcast(bound) : v; }
 #endif
 inline Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
+inline bool all(Integers mask) {
+    int32_t lanes[kLanes], every = -1;
+    std::memcpy(lanes, &mask, sizeof mask);
+    for (int lane : lanes) every &= lane;
+    return every;
+}
 inline Vector absolute(Vector a) { return (Vector)((Bits)a & 0x7fffffffu); }
 
 // Conversions. Those of float16 work on its bits, because not every compiler knows the type.
