@@ -114,7 +114,7 @@ class TilePacking {
         const int64_t count = kByLine ? (row < lines_ ? inner_ : 0) : (2 * row < inner_ ? lines_ : 0);
         const int64_t second_count = kByLine ? count - kTile : (2 * row + 1 < inner_ ? lines_ : 0);
         const float* next_panel = source + kPanel * line_stride_;
-        __builtin_prefetch(next_panel), __builtin_prefetch(next_panel + step);
+        __builtin_prefetch(next_panel, 0, 2), __builtin_prefetch(next_panel + step, 0, 2);
         __m512 first = read(source, count), second = read(source + step, second_count);
         uint16_t* target = is_transposed_ ? pairs_ + row * kStep : target_ + row * kStep;
         const int64_t piece_stride = is_transposed_ ? kTileSize : 2 * kTileSize;
@@ -377,12 +377,18 @@ extern "C" __attribute__((visibility("default"))) int64_t videomamba_packed_size
 
 // Fills `packed` with `b`.
 extern "C" __attribute__((visibility("default"))) void videomamba_pack(const VideoMambaMatrixProduct* product) {
-    const int64_t count = panels(product->columns), parts = std::min(product->threads, count);
+    const int64_t all_steps = steps(product->inner), all_panels = panels(product->columns);
+    // as the matrix lies in memory: all steps of a panel, or all panels of a step
+    const bool by_panel = product->b.row_stride == 1;
+    const int64_t outer = by_panel ? all_panels : all_steps, inner = by_panel ? all_steps : all_panels;
+    const int64_t parts = std::min(product->threads, outer);
     parallel(parts, [&](int64_t part) {
-        for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
-            const Panel panel{i, 0, steps(product->inner)};
-            Packing(*product, true, panel, product->packed + i * panel_size(product->inner)).run_all();
-        }
+        for (int64_t i = outer * part / parts; i < outer * (part + 1) / parts; ++i)
+            for (int64_t j = 0; j < inner; ++j) {
+                const int64_t panel = by_panel ? i : j, step = by_panel ? j : i;
+                uint16_t* packed = product->packed + panel * panel_size(product->inner) + step * kStepSize;
+                Packing(*product, true, {panel, step, step + 1}, packed).run_all();
+            }
     });
 }
 
