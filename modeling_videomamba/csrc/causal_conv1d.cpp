@@ -1,6 +1,7 @@
 // SiLU of the depthwise causal convolution in front of the scan (Mamba, arXiv 2312.00752, section 3.4), on a CPU.
 
 #include "ahead.h"
+#include "convolution.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -15,60 +16,7 @@ constexpr int kBackwardBlocks = 64 / kLanes;  // the same, with what the gradien
 constexpr int kGroup = 8;              // steps, or outputs of x_proj, that are in registers at the same time
 constexpr int kAhead = 4;              // rows, of which the processor can't guess which part is wanted
 
-template <class T>
-struct Convolution {
-    const VideoMambaConvolution& convolution;
-    const int64_t first, count;  // blocks of channels
-    Workspace workspace;
-    Vector *weight, *bias;  // [block][tap], [block]
-    std::vector<T> zeros;   // in place of the steps before the sequence
-
-    Convolution(const VideoMambaConvolution& convolution, int64_t first, int64_t last)
-        : convolution(convolution),
-          first(first),
-          count(last - first),
-          workspace(count * (convolution.width + 1)),
-          zeros(convolution.channels) {
-        const int64_t width = convolution.width;
-        weight = workspace.take(count * width);
-        bias = workspace.take(count);
-        for (int64_t block = 0; block < count; ++block) {
-            for (int64_t tap = 0; tap < width; ++tap)
-                weight[block * width + tap] = gather(convolution.weight + channel(block) * width, width, tap, lanes(block));
-            if (convolution.bias) bias[block] = load(convolution.bias + channel(block), lanes(block));
-        }
-    }
-
-    int64_t channel(int64_t block) const { return (first + block) * kLanes; }
-    int lanes(int64_t block) const { return lanes_at(channel(block), convolution.channels); }
-
-    // The step that `tap` sees from step t.
-    int64_t source(int64_t t, int64_t tap) const {
-        const int64_t distance = convolution.width - 1 - tap;
-        return convolution.reverse ? t + distance : t - distance;
-    }
-
-    // Row t of x, before and after it that of the context.
-    const T* input(int64_t sample, int64_t t) const {
-        if (t >= 0 && t < convolution.length) return row<T>(convolution.x, sample, t);
-        if (!convolution.context.data) return zeros.data();
-        return row<T>(convolution.context, sample, t < 0 ? t + convolution.width - 1 : t - convolution.length);
-    }
-
-    // The rows that the taps see from step t.
-    void inputs(int64_t sample, int64_t t, const T** rows) const {
-        for (int64_t tap = 0; tap < convolution.width; ++tap) rows[tap] = input(sample, source(t, tap));
-    }
-
-    Vector before_silu(const T* const* rows, int64_t block, int lanes) const {
-        const Vector* taps = weight + block * convolution.width;
-        Vector y = bias[block];
-        for (int64_t tap = 0; tap < convolution.width; ++tap) y += taps[tap] * load(rows[tap] + channel(block), lanes);
-        return y;
-    }
-};
-
-template <class T>
+template <class T, int kWidth>
 void forward(const VideoMambaConvolution& convolution, int64_t sample, int64_t first, int64_t last) {
     const Convolution<T> kernel(convolution, 0, vectors(convolution.channels));
     const int64_t full = convolution.channels / kLanes, ahead = kAhead * convolution.x.row_stride;
@@ -81,8 +29,7 @@ void forward(const VideoMambaConvolution& convolution, int64_t sample, int64_t f
                 T* target = row<T>(convolution.y, sample, t);
                 const auto write = [&](int64_t block, int lanes) {
                     __builtin_prefetch(x + ahead + block * kLanes);
-                    const Vector y = kernel.before_silu(rows.data(), block, lanes);
-                    store(target + block * kLanes, y * sigmoid(y), lanes);
+                    store(target + block * kLanes, kernel.template output<kWidth>(rows.data(), block, lanes), lanes);
                 };
                 const int64_t end = std::min(begin + kBlocks, kernel.count);
                 for (int64_t block = begin; block < std::min(end, full); ++block) write(block, kLanes);
@@ -316,7 +263,7 @@ void forward_all(const VideoMambaConvolution& convolution) {
     const int64_t parts = std::min(convolution.threads, convolution.batch * convolution.length);
     parallel(parts, [&](int64_t part) {
         for_share(convolution.batch, convolution.length, part, parts, [&](int64_t sample, int64_t first, int64_t last) {
-            forward<T>(convolution, sample, first, last);
+            with_width(convolution.width, [&](auto width) { forward<T, width>(convolution, sample, first, last); });
         });
     });
 }
@@ -327,10 +274,9 @@ void backward_all(const VideoMambaConvolution& convolution, const VideoMambaConv
     SumsOfSamples sums(convolution.batch, convolution.width + 1 + gradients.outputs, convolution.channels);
     parallel(parts, [&](int64_t part) {
         for_share(convolution.batch, blocks, part, parts, [&](int64_t sample, int64_t first, int64_t last) {
-            if (convolution.width == 4)
-                Backward<T, 4>(convolution, gradients, sample, first, last).run(sums);
-            else
-                Backward<T, 0>(convolution, gradients, sample, first, last).run(sums);
+            with_width(convolution.width, [&](auto width) {
+                Backward<T, width>(convolution, gradients, sample, first, last).run(sums);
+            });
         });
     });
     sums.add_up(0, convolution.width, gradients.weight);

@@ -6,10 +6,12 @@
 // pass recomputes those of a chunk from a checkpoint.
 
 #include "ahead.h"
+#include "convolution.h"
 #include "parallel.h"
 #include "workspace.h"
 
 #include <memory>
+#include <optional>
 
 namespace videomamba {
 namespace {
@@ -398,8 +400,7 @@ class Backward {
           projected_(projected),
           projected_width_(projected_width),
           workspace_(Share<T, kBackwardGroup>::size(scan, last - first) + (last - first) * (2 * scan.state + scan.rank + 2) +
-                     2 * kChunk * kBackwardGroup + kDistance +
-                     (gradients.conv_weight ? (last - first) * (gradients.conv_width + 1) : 0)),
+                     2 * kChunk * kBackwardGroup + kDistance),
           share_(scan, sample, first, last, workspace_),
           adjoints_(std::min<int64_t>(kBlocks, last - first)) {
         carry_ = workspace_.take(share_.count * scan.state);
@@ -409,7 +410,7 @@ class Backward {
         grad_dt_proj_ = workspace_.take(share_.count * scan.rank);
         sums_ = workspace_.take(kChunk * kBackwardGroup + kDistance);
         more_sums_ = workspace_.take(kChunk * kBackwardGroup);
-        if (gradients.conv_weight) read_convolution();
+        if (gradients.conv_weight) make_convolution(first, last);
     }
 
     // The gradients of A, dt_proj, D and dt_bias go into `sums`.
@@ -440,42 +441,26 @@ class Backward {
     }
 
   private:
-    void read_convolution() {
-        const int64_t width = gradients_.conv_width;
-        conv_weight_ = workspace_.take(share_.count * width);
-        conv_bias_ = workspace_.take(share_.count);
-        zeros_.resize(scan_.channels);
-        taps_.resize(width);
-        for (int64_t block = 0; block < share_.count; ++block) {
-            const int64_t channel = share_.channel(block);
-            for (int64_t tap = 0; tap < width; ++tap)
-                conv_weight_[block * width + tap] =
-                    gather(gradients_.conv_weight + channel * width, width, tap, share_.lanes(block));
-            conv_bias_[block] = load(gradients_.conv_bias + channel, share_.lanes(block));
-        }
+    void make_convolution(int64_t first, int64_t last) {
+        const VideoMambaConvolution convolution{
+            .batch = scan_.batch, .length = scan_.length, .channels = scan_.channels, .width = gradients_.conv_width,
+            .reverse = scan_.reverse, .x = scan_.x, .weight = gradients_.conv_weight, .bias = gradients_.conv_bias};
+        convolution_.emplace(convolution, first, last);
+        taps_.resize(convolution.width);
     }
 
-    // SiLU of the convolution; with a kWidth the number of taps is known to the compiler.
     template <int kWidth>
     void convolve(int64_t first, int64_t last) {
-        const int64_t width = kWidth ? kWidth : gradients_.conv_width;
-        const auto xs = share_.rows(scan_.x, 0);
         for (int i = 0; i < steps_; ++i) {
-            for (int64_t tap = 0; tap < width; ++tap) {
-                const int64_t t = start_ + i - (width - 1) + tap;
-                taps_[tap] = t < 0 ? zeros_.data() : xs[t];
-            }
-            share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
-                Vector y = conv_bias_[block];
-                for (int64_t tap = 0; tap < width; ++tap)
-                    y += conv_weight_[block * width + tap] * load(taps_[tap] + channel, lanes);
-                adjoints_[block - first].x[i] = y * sigmoid(y);
+            convolution_->inputs(share_.sample, share_.position(start_ + i), taps_.data());
+            share_.for_blocks(first, last, [&](int64_t block, int64_t, int lanes) {
+                adjoints_[block - first].x[i] = convolution_->template output<kWidth>(taps_.data(), block, lanes);
             });
         }
     }
 
     void read_x(int64_t first, int64_t last) {
-        if (gradients_.conv_weight) return gradients_.conv_width == 4 ? convolve<4>(first, last) : convolve<0>(first, last);
+        if (convolution_) return with_width(gradients_.conv_width, [&](auto width) { convolve<width>(first, last); });
         const auto xs = share_.rows(scan_.x, start_);
         for (int i = 0; i < steps_; ++i)
             share_.for_blocks(first, last, [&](int64_t block, int64_t channel, int lanes) {
@@ -603,9 +588,8 @@ class Backward {
     Share<T, kBackwardGroup> share_;
     std::vector<Adjoint> adjoints_;
     Vector *carry_, *grad_A_, *grad_D_, *grad_dt_bias_, *grad_dt_proj_;
-    Vector *conv_weight_, *conv_bias_;  // [block][tap], [block]
-    std::vector<T> zeros_;        // in place of the steps before the sequence
-    std::vector<const T*> taps_;  // rows
+    std::optional<Convolution<T>> convolution_;  // that makes the x of the scan
+    std::vector<const T*> taps_;                 // the rows that it sees
     Vector *sums_, *more_sums_;  // over channels, [step][states or ranks of a group]
     Ahead ahead_;
     int64_t start_ = 0;
