@@ -49,8 +49,8 @@ def calls(monkeypatch):
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 100),
-    st.integers(1, 700),
-    st.integers(1, 100),
+    st.integers(1, 900),
+    st.integers(1, 600),
     *[st.sampled_from(["rows", "columns", "neither"])] * 2,
     st.integers(1, 5),
 )

@@ -20,14 +20,14 @@
 namespace videomamba {
 namespace {
 
-constexpr int kTile = 16;         // rows of a tile, and float32 numbers in one of them
-constexpr int kPanel = 2 * kTile;  // rows or columns of a panel
-constexpr int kStep = 32;         // numbers of the inner dimension in a row of a tile
+constexpr int kTile = 16;           // rows of a tile, and float32 numbers in one of them
+constexpr int kPanel = 2 * kTile;   // rows or columns of a panel
+constexpr int kStep = 32;           // numbers of the inner dimension in a row of a tile
 constexpr int kPieces = 3;
 constexpr int64_t kTileSize = kTile * kStep, kStepSize = kPieces * 2 * kTileSize;  // of a panel
 constexpr int64_t kMaxSteps = 12;   // of a panel of `a`, of which this one and the next stay in the second cache, and
 constexpr int64_t kStepsOfB = 172;  // of panels of `b`
-constexpr int64_t kLineSize = 64;           // bytes that the caches move together
+constexpr int64_t kLineSize = 64;   // bytes that the caches move together
 
 int64_t panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
 int64_t steps(int64_t inner) { return (inner + kStep - 1) / kStep; }
@@ -316,7 +316,8 @@ class Multiplication {
         const int64_t calls = block.a.steps() * kProducts;
         Meanwhile meanwhile(product_, next, packed_next, (block.last_b - block.first_b) * calls);
         for (int64_t b = block.first_b; b < block.last_b; ++b) {
-            meanwhile.fetch(part_of_c(block.a.index, b + 1), calls);
+            const bool is_last = b + 1 == block.last_b;
+            meanwhile.fetch(is_last ? part_of_c(block.a.index + 1, block.first_b) : part_of_c(block.a.index, b + 1), calls);
             multiply_one(packed, block.a, b, meanwhile);
         }
     }
