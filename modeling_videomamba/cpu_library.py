@@ -10,7 +10,7 @@ import torch
 
 # What follows repeats csrc/arguments.h.
 
-VERSION = 5
+VERSION = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -75,7 +75,7 @@ class Norm(ctypes.Structure):
 
 
 class NormGradients(ctypes.Structure):
-    _fields_ = [*_fields(Sequence, "y x"), *_fields(ctypes.c_void_p, "weight")]
+    _fields_ = [*_fields(Sequence, "y x add"), *_fields(ctypes.c_void_p, "weight")]
 
 
 class Sum(ctypes.Structure):

@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
+from .layer_cpu import ScanParameters, fused_layer
 from .matrix_product_cpu import Memory
-from .mixer_cpu import ScanParameters, mixer
 from .operators import are_recorded
 from .pieces_cpu import PiecewiseConvolution, PiecewiseLinear, PiecewiseScan, Queue, norm_into, sum_into
 from .selective_scan import causal_conv1d, has_compiled_kernels, linear, rms_norm, selective_scan
@@ -124,10 +124,15 @@ class VideoMambaDropPath(nn.Module):
         self.rate = rate
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        scale = self.scale(hidden_states)
+        return hidden_states if scale is None else hidden_states * scale
+
+    def scale(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """What each sample is to be multiplied by, `(batch, 1, 1)`, if any is."""
         if not self.training or self.rate == 0.0:
-            return hidden_states
+            return None
         keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.rate
-        return hidden_states * keep / (1.0 - self.rate)
+        return keep / (1.0 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -451,10 +456,6 @@ class VideoMambaMixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
-        if permutation is None and self._is_one_function(hidden_states):
-            scans = cast(list[VideoMambaScan], list(self.scans))
-            parameters, reverse = [scan.parameters_of_scan() for scan in scans], [scan.reverse for scan in scans]
-            return mixer(hidden_states, self.in_proj.weight, self.out_proj.weight, parameters, reverse)
         if isinstance(self.in_proj, VideoMambaInputProjection):  # apart, so that nobody has to join their gradients
             x, z = self.in_proj(hidden_states, name="x"), self.in_proj(hidden_states, name="z")
         else:  # wrapped by an adapter
@@ -468,12 +469,6 @@ class VideoMambaMixer(nn.Module):
             else:
                 y = scan(x, y, gate)
         return self.out_proj(y)
-
-    def _is_one_function(self, hidden_states: torch.Tensor) -> bool:
-        if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_recorded(hidden_states):
-            return False
-        is_of_one_dtype = all(parameter.dtype == hidden_states.dtype for parameter in self.parameters())
-        return is_of_one_dtype and is_plain(self) and has_compiled_kernels("cpu", hidden_states.dtype)
 
     def forward_in_pieces(
         self, pieces: Sequence[torch.Tensor], norm: nn.Module, workspace: VideoMambaWorkspace
@@ -515,7 +510,30 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         """`(batch, length, D)` to the same, both float32; given a `workspace` piece by piece."""
         if workspace is not None and self._can_use(workspace, hidden_states):
             return self._forward_in_pieces(hidden_states, workspace)
+        if permutation is None and self._is_one_function(hidden_states):
+            return self._forward_as_one(hidden_states)
         return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())
+
+    def _is_one_function(self, hidden_states: torch.Tensor) -> bool:
+        if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_recorded(hidden_states):
+            return False
+        dtype = self.norm.weight.dtype
+        if hidden_states.dtype != torch.float32 or any(parameter.dtype != dtype for parameter in self.parameters()):
+            return False
+        return is_plain(self) and has_compiled_kernels("cpu", dtype)
+
+    def _forward_as_one(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        mixer, scans = self.mixer, cast(list[VideoMambaScan], list(self.mixer.scans))
+        return fused_layer(
+            hidden_states,
+            self.norm.weight,
+            self.norm.eps,
+            mixer.in_proj.weight,
+            mixer.out_proj.weight,
+            [scan.parameters_of_scan() for scan in scans],
+            reverse=[scan.reverse for scan in scans],
+            scale=self.drop_path.scale(hidden_states),
+        )
 
     def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
         if self.training or hidden_states.device != workspace.pieces[0].x.device:

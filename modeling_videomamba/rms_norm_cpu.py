@@ -26,7 +26,8 @@ def _prepare(x, weight, eps, dtype, y=None):
     return Norm(*x.shape, torch.get_num_threads(), DTYPES[dtype], eps, *sequences)
 
 
-def _forward(hidden_states, weight, eps):
+def norm_forward(hidden_states, weight, eps):
+    """[`rms_norm`] alone."""
     x, scale = _rows(hidden_states), weight.float().contiguous()
     y = torch.empty_like(x, dtype=weight.dtype)
     if y.numel():
@@ -34,11 +35,13 @@ def _forward(hidden_states, weight, eps):
     return y.view(hidden_states.shape)
 
 
-def _backward(grad_y, hidden_states, weight, eps):
+def norm_backward(grad_y, hidden_states, weight, eps, add=None):
+    """Gradients of `hidden_states`, to which `add` is added, and of `weight`."""
     x, scale, grad_y = _rows(hidden_states), weight.float().contiguous(), _rows(grad_y)
+    add = None if add is None else _rows(add)
     grad_x, grad_weight = torch.empty_like(x), x.new_zeros(torch.get_num_threads(), x.shape[-1])
     if x.numel():
-        gradients = NormGradients(Sequence.of(grad_y), Sequence.of(grad_x), grad_weight.data_ptr())
+        gradients = NormGradients(*map(Sequence.of, (grad_y, grad_x, add)), grad_weight.data_ptr())
         norm = _prepare(x, scale, eps, grad_y.dtype)
         kernels().videomamba_rms_norm_backward(ctypes.byref(norm), ctypes.byref(gradients))
     return grad_x.view(hidden_states.shape), grad_weight.sum(0).to(weight.dtype)
@@ -49,9 +52,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, eps):
         ctx.save_for_backward(hidden_states, weight)
         ctx.eps = eps
-        return _forward(hidden_states, weight, eps)
+        return norm_forward(hidden_states, weight, eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        return *_backward(grad_y, *ctx.saved_tensors, ctx.eps), None
+        return *norm_backward(grad_y, *ctx.saved_tensors, ctx.eps), None

@@ -297,7 +297,7 @@ def watch_kernels() -> defaultdict[str, float]:
         units = Watched(products.matrix_kernels(), spent)
         products.matrix_kernels = modules[0].matrix_kernels = lambda: units  # type: ignore[attr-defined]
     products.F = Watched(F, spent)  # type: ignore[attr-defined]
-    for module in (modules[0], products, import_module("modeling_videomamba.mixer_cpu")):
+    for module in (modules[0], products, import_module("modeling_videomamba.layer_cpu")):
         module.torch = Watched(torch, spent)  # type: ignore[attr-defined]
     return spent
 

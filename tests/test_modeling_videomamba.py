@@ -554,7 +554,7 @@ def small_pieces(monkeypatch):
         lengths.append(x.shape[1])
         return piece(self, x, *rest, **kw)
 
-    for name in ("selective_scan", "mixer"):
+    for name in ("selective_scan", "fused_layer"):
         monkeypatch.setattr(modeling, name, recording(getattr(modeling, name)))
     monkeypatch.setattr(modeling.PiecewiseScan, "__call__", record_piece)
     return lengths

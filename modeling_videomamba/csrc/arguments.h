@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int64_t kVersion = 5;  // to be raised with every change of what is passed
+constexpr int64_t kVersion = 6;  // to be raised with every change of what is passed
 
 extern "C" {
 
@@ -68,8 +68,9 @@ struct VideoMambaNorm {
 };
 
 // That of `weight` comes in parts (threads, width), zero before the call, which the caller adds up; that of y is an input.
+// `add`, float32 or absent, is added to that of x.
 struct VideoMambaNormGradients {
-    VideoMambaSequence y, x;
+    VideoMambaSequence y, x, add;
     float* weight;
 };
 

@@ -55,6 +55,7 @@ void normalise_backward(const VideoMambaNorm& norm, const VideoMambaNormGradient
     for_rows(norm, [&](int64_t part, int64_t sample, int64_t t) {
         const float* x = row<float>(norm.x, sample, t);
         const T* grad_y = row<T>(gradients.y, sample, t);
+        const float* add = gradients.add.data ? row<float>(gradients.add, sample, t) : nullptr;
         float *grad_x = row<float>(gradients.x, sample, t), *grad_weight = gradients.weight + part * norm.width;
         const float scale = inverse_rms(norm, x);
         Vector products{};
@@ -67,7 +68,8 @@ void normalise_backward(const VideoMambaNorm& norm, const VideoMambaNormGradient
         for_vectors(norm.width, [&](int64_t channel, int lanes) {
             const Vector normed = load(x + channel, lanes) * scale;
             const Vector grad = load(grad_y + channel, lanes) * load(norm.weight + channel, lanes);
-            store(grad_x + channel, (grad - normed * mean) * scale, lanes);
+            const Vector total = (grad - normed * mean) * scale;
+            store(grad_x + channel, add ? total + load(add + channel, lanes) : total, lanes);
         });
     });
 }

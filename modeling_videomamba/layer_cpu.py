@@ -1,9 +1,10 @@
 """
-The bidirectional Mamba block on a CPU as one function with gradients, as Mamba's release has its block.
+A layer on a CPU as one function with gradients, as Mamba's release has its block: the norm, the bidirectional mixer and
+the residual stream.
 
-For the backward pass it keeps what `in_proj` and `x_proj` make, the states between chunks and the output before the
-gate. The output of the convolution, the time steps and the gated output are computed anew, which takes no more time
-than to read them from memory (Mamba, arXiv 2312.00752, section 3.3.2).
+For the backward pass it keeps the stream, its norm, what `in_proj` and `x_proj` make, the states between chunks and the
+output before the gate. The output of the convolution, the time steps and the gated output are computed anew, which
+takes no more time than to read them from memory (Mamba, arXiv 2312.00752, section 3.3.2).
 """
 
 from dataclasses import dataclass, fields
@@ -11,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from .matrix_product_cpu import matmul, weight_gradient
+from .rms_norm_cpu import norm_backward, norm_forward
 from .selective_scan_cpu import Gate, convolve, convolve_backward, scan, scan_backward
 
 
@@ -32,9 +34,13 @@ class ScanParameters:
     def of_convolution(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.conv_weight.squeeze(1).float(), self.conv_bias.float()
 
+    def state_matrix(self) -> torch.Tensor:
+        """A."""
+        return self.A_log.float().exp().neg_()
+
     def of_scan(self) -> dict[str, torch.Tensor]:
-        others = {"D": self.D, "dt_bias": self.dt_bias, "dt_proj": self.dt_proj}
-        return {"A": self.A_log.float().exp().neg_(), **{name: tensor.float() for name, tensor in others.items()}}
+        """The others."""
+        return {"D": self.D.float(), "dt_bias": self.dt_bias.float(), "dt_proj": self.dt_proj.float()}
 
     def split(self, projected: torch.Tensor) -> dict[str, torch.Tensor]:
         """What `x_proj` makes: what `dt_proj` makes time steps of, B and C."""
@@ -45,56 +51,69 @@ class ScanParameters:
 NUM_PARAMETERS = len(fields(ScanParameters))
 
 
-def mixer(
+def fused_layer(
     hidden_states: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
     in_proj: torch.Tensor,
     out_proj: torch.Tensor,
     scans: list[ScanParameters],
+    *,
     reverse: list[bool],
+    scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    `(batch, length, D)` to the same: `scans`, each in its direction, of the `x` that `in_proj` (2 * channels, D) makes,
-    their sum times SiLU(z), and `out_proj` (D, channels). All are of one dtype, that of the output.
+    `(batch, length, D)` to the same, both float32: itself plus what the mixer makes of its norm, times `scale`
+    `(batch, 1, 1)`. The mixer is `scans`, each in its direction, of the `x` that `in_proj` (2 * channels, D) makes,
+    their sum times SiLU(z), and `out_proj` (D, channels). All parameters are of one dtype, in which the mixer computes.
     """
-    tensors = [hidden_states, in_proj, out_proj, *(tensor for each in scans for tensor in vars(each).values())]
+    tensors = [hidden_states, norm, in_proj, out_proj, *(tensor for each in scans for tensor in vars(each).values())]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _Mixer.apply(reverse, keep, *tensors)
+    return _Layer.apply(reverse, eps, scale, keep, *tensors)
 
 
-class _Mixer(torch.autograd.Function):
+class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, reverse, keep, *tensors):
-        ctx.reverse, ctx.num_inputs = reverse, len(tensors)
-        out, kept = _forward(*_by_scan(tensors), reverse, keep)
+    def forward(ctx, reverse, eps, scale, keep, hidden_states, norm, *parameters):
+        ctx.reverse, ctx.eps, ctx.num_parameters = reverse, eps, len(parameters)
+        normed = norm_forward(hidden_states, norm, eps)
+        mixed, kept = _mix(normed, *_by_scan(parameters), reverse, keep)
         if keep:
-            ctx.save_for_backward(*tensors, *kept)
-        return out
+            ctx.save_for_backward(scale, hidden_states, norm, normed, *parameters, *kept)
+        return _scaled(mixed.float(), scale).add_(hidden_states)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        saved = ctx.saved_tensors  # once: checkpoints compute them anew at each request
-        tensors, kept = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
+        # once: checkpoints compute them anew at each request
+        scale, hidden_states, norm, normed, *rest = ctx.saved_tensors
+        parameters, kept = rest[: ctx.num_parameters], rest[ctx.num_parameters :]
         with torch.autocast("cpu", enabled=False):  # as it was in the forward pass
-            gradients = _backward(grad_out, *_by_scan(tensors), ctx.reverse, *kept)
-        gradients = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, tensors, strict=True)]
-        return None, None, *gradients
+            grad_mixed = _scaled(grad_out, scale).to(normed.dtype)
+            grad_normed, *gradients = _mix_backward(grad_mixed, normed, *_by_scan(parameters), ctx.reverse, *kept)
+            grad_hidden, grad_norm = norm_backward(grad_normed, hidden_states, norm, ctx.eps, add=grad_out)
+        gradients = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, parameters, strict=True)]
+        return None, None, None, None, grad_hidden, grad_norm, *gradients
 
 
-def _by_scan(tensors):
-    """`hidden_states, in_proj, out_proj` and the parameters of the scans."""
-    scans = [ScanParameters(*tensors[i : i + NUM_PARAMETERS]) for i in range(3, len(tensors), NUM_PARAMETERS)]
-    return *tensors[:3], scans
+def _scaled(tensor, scale):
+    return tensor if scale is None else tensor * scale
+
+
+def _by_scan(parameters):
+    """`in_proj, out_proj` and those of the scans."""
+    scans = [ScanParameters(*parameters[i : i + NUM_PARAMETERS]) for i in range(2, len(parameters), NUM_PARAMETERS)]
+    return *parameters[:2], scans
 
 
 def _rows(tensor):
     return tensor.flatten(0, 1)
 
 
-def _forward(hidden_states, in_proj, out_proj, scans, reverse, keep):
+def _mix(hidden_states, in_proj, out_proj, scans, reverse, keep):
     """
     The output, and what is to `keep` for the backward pass: `x` and `z` in one tensor, the output before the gate, and,
-    for each scan, what `x_proj` made and the states between chunks.
+    for each scan, what `x_proj` made, the states between chunks and A.
     """
     shape, kept = hidden_states.shape[:2], []
     xz = matmul(_rows(hidden_states), in_proj.T).unflatten(0, shape)
@@ -103,18 +122,19 @@ def _forward(hidden_states, in_proj, out_proj, scans, reverse, keep):
     for i, each in enumerate(scans):
         convolved = convolve(x, *each.of_convolution(), reverse[i])
         projected = matmul(_rows(convolved), each.x_proj.T).unflatten(0, shape)
+        A = each.state_matrix()
         y, ungated, checkpoints = scan(
-            convolved,
+            **{"x": convolved, "A": A},
             **each.split(projected),
             **each.of_scan(),
             **{"z": z if each is scans[-1] else None, "add": y, "ungated": y, "reverse": reverse[i], "keep": keep},
         )
-        kept += [projected, checkpoints]
+        kept += [projected, checkpoints, A]
         del convolved  # whose place, which is in the cache, the next one takes
     return matmul(_rows(y), out_proj.T).unflatten(0, shape), [xz, ungated, *kept]
 
 
-def _backward(grad_out, hidden_states, in_proj, out_proj, scans, reverse, xz, ungated, *kept):
+def _mix_backward(grad_out, hidden_states, in_proj, out_proj, scans, reverse, xz, ungated, *kept):
     """Gradients of `hidden_states, in_proj, out_proj`, then of the parameters of the scans."""
     shape, grad_out = xz.shape[:2], _rows(grad_out)
     (x, z), grad_xz = xz.chunk(2, dim=-1), torch.empty_like(xz)
@@ -122,14 +142,14 @@ def _backward(grad_out, hidden_states, in_proj, out_proj, scans, reverse, xz, un
     grad_y = matmul(grad_out, out_proj).unflatten(0, shape)
     gradients: list[torch.Tensor] = []
     for i in reversed(range(len(scans))):
-        each, (projected, checkpoints), is_last = scans[i], kept[2 * i : 2 * i + 2], i == len(scans) - 1
+        each, (projected, checkpoints, A), is_last = scans[i], kept[3 * i : 3 * i + 3], i == len(scans) - 1
         gate = Gate(z, ungated, grad_z, grad_ungated=grad_y, y=torch.empty_like(grad_y)) if is_last else None
-        convolution, parameters = each.of_convolution(), each.of_scan()
+        convolution = each.of_convolution()
         gradient = scan_backward(
             *(grad_y, x),
             **each.split(projected),
-            **parameters,
-            **{"checkpoints": checkpoints, "gate": gate, "convolution": convolution, "reverse": reverse[i]},
+            **each.of_scan(),
+            **{"A": A, "checkpoints": checkpoints, "gate": gate, "convolution": convolution, "reverse": reverse[i]},
         )
         if gate:
             grad_out_proj = weight_gradient(grad_out, _rows(gate.y))
@@ -145,7 +165,7 @@ def _backward(grad_out, hidden_states, in_proj, out_proj, scans, reverse, xz, un
             x_proj=grad_x_proj,
             dt_proj=gradient.dt_proj,
             dt_bias=gradient.dt_bias,
-            A_log=gradient.A.mul_(parameters["A"]),
+            A_log=gradient.A.mul_(A),
             D=gradient.D,
         )
         gradients = [*vars(of_scan).values(), *gradients]
