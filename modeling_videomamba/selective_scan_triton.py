@@ -1,37 +1,47 @@
 """
 The selective scan as Triton kernels, for CUDA, ROCm and XPU.
 
-A time-varying linear recurrence `h_t = a_t * h_{t-1} + b_t` composes: two steps in a row are `(a, b)` followed by
-`(a', b')` = `(a' * a, a' * b + b')`, which is associative. Here `a_t = exp(dt_t * A)` and `b_t = dt_t * B_t * x_t`. Of
-that, three passes are made, so that one long sequence fills a GPU as well as many short ones do:
+A program goes through the steps of a sequence one by one, with the states of `BLOCK_CHANNELS` channels, `(state,
+channel)`, in its registers: one warp, so that nothing has to wait for another. For one long sequence to fill a GPU as
+well as many short ones do, sequences are cut into chunks:
 
-1. each chunk of the sequence finds the state at its end as if it began with zero (`_chunk_kernel`);
-2. one short loop over the chunks turns these into the state before each chunk (`_carry_kernel`);
-3. each chunk scans again from the state before it, and writes `y` (`_scan_kernel`).
+1. each chunk finds the state at its end as if it began with zero (`_chunk_kernel`);
+2. these give the state before each chunk: `h <- exp(A * sum of dt) * h + end`, the recurrence again (`_carry_kernel`);
+3. each chunk is gone through again from the state before it, and `y` is written (`_scan_kernel`).
 
-The adjoint `e_t = dL/dh_t = C_t * dL/dy_t + a_{t+1} * e_{t+1}` is the same recurrence from the other end, and takes the
-same three passes. With a single chunk only the third is left.
-
-A program holds `BLOCK_STEPS` steps of all states of `BLOCK_CHANNELS` channels in registers, as `(step, state, channel)`
-tiles: channels last, so that neighbouring threads read neighbouring addresses, and steps first, so that a thread holds
-all steps of its channel and the scan over them needs no exchange between threads.
+With a single chunk only the third is left. The gradient of the state before a step, `f_t = exp(dt_t * A) * (f_{t+1} +
+C_t * dL/dy_t)`, is the same recurrence from the other end and goes the same way (`_adjoint_kernel`).
 """
 
 import torch
 from torch import Tensor
 
 from .operators import operator
-from .triton_kernels import ANY_SIZE, ceil, contiguous, launch, load, load_row, program, sigmoid, strided, tl, triton
+from .triton_kernels import (
+    ANY_SIZE,
+    LN_2,
+    LOG2_E,
+    ceil,
+    launch,
+    load_row,
+    load_step,
+    program,
+    sigmoid,
+    step_offset,
+    strided,
+    tl,
+    triton,
+)
 
-BLOCK_CHANNELS = 32
-BLOCK_STEPS = 16
-# Elements of a tile at most: 32 in each thread of 8 warps. The backward pass has about six tiles alive.
-TILE_SIZE = 8192
-NUM_WARPS = 8
+BLOCK_CHANNELS = 64
 # A sequence is cut into chunks until there are as many programs, but into none shorter than `MIN_CHUNK_STEPS`: the
-# states between chunks, `(batch, chunks, state, channels)`, are then at most a quarter of `x` in float32 (16 states).
-TARGET_PROGRAMS = 512
-MIN_CHUNK_STEPS = 64
+# states between chunks, `(batch, chunks, state, channels)` in float32, are kept for the backward pass.
+TARGET_PROGRAMS = 4096
+MIN_CHUNK_STEPS = 32
+# Steps whose states the backward pass holds at the same time, in memory that stays in the cache.
+TILE_STEPS = 8
+# Of a program over the chunks of a sequence.
+CARRY_CHUNKS, CARRY_CHANNELS = 16, 128
 
 
 def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse) -> Tensor:
@@ -67,8 +77,9 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse) -> Tensor:
 
 @triton.jit
 def _load_matrix(A, n, e, state, channels):
+    """`A * log2(e)`, from `A` of shape `(state, channels)`, for `exp2`: the exponential that a GPU has."""
     mask = (n < state)[:, None] & (e < channels)[None, :]
-    return tl.load(A + e[None, :] * state + n[:, None], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(A + n[:, None] * channels + e[None, :], mask=mask, other=0.0).to(tl.float32) * LOG2_E
 
 
 @triton.jit
@@ -79,7 +90,7 @@ def _state_offsets(index, n, e, state, channels):
 @triton.jit
 def _softplus(v):
     """`max(v, 0) + log1p(exp(-|v|))`; a logarithm of `1 + tiny` would lose time steps as small as the usual 1e-3."""
-    small = tl.exp(-tl.abs(v))
+    small = tl.exp2(-tl.abs(v) * LOG2_E)
     s = small / (2.0 + small)  # log1p(small) = 2 artanh(s), s <= 1/3
     q = s * s
     series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
@@ -87,64 +98,27 @@ def _softplus(v):
 
 
 @triton.jit
-def _load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE: tl.constexpr):
-    """`dt + dt_bias`; outside of the sequence -inf, of which the softplus is zero: no decay, no input."""
-    v = load(dt, dt_batch, dt_step, batch, steps, e, channels, length, REVERSE)
-    if dt_bias is not None:
-        v += load_row(dt_bias, e, channels)[None, :]
-    return tl.where(((steps >= 0) & (steps < length))[:, None], v, float("-inf"))
-
-
-@triton.jit
 def _load_grad(
-    grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE: tl.constexpr
+    grad, grad_batch, grad_step, z, z_batch, z_step, batch, step, e, channels, length, REVERSE: tl.constexpr
 ):
     """The gradient of `y` before the gate."""
-    grad_y = load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
+    grad_y = load_step(grad, grad_batch, grad_step, batch, step, e, channels, length, REVERSE)
     if z is not None:
-        gate = load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
+        gate = load_step(z, z_batch, z_step, batch, step, e, channels, length, REVERSE)
         grad_y *= gate * sigmoid(gate)
     return grad_y
 
 
 @triton.jit
-def _gate_gradient(
-    grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE: tl.constexpr
-):
-    """The gradient of the gate, to be multiplied by `y` before it."""
-    gate = load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
-    grad_y = load(grad, grad_batch, grad_step, batch, steps, e, channels, length, REVERSE)
-    return grad_y * sigmoid(gate) * (1.0 + gate * sigmoid(-gate))
-
-
-@triton.jit
-def _compose(a1, b1, a2, b2):
-    return a1 * a2, a2 * b1 + b2
-
-
-@triton.jit
-def _recurrence(a, b, h, BACKWARDS: tl.constexpr):
-    """All `h_t = a_t * h_{t-1} + b_t` of a tile `(step, state, channel)`, from the state `h` before it."""
-    product, states = tl.associative_scan((a, b), 0, _compose, reverse=BACKWARDS)
-    return states + product * h[None, :, :]
-
-
-@triton.jit
-def _states(
-    x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, dt_bias, h,
-    batch, steps, e, n, length, channels, state, REVERSE: tl.constexpr,
+def _next_state(
+    h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+    batch, step, e, n, length, channels, state, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The states of a tile, from the state `h` before it."""
-    dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE))
-    x_tile = load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
-    b = load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
-    decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
-    return _recurrence(decay, (dt_tile * x_tile)[:, None, :] * b[:, :, None], h, False)
-
-
-@triton.jit
-def _step(tile, index, T: tl.constexpr):
-    return tl.sum(tl.where((tl.arange(0, T) == index)[:, None, None], tile, 0.0), 0)
+    """`exp(dt_t * A) * h + dt_t * B_t * x_t`, and `x_t` and `dt_t`."""
+    dt_t = _softplus(load_step(dt, dt_batch, dt_step, batch, step, e, channels, length, REVERSE) + bias)
+    x_t = load_step(x, x_batch, x_step, batch, step, e, channels, length, REVERSE)
+    b = load_step(B, B_batch, B_step, batch, step, n, state, length, REVERSE)
+    return tl.exp2(dt_t[None, :] * a) * h + (dt_t * x_t)[None, :] * b[:, None], x_t, dt_t
 
 
 # The three passes.
@@ -153,8 +127,8 @@ def _step(tile, index, T: tl.constexpr):
 @triton.jit(do_not_specialize=ANY_SIZE)
 def _chunk_kernel(
     x, x_batch, x_step, z, z_batch, z_step, dt, dt_batch, dt_step, A, B, B_batch, B_step, dt_bias,
-    ends, dt_sums, length, channels, state, num_chunks, num_tiles,
-    REVERSE: tl.constexpr, ADJOINT: tl.constexpr, T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    ends, dt_sums, length, channels, state, num_chunks, chunk_steps,
+    REVERSE: tl.constexpr, ADJOINT: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """
     What a chunk makes of a zero state, `ends`, and the sum of its time steps, which is all there is to its decay:
@@ -164,181 +138,206 @@ def _chunk_kernel(
     e = block * E + tl.arange(0, E)
     n = tl.arange(0, N)
     a = _load_matrix(A, n, e, state, channels)
+    bias = load_row(dt_bias, e, channels)
     h = tl.zeros((N, E), tl.float32)
     dt_sum = tl.zeros((E,), tl.float32)
-    for i in range(num_tiles):
-        tile = num_tiles - 1 - i if ADJOINT else i
-        steps = (chunk * num_tiles + tile) * T + tl.arange(0, T)
+    first = chunk * chunk_steps
+    count = tl.minimum(chunk_steps, length - first)
+    for i in range(count):
         if ADJOINT:
-            weight = _load_grad(
-                x, x_batch, x_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE
-            )  # fmt: skip
-            dt_tile = _softplus(
-                _load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps + 1, e, channels, length, REVERSE)
-            )
+            step = first + count - 1 - i
+            grad_y = _load_grad(x, x_batch, x_step, z, z_batch, z_step, batch, step, e, channels, length, REVERSE)
+            dt_t = _softplus(load_step(dt, dt_batch, dt_step, batch, step, e, channels, length, REVERSE) + bias)
+            c = load_step(B, B_batch, B_step, batch, step, n, state, length, REVERSE)
+            h = tl.exp2(dt_t[None, :] * a) * (h + grad_y[None, :] * c[:, None])
         else:
-            dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE))
-            weight = dt_tile * load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
-        b = load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
-        decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
-        states = _recurrence(decay, weight[:, None, :] * b[:, :, None], h, ADJOINT)
-        h = _step(states, 0 if ADJOINT else T - 1, T)
-        dt_sum += tl.sum(dt_tile, 0)
+            h, _, dt_t = _next_state(
+                h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+                batch, first + i, e, n, length, channels, state, REVERSE,
+            )  # fmt: skip
+        dt_sum += dt_t
     index = batch * num_chunks + chunk
     inside = e < channels
     tl.store(ends + _state_offsets(index, n, e, state, channels), h, mask=(n < state)[:, None] & inside[None, :])
     tl.store(dt_sums + index * channels + e, dt_sum, mask=inside)
 
 
+@triton.jit
+def _compose(a1, b1, a2, b2):
+    """Two steps in a row of `h <- a * h + b`."""
+    return a1 * a2, a2 * b1 + b2
+
+
 @triton.jit(do_not_specialize=ANY_SIZE)
 def _carry_kernel(
-    A, ends, dt_sums, starts, channels, state, num_chunks, ADJOINT: tl.constexpr, N: tl.constexpr, E: tl.constexpr
+    A, ends, dt_sums, starts, channels, state, num_chunks, ADJOINT: tl.constexpr, K: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """The state before each chunk, `starts`; after it in time, for the adjoint."""
-    batch, _, block = program(1, channels, E)
+    """The state before each chunk, `starts`; after it in time, for the adjoint. A program has one row of the state."""
+    batch, n, block = program(state, channels, E)
     e = block * E + tl.arange(0, E)
-    n = tl.arange(0, N)
-    mask = (n < state)[:, None] & (e < channels)[None, :]
-    a = _load_matrix(A, n, e, state, channels)
-    h = tl.zeros((N, E), tl.float32)
-    for i in range(num_chunks):
-        index = batch * num_chunks + (num_chunks - 1 - i if ADJOINT else i)
-        offsets = _state_offsets(index, n, e, state, channels)
-        tl.store(starts + offsets, h, mask=mask)
-        dt_sum = load_row(dt_sums + index * channels, e, channels)
-        h = tl.exp(dt_sum[None, :] * a) * h + tl.load(ends + offsets, mask=mask, other=0.0)
+    inside = e < channels
+    a = load_row(A + n * channels, e, channels) * LOG2_E
+    rows = batch * num_chunks * state + n
+    h = tl.zeros((E,), tl.float32)
+    tl.store(starts + (rows + (num_chunks - 1 if ADJOINT else 0) * state) * channels + e, h, mask=inside)
+    for first in range(0, num_chunks, K):
+        order = first + tl.arange(0, K)
+        chunk = num_chunks - 1 - order if ADJOINT else order
+        following = chunk - 1 if ADJOINT else chunk + 1
+        mask = (order < num_chunks)[:, None] & inside[None, :]
+        sums = dt_sums + (batch * num_chunks + chunk)[:, None] * channels + e[None, :]
+        decay = tl.exp2(tl.load(sums, mask=mask, other=0.0) * a[None, :])
+        end = tl.load(ends + (rows + chunk * state)[:, None] * channels + e[None, :], mask=mask, other=0.0)
+        decay, end = tl.associative_scan((decay, end), 0, _compose)
+        end += decay * h[None, :]
+        mask &= (order + 1 < num_chunks)[:, None]
+        tl.store(starts + (rows + following * state)[:, None] * channels + e[None, :], end, mask=mask)
+        h = tl.sum(tl.where((order == first + K - 1)[:, None], end, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
 def _scan_kernel(
     x, x_batch, x_step, dt, dt_batch, dt_step, A, B, B_batch, B_step, C, C_batch, C_step, D,
-    z, z_batch, z_step, dt_bias, add, add_batch, add_step,
-    starts, tile_starts, y, ungated, length, channels, state, num_chunks, num_tiles,
-    REVERSE: tl.constexpr, T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+    z, z_batch, z_step, dt_bias, add, add_batch, add_step, starts, y, ungated,
+    length, channels, state, num_chunks, chunk_steps, REVERSE: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """The scan from `starts`. Writes `y`, or, for the backward pass, only the state before each tile."""
+    """The scan from `starts`."""
     batch, chunk, block = program(num_chunks, channels, E)
     e = block * E + tl.arange(0, E)
     n = tl.arange(0, N)
+    inside = e < channels
     a = _load_matrix(A, n, e, state, channels)
-    state_mask = (n < state)[:, None] & (e < channels)[None, :]
-    index = batch * num_chunks + chunk
-    h = tl.load(starts + _state_offsets(index, n, e, state, channels), mask=state_mask, other=0.0)
-    for tile in range(num_tiles):
-        if tile_starts is not None:
-            offsets = _state_offsets(index * num_tiles + tile, n, e, state, channels)
-            tl.store(tile_starts + offsets, h, mask=state_mask)
-        steps = (chunk * num_tiles + tile) * T + tl.arange(0, T)
-        x_tile = load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
-        dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE))
-        b = load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
-        decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
-        states = _recurrence(decay, (dt_tile * x_tile)[:, None, :] * b[:, :, None], h, False)
-        h = _step(states, T - 1, T)
-        if y is not None:
-            c = load(C, C_batch, C_step, batch, steps, n, state, length, REVERSE)
-            y_tile = tl.sum(c[:, :, None] * states, 1) + load_row(D, e, channels)[None, :] * x_tile
-            if add is not None:
-                y_tile += load(add, add_batch, add_step, batch, steps, e, channels, length, REVERSE)
-            offsets = contiguous(batch, steps, e, channels, length, REVERSE)
-            mask = (steps < length)[:, None] & (e < channels)[None, :]
-            if ungated is not None:
-                tl.store(ungated + offsets, y_tile, mask=mask)
-            if z is not None:
-                gate = load(z, z_batch, z_step, batch, steps, e, channels, length, REVERSE)
-                y_tile *= gate * sigmoid(gate)
-            tl.store(y + offsets, y_tile, mask=mask)
+    d, bias = load_row(D, e, channels), load_row(dt_bias, e, channels)
+    state_mask = (n < state)[:, None] & inside[None, :]
+    h = tl.load(
+        starts + _state_offsets(batch * num_chunks + chunk, n, e, state, channels), mask=state_mask, other=0.0
+    )  # fmt: skip
+    first = chunk * chunk_steps
+    for i in range(tl.minimum(chunk_steps, length - first)):
+        step = first + i
+        h, x_t, _ = _next_state(
+            h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+            batch, step, e, n, length, channels, state, REVERSE,
+        )  # fmt: skip
+        c = load_step(C, C_batch, C_step, batch, step, n, state, length, REVERSE)
+        y_t = tl.sum(c[:, None] * h, 0) + d * x_t
+        if add is not None:
+            y_t += load_step(add, add_batch, add_step, batch, step, e, channels, length, REVERSE)
+        offsets = step_offset(batch, step, length, REVERSE) * channels + e
+        if ungated is not None:
+            tl.store(ungated + offsets, y_t, mask=inside)
+        if z is not None:
+            gate = load_step(z, z_batch, z_step, batch, step, e, channels, length, REVERSE)
+            y_t *= gate * sigmoid(gate)
+        tl.store(y + offsets, y_t, mask=inside)
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
 def _adjoint_kernel(
     grad, grad_batch, grad_step, x, x_batch, x_step, dt, dt_batch, dt_step, A, B, B_batch, B_step, C, C_batch, C_step,
-    D, z, z_batch, z_step, dt_bias, ungated, tile_starts, adjoints,
+    D, z, z_batch, z_step, dt_bias, ungated, starts, adjoints, tile_starts, before,
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias, grad_add,
-    batch_size, length, channels, state, num_chunks, num_tiles,
+    batch_size, length, channels, state, num_chunks, chunk_steps,
     REVERSE: tl.constexpr, T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """
-    The adjoint scan from `adjoints`, last tile first, and from it all gradients. Those of `A, D, dt_bias` are sums over
-    the chunk, those of `B, C` over the block of channels: what is left of each sum is for `torch.sum`, in fixed order.
+    The adjoint scan from `adjoints`, last step first, and from it all gradients. It needs the state before each step:
+    a first way through the chunk leaves that before each tile of `T` steps, and the tiles, last one first, find the
+    others from there. Gradients of `A, D, dt_bias` are sums over the chunk, those of `B, C` over the block of channels:
+    what is left of each sum is for `torch.sum`, in fixed order.
     """
     batch, chunk, block = program(num_chunks, channels, E)
     e = block * E + tl.arange(0, E)
     n = tl.arange(0, N)
-    first = tl.arange(0, T) == 0
+    inside = e < channels
     a = _load_matrix(A, n, e, state, channels)
-    d = load_row(D, e, channels)
-    state_mask = (n < state)[:, None] & (e < channels)[None, :]
+    d, bias = load_row(D, e, channels), load_row(dt_bias, e, channels)
+    state_mask = (n < state)[:, None] & inside[None, :]
     index = batch * num_chunks + chunk
-    carry = tl.load(adjoints + _state_offsets(index, n, e, state, channels), mask=state_mask, other=0.0)
+    offsets = _state_offsets(index, n, e, state, channels)
+    first = chunk * chunk_steps
+    count = tl.minimum(chunk_steps, length - first)
+
+    # a place for each program, and in it (tile or step, state, channel)
+    place = tl.arange(0, N)[:, None] * E + tl.arange(0, E)[None, :]
+    tile_starts += tl.program_id(0).to(tl.int64) * tl.cdiv(chunk_steps, T) * N * E + place
+    before += tl.program_id(0).to(tl.int64) * T * N * E + place
+
+    h = tl.load(starts + offsets, mask=state_mask, other=0.0)
+    for i in range(count):
+        if i % T == 0:
+            tl.store(tile_starts + i // T * N * E, h)
+        h, _, _ = _next_state(
+            h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+            batch, first + i, e, n, length, channels, state, REVERSE,
+        )  # fmt: skip
+    tl.debug_barrier()
+
+    carry = tl.load(adjoints + offsets, mask=state_mask, other=0.0)
     sum_A = tl.zeros((N, E), tl.float32)
     sum_D = tl.zeros((E,), tl.float32)
     sum_dt = tl.zeros((E,), tl.float32)
-    for i in range(num_tiles):
-        tile = num_tiles - 1 - i
-        steps = (chunk * num_tiles + tile) * T + tl.arange(0, T)
-        offsets = contiguous(batch, steps, e, channels, length, REVERSE)
-        mask = (steps < length)[:, None] & (e < channels)[None, :]
-
-        # h_{t-1}, from the steps one earlier than the tile's: the difference h_t - dt_t B_t x_t would be inexact
-        start = _state_offsets(index * num_tiles + tile, n, e, state, channels)
-        h = tl.load(tile_starts + start, mask=state_mask, other=0.0)
-        earlier = tl.where(first, -1, steps - 1)
-        before = _states(
-            x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, dt_bias, h,
-            batch, earlier, e, n, length, channels, state, REVERSE,
-        )  # fmt: skip
-
-        # e_t = C_t * grad_y_t + exp(dt_{t+1} * A) * e_{t+1}
-        grad_y = _load_grad(
-            grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE
-        )  # fmt: skip
-        c = load(C, C_batch, C_step, batch, steps, n, state, length, REVERSE)
-        dt_tile = _softplus(_load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps + 1, e, channels, length, REVERSE))
-        decay = tl.exp(dt_tile[:, None, :] * a[None, :, :])
-        grad_h = _recurrence(decay, grad_y[:, None, :] * c[:, :, None], carry, True)
-        carry = _step(grad_h, 0, T)
-
-        x_tile = load(x, x_batch, x_step, batch, steps, e, channels, length, REVERSE)
-        v = _load_dt(dt, dt_batch, dt_step, dt_bias, batch, steps, e, channels, length, REVERSE)
-        dt_tile = _softplus(v)
-        b = load(B, B_batch, B_step, batch, steps, n, state, length, REVERSE)
-        decayed = tl.exp(dt_tile[:, None, :] * a[None, :, :]) * before
-        dt_x = dt_tile * x_tile
-        states = decayed + dt_x[:, None, :] * b[:, :, None]
-        partial = contiguous(block * batch_size + batch, steps, n, state, length, REVERSE)
-        partial_mask = (steps < length)[:, None] & (n < state)[None, :]
-        tl.store(grad_C + partial, tl.sum(grad_y[:, None, :] * states, 2), mask=partial_mask)
-        tl.store(grad_B + partial, tl.sum(grad_h * dt_x[:, None, :], 2), mask=partial_mask)
-
-        grad_dtA = grad_h * decayed
-        grad_dt_x = tl.sum(grad_h * b[:, :, None], 1)
-        grad_v = (tl.sum(grad_dtA * a[None, :, :], 1) + grad_dt_x * x_tile) * sigmoid(v)
-        tl.store(grad_dt + offsets, grad_v, mask=mask)
-        tl.store(grad_x + offsets, grad_dt_x * dt_tile + d[None, :] * grad_y, mask=mask)
-        sum_A += tl.sum(grad_dtA * dt_tile[:, None, :], 0)
-        sum_D += tl.sum(grad_y * x_tile, 0)
-        sum_dt += tl.sum(tl.where(mask, grad_v, 0.0), 0)
-        if grad_add is not None:
-            tl.store(grad_add + offsets, grad_y, mask=mask)
-        if z is not None:
-            grad_z_tile = _gate_gradient(
-                grad, grad_batch, grad_step, z, z_batch, z_step, batch, steps, e, channels, length, REVERSE
+    num_tiles = tl.cdiv(count, T)
+    for k in range(num_tiles):
+        tile = num_tiles - 1 - k
+        tile_first = first + tile * T
+        tile_count = tl.minimum(T, count - tile * T)
+        h = tl.load(tile_starts + tile * N * E)
+        for i in range(tile_count):
+            tl.store(before + i * N * E, h)
+            h, _, _ = _next_state(
+                h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+                batch, tile_first + i, e, n, length, channels, state, REVERSE,
             )  # fmt: skip
-            grad_z_tile *= tl.load(ungated + offsets, mask=mask, other=0.0).to(tl.float32)
-            tl.store(grad_z + offsets, grad_z_tile, mask=mask)
-    tl.store(grad_A + _state_offsets(index, n, e, state, channels), sum_A, mask=state_mask)
-    tl.store(grad_D + index * channels + e, sum_D, mask=e < channels)
-    tl.store(grad_dt_bias + index * channels + e, sum_dt, mask=e < channels)
+        tl.debug_barrier()
+        for k_step in range(tile_count):
+            i = tile_count - 1 - k_step
+            step = tile_first + i
+            grad_y = _load_grad(
+                grad, grad_batch, grad_step, z, z_batch, z_step, batch, step, e, channels, length, REVERSE
+            )  # fmt: skip
+            x_t = load_step(x, x_batch, x_step, batch, step, e, channels, length, REVERSE)
+            v = load_step(dt, dt_batch, dt_step, batch, step, e, channels, length, REVERSE) + bias
+            b = load_step(B, B_batch, B_step, batch, step, n, state, length, REVERSE)
+            c = load_step(C, C_batch, C_step, batch, step, n, state, length, REVERSE)
+            dt_t = _softplus(v)
+            partial = step_offset(block * batch_size + batch, step, length, REVERSE) * state + n
+            tl.store(grad_C + partial, tl.sum(grad_y[None, :] * h, 1), mask=n < state)
+            grad_h = carry + grad_y[None, :] * c[:, None]
+            tl.store(grad_B + partial, tl.sum(grad_h * (dt_t * x_t)[None, :], 1), mask=n < state)
+            grad_dt_x = tl.sum(grad_h * b[:, None], 0)
+
+            carry = tl.exp2(dt_t[None, :] * a) * grad_h
+            h = tl.load(before + i * N * E)
+            grad_dtA = carry * h
+            sum_A += grad_dtA * dt_t[None, :]
+            grad_v = (tl.sum(grad_dtA * a, 0) * LN_2 + grad_dt_x * x_t) * sigmoid(v)
+            row = step_offset(batch, step, length, REVERSE) * channels + e
+            tl.store(grad_dt + row, grad_v, mask=inside)
+            tl.store(grad_x + row, grad_dt_x * dt_t + d * grad_y, mask=inside)
+            sum_D += grad_y * x_t
+            sum_dt += grad_v
+            if grad_add is not None:
+                tl.store(grad_add + row, grad_y, mask=inside)
+            if z is not None:
+                gate = load_step(z, z_batch, z_step, batch, step, e, channels, length, REVERSE)
+                grad_z_t = load_step(grad, grad_batch, grad_step, batch, step, e, channels, length, REVERSE)
+                grad_z_t *= sigmoid(gate) * (1.0 + gate * sigmoid(-gate))
+                grad_z_t *= tl.load(ungated + row, mask=inside, other=0.0).to(tl.float32)
+                tl.store(grad_z + row, grad_z_t, mask=inside)
+        tl.debug_barrier()
+    tl.store(grad_A + offsets, sum_A, mask=state_mask)
+    tl.store(grad_D + index * channels + e, sum_D, mask=inside)
+    tl.store(grad_dt_bias + index * channels + e, sum_dt, mask=inside)
 
 
 # The scan as operators.
 
 
-def _blocks(channels: int, state: int) -> dict[str, int]:
-    """Shape of a tile."""
-    N, E = triton.next_power_of_2(state), min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
-    return {"T": max(2, min(BLOCK_STEPS, TILE_SIZE // (N * E))), "N": N, "E": E, "num_warps": NUM_WARPS}
+def _block(channels: int, state: int) -> dict[str, int]:
+    """What a program holds: states and channels."""
+    E = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
+    return {"N": triton.next_power_of_2(state), "E": E, "num_warps": 1}
 
 
 def _num_chunks(batch, length, channels):
@@ -347,22 +346,22 @@ def _num_chunks(batch, length, channels):
     return torch.sym_max(torch.sym_min(TARGET_PROGRAMS // programs, ceil(length, MIN_CHUNK_STEPS)), 1)
 
 
-def _starts(x, z, dt, A, B, dt_bias, num_chunks, num_tiles, blocks, reverse, adjoint):
+def _starts(x, z, dt, A, B, dt_bias, num_chunks, chunk_steps, reverse, adjoint):
     """Passes 1 and 2: the state before each chunk, `(batch, chunks, state, channels)`."""
-    (batch, length, channels), state = x.shape, A.shape[1]
-    sizes, programs = (batch, num_chunks, state, channels), batch * ceil(channels, blocks["E"])
+    (batch, length, channels), state = x.shape, A.shape[0]
+    sizes, block = (batch, num_chunks, state, channels), _block(channels, state)
     if num_chunks == 1:
         return torch.zeros(sizes, dtype=torch.float32, device=x.device)
     starts, ends = (torch.empty(sizes, dtype=torch.float32, device=x.device) for _ in range(2))
     dt_sums = torch.empty((batch, num_chunks, channels), dtype=torch.float32, device=x.device)
     launch(
-        _chunk_kernel, programs * num_chunks, *strided(x), *strided(z), *strided(dt), A, *strided(B), dt_bias,
-        ends, dt_sums, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, ADJOINT=adjoint, **blocks,
+        _chunk_kernel, batch * num_chunks * ceil(channels, block["E"]),
+        *strided(x), *strided(z), *strided(dt), A, *strided(B), dt_bias,
+        ends, dt_sums, length, channels, state, num_chunks, chunk_steps, REVERSE=reverse, ADJOINT=adjoint, **block,
     )  # fmt: skip
-    blocks = {**blocks, "num_warps": 4}
-    del blocks["T"]
     launch(
-        _carry_kernel, programs, A, ends, dt_sums, starts, channels, state, num_chunks, ADJOINT=adjoint, **blocks
+        _carry_kernel, batch * state * ceil(channels, CARRY_CHANNELS),
+        A, ends, dt_sums, starts, channels, state, num_chunks, ADJOINT=adjoint, K=CARRY_CHUNKS, E=CARRY_CHANNELS,
     )  # fmt: skip
     return starts
 
@@ -383,17 +382,17 @@ def triton_selective_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`y`, and for the backward pass `y` before the gate and the states before each chunk, or two empty tensors."""
     (batch, length, channels), state = x.shape, A.shape[1]
-    blocks = _blocks(channels, state)
+    block = _block(channels, state)
     num_chunks = _num_chunks(batch, length, channels)
-    num_tiles = ceil(ceil(length, num_chunks), blocks["T"])
-    A, D, dt_bias = A.contiguous(), D.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    chunk_steps = ceil(length, num_chunks)
+    A, D, dt_bias = A.t().contiguous(), D.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ungated = torch.empty_like(y) if save and z is not None else None
-    starts = _starts(x, None, dt, A, B, dt_bias, num_chunks, num_tiles, blocks, reverse, adjoint=False)
+    starts = _starts(x, None, dt, A, B, dt_bias, num_chunks, chunk_steps, reverse, adjoint=False)
     launch(
-        _scan_kernel, batch * num_chunks * ceil(channels, blocks["E"]),
+        _scan_kernel, batch * num_chunks * ceil(channels, block["E"]),
         *strided(x), *strided(dt), A, *strided(B), *strided(C), D, *strided(z), dt_bias, *strided(add),
-        starts, None, y, ungated, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
+        starts, y, ungated, length, channels, state, num_chunks, chunk_steps, REVERSE=reverse, **block,
     )  # fmt: skip
     return y, y.new_empty(0) if ungated is None else ungated, starts if save else starts.new_empty(0)
 
@@ -425,24 +424,17 @@ def triton_selective_scan_backward(
     """
     Gradients of `x, dt, A, B, C, D, z, dt_bias, add`, empty for those that are not there.
 
-    Beside them, it needs for a while `state / T` times `x` in float32 for the states before each tile of T steps, and
-    `2 * state / E` times that for the sums over E channels in the gradients of `B` and `C`: with 16 states, twice `x`.
+    Beside them, it needs for a while up to `state * (1 / TILE_STEPS + TILE_STEPS / MIN_CHUNK_STEPS)` times `x` in
+    float32 for states: 6 times with 16 of them.
     """
     (batch, length, channels), state = x.shape, A.shape[1]
-    blocks = _blocks(channels, state)
-    num_chunks, num_blocks = starts.shape[1], ceil(channels, blocks["E"])
-    num_tiles = ceil(ceil(length, num_chunks), blocks["T"])
+    block, num_chunks = _block(channels, state), starts.shape[1]
+    chunk_steps, num_blocks = ceil(length, num_chunks), ceil(channels, block["E"])
     num_programs = batch * num_chunks * num_blocks
-    A_, D_, dt_bias_ = A.contiguous(), D.contiguous(), None if dt_bias is None else dt_bias.contiguous()
-
-    tile_starts = starts.new_empty(batch, num_chunks * num_tiles, state, channels)
-    launch(
-        _scan_kernel, num_programs,
-        *strided(x), *strided(dt), A_, *strided(B), None, 0, 0, None, None, 0, 0, dt_bias_, None, 0, 0,
-        starts, tile_starts, None, None, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
-    )  # fmt: skip
-    adjoints = _starts(grad, z, dt, A_, C, dt_bias_, num_chunks, num_tiles, blocks, reverse, adjoint=True)
-
+    A_, D_, dt_bias_ = A.t().contiguous(), D.contiguous(), None if dt_bias is None else dt_bias.contiguous()
+    adjoints = _starts(grad, z, dt, A_, C, dt_bias_, num_chunks, chunk_steps, reverse, adjoint=True)
+    tile_starts = starts.new_empty(num_programs, ceil(chunk_steps, TILE_STEPS), block["N"], block["E"])
+    before = starts.new_empty(num_programs, TILE_STEPS, block["N"], block["E"])
     grad_x, grad_dt = (torch.empty(x.shape, dtype=tensor.dtype, device=x.device) for tensor in (x, dt))
     grad_z = None if z is None else torch.empty(x.shape, dtype=z.dtype, device=x.device)
     grad_add = torch.empty_like(grad_x) if with_add else None
@@ -452,9 +444,9 @@ def triton_selective_scan_backward(
     launch(
         _adjoint_kernel, num_programs,
         *strided(grad), *strided(x), *strided(dt), A_, *strided(B), *strided(C), D_, *strided(z), dt_bias_,
-        ungated, tile_starts, adjoints,
+        ungated, starts, adjoints, tile_starts, before,
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_dt_bias, grad_add,
-        batch, length, channels, state, num_chunks, num_tiles, REVERSE=reverse, **blocks,
+        batch, length, channels, state, num_chunks, chunk_steps, REVERSE=reverse, T=TILE_STEPS, **block,
     )  # fmt: skip
     empty = x.new_empty
     return (

@@ -5,6 +5,7 @@ Everything is computed in float32; offsets are 64-bit, as tensors can have 2**31
 of the scan; its place in memory is `length - 1 - step` in the reverse direction, and nothing is flipped or copied.
 """
 
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -18,10 +19,12 @@ try:
 except Exception as error:  # a build for another system fails with more than ImportError
     IMPORT_ERROR = error
     # enough to define the kernels all the same
-    triton = tl = SimpleNamespace(jit=lambda function=None, **_: function or triton.jit, constexpr=None)
+    triton = tl = SimpleNamespace(jit=lambda function=None, **_: function or triton.jit, constexpr=float)
+
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 # Their values make no faster code, and videos of another length shall not compile the kernels anew.
-ANY_SIZE = ["batch_size", "length", "num_chunks", "num_tiles"]
+ANY_SIZE = ["batch_size", "length", "num_chunks", "chunk_steps"]
 
 
 def unusable(device_type: str) -> str | None:
@@ -64,8 +67,27 @@ def load(pointer, batch_stride, step_stride, batch, steps, columns, width, lengt
 
 
 @triton.jit
+def step_offset(batch, step, length, REVERSE: tl.constexpr):
+    """Row of a step in a contiguous `(batch, length, width)`."""
+    return batch * length + (length - 1 - step if REVERSE else step)
+
+
+@triton.jit
+def load_step(pointer, batch_stride, step_stride, batch, step, columns, width, length, REVERSE: tl.constexpr):
+    """`(columns,)` of one step of a sequence."""
+    time = length - 1 - step if REVERSE else step
+    offsets = batch * batch_stride + time.to(tl.int64) * step_stride + columns
+    return tl.load(pointer + offsets, mask=columns < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_row(pointer, columns, width):
-    return tl.load(pointer + columns, mask=columns < width, other=0.0).to(tl.float32)
+    """`(columns,)` of a vector; zeros for one that is not there."""
+    if pointer is None:
+        row = tl.zeros(columns.shape, tl.float32)
+    else:
+        row = tl.load(pointer + columns, mask=columns < width, other=0.0).to(tl.float32)
+    return row
 
 
 @triton.jit

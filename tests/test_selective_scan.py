@@ -66,7 +66,7 @@ def backend(request, monkeypatch):
     elif name == "triton":
         if triton_kernels.IMPORT_ERROR is not None:
             pytest.skip("Triton is not installed")
-        for constant, value in (("BLOCK_CHANNELS", 4), ("BLOCK_STEPS", 4), ("MIN_CHUNK_STEPS", 8)):
+        for constant, value in (("BLOCK_CHANNELS", 4), ("TILE_STEPS", 4), ("MIN_CHUNK_STEPS", 8)):
             monkeypatch.setattr(triton_scan, constant, value)
     elif name == "cpu":
         kernels = load_variant(variant)

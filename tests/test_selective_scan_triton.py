@@ -28,7 +28,7 @@ make_inputs = functools.partial(make_inputs, device=DEVICE)
 def small_blocks(monkeypatch):
     """Several blocks of channels, several tiles in a chunk, several chunks."""
     monkeypatch.setattr(kernels, "BLOCK_CHANNELS", 4)
-    monkeypatch.setattr(kernels, "BLOCK_STEPS", 4)
+    monkeypatch.setattr(kernels, "TILE_STEPS", 4)
     monkeypatch.setattr(kernels, "MIN_CHUNK_STEPS", 8)
 
 
