@@ -151,9 +151,10 @@ def selective_scan_backends() -> dict[str, SelectiveScanBackend]:
     r"""
     The backends of [`selective_scan`] in order of preference, and why those that can't run here can't:
 
-    - `mamba_ssm`: CUDA kernels of the stock `mamba-ssm` release, or of its build on the Hub if `kernels` is installed,
-      and of `causal-conv1d` if that is installed, for tensors on a GPU;
     - `triton`: the Triton kernels of this package, for tensors on a GPU;
+    - `mamba_ssm`: CUDA kernels of the stock `mamba-ssm` release, or of its build on the Hub if `kernels` is installed,
+      and of `causal-conv1d` if that is installed, for tensors on a GPU: slower here, as both directions of a scan have
+      to be brought into its layout, and one of them flipped;
     - `cpu`: the compiled kernel of this package, for tensors of at most float32 on a CPU;
     - `torch`: the reference in plain PyTorch, everywhere.
 
@@ -442,8 +443,8 @@ class _Backend:
 
 # In order of preference. A new backend is one entry here.
 _BACKENDS = {
-    "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unusable, ("cuda",)),
     "triton": _Backend(_triton_selective_scan, _triton_causal_conv1d, _triton_unusable, ("cuda", "xpu")),
+    "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unusable, ("cuda",)),
     "cpu": _Backend(
         _cpu_selective_scan, _cpu_causal_conv1d, _cpu_unusable, ("cpu",), linear=_cpu_linear, rms_norm=_cpu_rms_norm
     ),
@@ -458,7 +459,7 @@ _BACKENDS = {
 
 
 def has_compiled_kernels(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether tensors go through the kernels of `csrc/`: also those of `pieces_cpu.py` and `mamba_inner_cpu.py`."""
+    """Whether tensors go through the kernels of `csrc/`: also those of `pieces_cpu.py` and `layer_cpu.py`."""
     return _choose_backend(device_type, dtype) == "cpu"
 
 

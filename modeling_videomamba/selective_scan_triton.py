@@ -34,6 +34,7 @@ from .triton_kernels import (
 )
 
 BLOCK_CHANNELS = 64
+BLOCK_STATES = 1024  # of these channels, at most: 32 in each thread
 # A sequence is cut into chunks until there are as many programs, but into none shorter than `MIN_CHUNK_STEPS`: the
 # states between chunks, `(batch, chunks, state, channels)` in float32, are kept for the backward pass.
 TARGET_PROGRAMS = 4096
@@ -336,8 +337,9 @@ def _adjoint_kernel(
 
 def _block(channels: int, state: int) -> dict[str, int]:
     """What a program holds: states and channels."""
-    E = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
-    return {"N": triton.next_power_of_2(state), "E": E, "num_warps": 1}
+    N = triton.next_power_of_2(state)
+    E = min(BLOCK_CHANNELS, triton.next_power_of_2(channels), max(1, BLOCK_STATES // N))
+    return {"N": N, "E": E, "num_warps": 1}
 
 
 def _num_chunks(batch, length, channels):

@@ -391,7 +391,7 @@ def test_x_must_be_a_sequence_of_floats():
 
 def test_backends_are_reported_with_reasons():
     report = selective_scan_backends()
-    assert list(report) == ["mamba_ssm", "triton", "cpu", "torch"]
+    assert list(report) == ["triton", "mamba_ssm", "cpu", "torch"]
     assert report["torch"].usable and report["torch"].reason == ""
     assert all(bool(entry.reason) != entry.usable for entry in report.values())
     if not torch.cuda.is_available():
@@ -411,7 +411,7 @@ def test_a_backend_can_be_forced(monkeypatch):
     with pytest.raises(RuntimeError, match=r"not usable for torch.float64 tensors on 'cpu': does not compute in"):
         call(make_inputs(dtype=torch.float64))
     monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", "abacus")
-    with pytest.raises(RuntimeError, match="abacus.*mamba_ssm, triton, cpu, torch"):
+    with pytest.raises(RuntimeError, match="abacus.*triton, mamba_ssm, cpu, torch"):
         call(inputs)
 
 
