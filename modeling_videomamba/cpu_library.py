@@ -10,7 +10,7 @@ import torch
 
 # What follows repeats csrc/arguments.h.
 
-VERSION = 6
+VERSION = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

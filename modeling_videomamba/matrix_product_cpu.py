@@ -92,22 +92,25 @@ class Memory:
         return -(-self.buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
-def prepare(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, memory: Memory | None = None) -> MatrixProduct:
+def prepare(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, memory: Memory | None) -> MatrixProduct:
     """
     What the kernels want for `c = a @ b`: matrices of which one stride is 1, that of the columns for `c`, and `memory`
-    for `b` as the matrix units take it.
+    for `b` as the matrix units take it; without it, `b` is packed a few rows at a time while they multiply.
     """
     (rows, inner), columns = a.shape, b.shape[1]
-    size = 2 * matrix_kernels().videomamba_packed_size(inner, columns)
-    if memory is None:
-        memory = _scratch.memory if size <= MAX_SCRATCH else Memory()
+    address = 0 if memory is None else memory.address(packed_size(inner, columns))
     product = MatrixProduct(
         *(rows, inner, columns, torch.get_num_threads()),
         *(Matrix(matrix.data_ptr(), *matrix.stride()) for matrix in (a, b)),
-        *(memory.address(size), c.data_ptr(), c.stride(0)),
+        *(address, c.data_ptr(), c.stride(0)),
     )
-    product.kept = (a, b, c, memory.buffer)  # as long as their addresses
+    product.kept = (a, b, c, memory and memory.buffer)  # as long as their addresses
     return product
+
+
+def packed_size(inner: int, columns: int) -> int:
+    """Bytes that `b` of this shape takes when packed."""
+    return 2 * matrix_kernels().videomamba_packed_size(inner, columns)
 
 
 class _Scratch(threading.local):
@@ -120,25 +123,23 @@ _scratch = _Scratch()
 
 def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of float32 matrices `(rows, inner)` and `(inner, columns)`."""
-    c = a.new_empty(a.shape[0], b.shape[1])
-    if c.numel():
-        product = prepare(rows_or_columns(a), rows_or_columns(b), c)
+    (rows, inner), columns = a.shape, b.shape[1]
+    c = a.new_empty(rows, columns)
+    if not c.numel():
+        return c
+    memory = None
+    if inner <= rows:  # else most would be written to memory and read again, as in the gradient of a weight
+        memory = _scratch.memory if packed_size(inner, columns) <= MAX_SCRATCH else Memory()
+    product = prepare(rows_or_columns(a), rows_or_columns(b), c, memory)
+    if memory:
         matrix_kernels().videomamba_pack(ctypes.byref(product))
-        matrix_kernels().videomamba_matrix_product(ctypes.byref(product))
+    matrix_kernels().videomamba_matrix_product(ctypes.byref(product))
     return c
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of matrices, by what is fastest here, for what has gradients of its own."""
     return cpu_matrix_product(a, b) if is_fit(a, b.T) else torch.mm(a, b)
-
-
-def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """`grad.T @ inputs` of `(rows, out_features)` and `(rows, in_features)`: that of the weight of a linear layer."""
-    # all of the second matrix is packed before the first product, so that it had better be the smaller one
-    if inputs.shape[1] > grad.shape[1] and is_fit(inputs.T, grad.T):
-        return cpu_matrix_product(inputs.T, grad).T.contiguous()
-    return matmul(grad.T, inputs)
 
 
 _matrix_product = operator(cpu_matrix_product)
@@ -162,11 +163,8 @@ def _backward(ctx, grad):
     a, b = ctx.saved_tensors
     needs_a, needs_b = ctx.needs_input_grad
     grad_a = _matrix_product(grad, b.T) if needs_a else None
-    if not needs_b:
-        return grad_a, None
-    # all of the second matrix is packed before the first product, so that it had better be the smaller one
-    a_is_larger = a.shape[1] > grad.shape[1]
-    return grad_a, _matrix_product(a.T, grad) if a_is_larger else _matrix_product(grad.T, a).T
+    # as the weight of a linear layer lies in memory, of which `b` is the transpose
+    return grad_a, _matrix_product(grad.T, a).T if needs_b else None
 
 
 _matrix_product.register_autograd(_backward, setup_context=_setup_context)

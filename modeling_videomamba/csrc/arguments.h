@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int64_t kVersion = 6;  // to be raised with every change of what is passed
+constexpr int64_t kVersion = 7;  // to be raised with every change of what is passed
 
 extern "C" {
 
@@ -90,7 +90,7 @@ struct VideoMambaMatrix {
 struct VideoMambaMatrixProduct {
     int64_t rows, inner, columns, threads;
     VideoMambaMatrix a, b;
-    uint16_t* packed;  // b as the matrix units take it, aligned to 64 bytes
+    uint16_t* packed;  // b as the matrix units take it, aligned to 64 bytes, or null
     float* c;
     int64_t c_stride;  // between rows, whose entries have no gaps
 };

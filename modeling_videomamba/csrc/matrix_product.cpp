@@ -7,11 +7,15 @@
 // The units work on tiles of 16 rows of 64 bytes. Both matrices are packed into the tiles of panels, of 32 rows of `a`
 // and of 32 columns of `b`; four tiles of sums belong to a pair of panels. The units take little of what else a core can
 // do at the same time, so that the panels of `a` are packed, and memory is fetched, between the products of those before.
+// All of `b` is packed first, as is best for the weight of a linear layer; or, as is best for a long inner dimension, like
+// that of the gradient of a weight, a few rows of `b` at a time.
 
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <memory>
 
 #include "arguments.h"
 #include "parallel.h"
@@ -27,6 +31,7 @@ constexpr int kPieces = 3;
 constexpr int64_t kTileSize = kTile * kStep, kStepSize = kPieces * 2 * kTileSize;  // of a panel
 constexpr int64_t kMaxSteps = 12;   // of a panel of `a`, of which this one and the next stay in the second cache, and
 constexpr int64_t kStepsOfB = 172;  // of panels of `b`
+constexpr int64_t kStepParts = 4;   // at most, each with a matrix of sums
 constexpr int64_t kLineSize = 64;   // bytes that the caches move together
 
 int64_t panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
@@ -274,17 +279,54 @@ void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t steps, float*
     _tile_stored(3, lower + kTile, row_bytes);
 }
 
-// The share of one thread: some panels of `a` by some of `b`.
+// Lines of a cache for the work of one thread.
+class Lines {
+  public:
+    uint16_t* take(int64_t size) {
+        const size_t needed = size * sizeof(uint16_t) / kLineSize;
+        if (lines_.size() < needed) lines_.resize(needed);
+        return reinterpret_cast<uint16_t*>(lines_.data());
+    }
+
+  private:
+    struct alignas(kLineSize) Line {
+        char bytes[kLineSize];
+    };
+    std::vector<Line> lines_;
+};
+
+// From one number to another, without the last.
+struct Range {
+    int64_t first, last;
+
+    int64_t size() const { return last - first; }
+    Range part(int64_t index, int64_t parts) const {
+        return {first + size() * index / parts, first + size() * (index + 1) / parts};
+    }
+};
+
+// All panels of `b` at some steps.
+struct PackedB {
+    uint16_t* data;
+    Range steps;
+
+    uint16_t* at(int64_t panel, int64_t step) const {
+        return data + (panel * steps.size() + step - steps.first) * kStepSize;
+    }
+};
+
+// Some panels of `a` by some of `b`, at those steps at which `b` is packed.
 class Multiplication {
   public:
-    Multiplication(const VideoMambaMatrixProduct& product, int64_t first_a, int64_t last_a, int64_t first_b,
-                   int64_t last_b)
-        : product_(product), first_a_(first_a), last_a_(last_a), first_b_(first_b), last_b_(last_b) {}
+    Multiplication(const VideoMambaMatrixProduct& product, const PackedB& b, Range panels_of_a, Range panels_of_b,
+                   bool is_first)
+        : product_(product), b_(b), panels_of_a_(panels_of_a), panels_of_b_(panels_of_b), is_first_(is_first) {}
 
     void run() {
         const Tiles tiles;
-        Block block = block_at(0, first_b_, first_a_);
-        uint16_t *packed = workspace(2 * kMaxSteps * kStepSize), *other = packed + kMaxSteps * kStepSize;
+        Block block = block_at(b_.steps.first, panels_of_b_.first, panels_of_a_.first);
+        thread_local Lines lines;  // for all products: to fill new memory would take as long as some of them
+        uint16_t *packed = lines.take(2 * kMaxSteps * kStepSize), *other = packed + kMaxSteps * kStepSize;
         Packing(product_, false, block.a, packed).run_all();
         while (block.a.steps()) {
             const Block next = after(block);
@@ -301,14 +343,14 @@ class Multiplication {
         int64_t first_b, last_b;
     };
     Block block_at(int64_t first_step, int64_t first_b, int64_t index) const {
-        const Panel a{index, first_step, std::min(first_step + kMaxSteps, steps(product_.inner))};
-        return {a, first_b, std::min(first_b + kStepsOfB / a.steps(), last_b_)};
+        const Panel a{index, first_step, std::min(first_step + kMaxSteps, b_.steps.last)};
+        return {a, first_b, std::min(first_b + kStepsOfB / a.steps(), panels_of_b_.last)};
     }
     Block after(const Block& block) const {
         const Panel& a = block.a;
-        if (a.index + 1 < last_a_) return block_at(a.first_step, block.first_b, a.index + 1);
-        if (block.last_b < last_b_) return block_at(a.first_step, block.last_b, first_a_);
-        if (a.last_step < steps(product_.inner)) return block_at(a.last_step, first_b_, first_a_);
+        if (a.index + 1 < panels_of_a_.last) return block_at(a.first_step, block.first_b, a.index + 1);
+        if (block.last_b < panels_of_b_.last) return block_at(a.first_step, block.last_b, panels_of_a_.first);
+        if (a.last_step < b_.steps.last) return block_at(a.last_step, panels_of_b_.first, panels_of_a_.first);
         return {};
     }
 
@@ -323,11 +365,11 @@ class Multiplication {
     }
 
     void multiply_one(const uint16_t* packed_a, const Panel& a, int64_t b, Meanwhile& meanwhile) const {
-        const uint16_t* packed_b = product_.packed + b * panel_size(product_.inner) + a.first_step * kStepSize;
+        const uint16_t* packed_b = b_.at(b, a.first_step);
         float* c = part_of_c(a.index, b);
         const int64_t rows = std::min<int64_t>(kPanel, product_.rows - a.index * kPanel);
         const int64_t columns = std::min<int64_t>(kPanel, product_.columns - b * kPanel);
-        const bool is_first = a.first_step == 0;
+        const bool is_first = is_first_ && a.first_step == b_.steps.first;
         if (rows == kPanel && columns == kPanel)
             return multiply_panels<false>(packed_a, packed_b, a.steps(), c, product_.c_stride, is_first, meanwhile);
         alignas(kLineSize) float sums[kPanel * kPanel];
@@ -340,20 +382,66 @@ class Multiplication {
 
     float* part_of_c(int64_t a, int64_t b) const { return product_.c + a * kPanel * product_.c_stride + b * kPanel; }
 
-    // Of a thread, for all its products: to fill new memory would take as long as some of them.
-    static uint16_t* workspace(int64_t size) {
-        thread_local std::vector<Line> lines;
-        const size_t needed = size * sizeof(uint16_t) / kLineSize;
-        if (lines.size() < needed) lines.resize(needed);
-        return reinterpret_cast<uint16_t*>(lines.data());
-    }
-    struct alignas(kLineSize) Line {
-        char bytes[kLineSize];
-    };
-
     const VideoMambaMatrixProduct& product_;
-    const int64_t first_a_, last_a_, first_b_, last_b_;
+    const PackedB b_;
+    const Range panels_of_a_, panels_of_b_;
+    const bool is_first_;
 };
+
+void pack_step(const VideoMambaMatrixProduct& product, const PackedB& b, int64_t panel, int64_t step) {
+    Packing(product, true, {panel, step, step + 1}, b.at(panel, step)).run_all();
+}
+
+// The product of some panels of `a` at some steps. `b` is packed a few steps at a time, which stay in the cache.
+void multiply_steps(const VideoMambaMatrixProduct& product, Range panels_of_a, Range all_steps) {
+    const Range panels_of_b{0, panels(product.columns)};
+    const int64_t block = std::clamp<int64_t>(kStepsOfB / panels_of_b.size(), 1, kMaxSteps);
+    thread_local Lines lines;
+    uint16_t* packed = lines.take(panels_of_b.size() * block * kStepSize);
+    for (int64_t first = all_steps.first; first < all_steps.last; first += block) {
+        const PackedB b{packed, {first, std::min(first + block, all_steps.last)}};
+        for (int64_t step = b.steps.first; step < b.steps.last; ++step)
+            for (int64_t panel = 0; panel < panels_of_b.last; ++panel) pack_step(product, b, panel, step);
+        Multiplication(product, b, panels_of_a, panels_of_b, first == all_steps.first).run();
+    }
+}
+
+// Each thread has some steps and rows, and what those of the same rows make is added up.
+void multiply_in_steps(const VideoMambaMatrixProduct& product) {
+    const Range all_steps{0, steps(product.inner)}, all_panels{0, panels(product.rows)};
+    const int64_t step_parts = std::min({product.threads, all_steps.size(), kStepParts});
+    const int64_t row_parts = std::min(product.threads / step_parts, all_panels.size());
+    const int64_t parts = step_parts * row_parts, size = product.rows * product.columns;
+    const std::unique_ptr<float[]> others(new float[(step_parts - 1) * size]);
+    parallel(parts, [&](int64_t part) {
+        const int64_t step_part = part / row_parts;
+        VideoMambaMatrixProduct share = product;
+        if (step_part > 0) share.c = &others[(step_part - 1) * size], share.c_stride = product.columns;
+        multiply_steps(share, all_panels.part(part % row_parts, row_parts), all_steps.part(step_part, step_parts));
+    });
+    if (step_parts == 1) return;
+    parallel(parts, [&](int64_t part) {
+        const Range rows = Range{0, product.rows}.part(part, parts);
+        for (int64_t row = rows.first; row < rows.last; ++row)
+            for (int64_t other = 0; other < step_parts - 1; ++other) {
+                const float* source = &others[other * size + row * product.columns];
+                float* c = product.c + row * product.c_stride;
+                for (int64_t column = 0; column < product.columns; ++column) c[column] += source[column];
+            }
+    });
+}
+
+// Each thread has some rows and columns.
+void multiply_packed(const VideoMambaMatrixProduct& product) {
+    const Range rows{0, panels(product.rows)}, columns{0, panels(product.columns)};
+    const int64_t row_parts = std::min(product.threads, rows.size());
+    const int64_t column_parts = std::min(product.threads / row_parts, columns.size());
+    const PackedB b{product.packed, {0, steps(product.inner)}};
+    parallel(row_parts * column_parts, [&](int64_t part) {
+        const Range its_rows = rows.part(part / column_parts, row_parts);
+        Multiplication(product, b, its_rows, columns.part(part % column_parts, column_parts), true).run();
+    });
+}
 
 }  // namespace
 }  // namespace videomamba
@@ -378,30 +466,20 @@ extern "C" __attribute__((visibility("default"))) int64_t videomamba_packed_size
 
 // Fills `packed` with `b`.
 extern "C" __attribute__((visibility("default"))) void videomamba_pack(const VideoMambaMatrixProduct* product) {
-    const int64_t all_steps = steps(product->inner), all_panels = panels(product->columns);
+    const PackedB b{product->packed, {0, steps(product->inner)}};
+    const int64_t all_steps = b.steps.size(), all_panels = panels(product->columns);
     // as the matrix lies in memory: all steps of a panel, or all panels of a step
     const bool by_panel = product->b.row_stride == 1;
-    const int64_t outer = by_panel ? all_panels : all_steps, inner = by_panel ? all_steps : all_panels;
-    const int64_t parts = std::min(product->threads, outer);
+    const Range outer{0, by_panel ? all_panels : all_steps};
+    const int64_t inner = by_panel ? all_steps : all_panels, parts = std::min(product->threads, outer.size());
     parallel(parts, [&](int64_t part) {
-        for (int64_t i = outer * part / parts; i < outer * (part + 1) / parts; ++i)
-            for (int64_t j = 0; j < inner; ++j) {
-                const int64_t panel = by_panel ? i : j, step = by_panel ? j : i;
-                uint16_t* packed = product->packed + panel * panel_size(product->inner) + step * kStepSize;
-                Packing(*product, true, {panel, step, step + 1}, packed).run_all();
-            }
+        const Range its = outer.part(part, parts);
+        for (int64_t i = its.first; i < its.last; ++i)
+            for (int64_t j = 0; j < inner; ++j) pack_step(*product, b, by_panel ? i : j, by_panel ? j : i);
     });
 }
 
-// c = a b, of which b is packed.
+// c = a b. If `b` is not packed, it is while they are multiplied, which is better for a long inner dimension.
 extern "C" __attribute__((visibility("default"))) void videomamba_matrix_product(const VideoMambaMatrixProduct* product) {
-    const int64_t rows = panels(product->rows), columns = panels(product->columns);
-    const int64_t row_parts = std::min(product->threads, rows);
-    const int64_t column_parts = std::min(product->threads / row_parts, columns), parts = row_parts * column_parts;
-    parallel(parts, [&](int64_t part) {
-        const int64_t i = part / column_parts, j = part % column_parts;
-        Multiplication(*product, rows * i / row_parts, rows * (i + 1) / row_parts, columns * j / column_parts,
-                       columns * (j + 1) / column_parts)
-            .run();
-    });
+    product->packed ? multiply_packed(*product) : multiply_in_steps(*product);
 }
