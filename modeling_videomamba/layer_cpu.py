@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from .matrix_product_cpu import matmul
+from .matrix_product_cpu import matmul, weight_gradient
 from .rms_norm_cpu import norm_backward, norm_forward
 from .selective_scan_cpu import Gate, convolve, convolve_backward, scan, scan_backward
 
@@ -152,7 +152,7 @@ def _mix_backward(grad_out, hidden_states, in_proj, out_proj, scans, reverse, xz
             **{"A": A, "checkpoints": checkpoints, "gate": gate, "convolution": convolution, "reverse": reverse[i]},
         )
         if gate:
-            grad_out_proj = matmul(grad_out.T, _rows(gate.y))
+            grad_out_proj = weight_gradient(grad_out, _rows(gate.y))
         grad_weight, grad_bias, grad_x_proj = convolve_backward(
             *(gradient.x, x, *convolution, reverse[i], grad_x),
             add=not is_last,
@@ -173,7 +173,7 @@ def _mix_backward(grad_out, hidden_states, in_proj, out_proj, scans, reverse, xz
     grad_xz = _rows(grad_xz)
     return [
         matmul(grad_xz, in_proj).unflatten(0, shape),
-        matmul(grad_xz.T, _rows(hidden_states)),
+        weight_gradient(grad_xz, _rows(hidden_states)),
         grad_out_proj,
         *gradients,
     ]

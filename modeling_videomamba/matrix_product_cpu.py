@@ -121,14 +121,18 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` of float32 matrices `(rows, inner)` and `(inner, columns)`."""
+def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor, in_steps: bool = False) -> torch.Tensor:
+    """
+    `a @ b` of float32 matrices `(rows, inner)` and `(inner, columns)`.
+
+    With `in_steps` each thread takes a part of the inner dimension and packs `b` as it goes: where that is long, all of
+    `b` packed first would go to memory and back. The last bits then depend on the number of threads.
+    """
     (rows, inner), columns = a.shape, b.shape[1]
-    c = a.new_empty(rows, columns)
-    if not c.numel():
-        return c
-    memory = None
-    if inner <= rows:  # else most would be written to memory and read again, as in the gradient of a weight
+    if not rows * inner * columns:
+        return a.new_zeros(rows, columns)
+    c, memory = a.new_empty(rows, columns), None
+    if not in_steps:
         memory = _scratch.memory if packed_size(inner, columns) <= MAX_SCRATCH else Memory()
     product = prepare(rows_or_columns(a), rows_or_columns(b), c, memory)
     if memory:
@@ -142,11 +146,16 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return cpu_matrix_product(a, b) if is_fit(a, b.T) else torch.mm(a, b)
 
 
+def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """`grad.T @ inputs` of `(rows, out_features)` and `(rows, in_features)`: that of the weight of a linear layer."""
+    return cpu_matrix_product(grad.T, inputs, in_steps=True) if is_fit(grad.T, inputs.T) else torch.mm(grad.T, inputs)
+
+
 _matrix_product = operator(cpu_matrix_product)
 
 
 @_matrix_product.register_fake
-def _(a, b):
+def _(a, b, in_steps=False):
     return a.new_empty(a.shape[0], b.shape[1])
 
 
@@ -156,15 +165,15 @@ def _(a_shape, b_shape, *args, **kwargs):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:2])
 
 
 def _backward(ctx, grad):
     a, b = ctx.saved_tensors
-    needs_a, needs_b = ctx.needs_input_grad
+    needs_a, needs_b = ctx.needs_input_grad[:2]
     grad_a = _matrix_product(grad, b.T) if needs_a else None
     # as the weight of a linear layer lies in memory, of which `b` is the transpose
-    return grad_a, _matrix_product(grad.T, a).T if needs_b else None
+    return grad_a, _matrix_product(grad.T, a, True).T if needs_b else None, None
 
 
 _matrix_product.register_autograd(_backward, setup_context=_setup_context)

@@ -34,12 +34,12 @@ from .triton_kernels import (
 )
 
 BLOCK_CHANNELS = 64
-BLOCK_STATES = 1024  # of these channels, at most: 32 in each thread
+BLOCK_STATES = 1024  # of these channels: 32 in each of 32 threads
 # A sequence is cut into chunks until there are as many programs, but into none shorter than `MIN_CHUNK_STEPS`: the
 # states between chunks, `(batch, chunks, state, channels)` in float32, are kept for the backward pass.
 TARGET_PROGRAMS = 4096
 MIN_CHUNK_STEPS = 32
-# Steps whose states the backward pass holds at the same time, in memory that stays in the cache.
+# Steps whose states a program of the backward pass holds at the same time, in 32 KB of memory.
 TILE_STEPS = 8
 # Of a program over the chunks of a sequence.
 CARRY_CHUNKS, CARRY_CHANNELS = 16, 128
@@ -345,7 +345,7 @@ def _block(channels: int, state: int) -> dict[str, int]:
 def _num_chunks(batch, length, channels):
     """Written for symbolic sizes too: no branches, hence no guards."""
     programs = torch.sym_max(batch * ceil(channels, BLOCK_CHANNELS), 1)
-    return torch.sym_max(torch.sym_min(TARGET_PROGRAMS // programs, ceil(length, MIN_CHUNK_STEPS)), 1)
+    return torch.sym_max(torch.sym_min(TARGET_PROGRAMS // programs, length // MIN_CHUNK_STEPS), 1)
 
 
 def _starts(x, z, dt, A, B, dt_bias, num_chunks, chunk_steps, reverse, adjoint):
@@ -426,8 +426,9 @@ def triton_selective_scan_backward(
     """
     Gradients of `x, dt, A, B, C, D, z, dt_bias, add`, empty for those that are not there.
 
-    Beside them, it needs for a while up to `state * (1 / TILE_STEPS + TILE_STEPS / MIN_CHUNK_STEPS)` times `x` in
-    float32 for states: 6 times with 16 of them.
+    Beside them, it needs for a while as much as 7.5 times `x` in float32, with 16 states and chunks of 32 steps: twice
+    for the states before each tile, 4 times for those in a tile, and half as much as `x` each for the states after each
+    chunk, for parts of the gradient of A, and for parts of those of B and C.
     """
     (batch, length, channels), state = x.shape, A.shape[1]
     block, num_chunks = _block(channels, state), starts.shape[1]
@@ -454,7 +455,7 @@ def triton_selective_scan_backward(
     return (
         grad_x,
         grad_dt,
-        grad_A.sum(0).t().to(A.dtype, memory_format=torch.contiguous_format),
+        grad_A.sum(0).t().contiguous().to(A.dtype),
         grad_B.sum(0).to(B.dtype),
         grad_C.sum(0).to(C.dtype),
         grad_D.sum(0).to(D.dtype),

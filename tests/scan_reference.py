@@ -5,6 +5,9 @@ import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+# For the Triton kernels: small inputs have several blocks of channels, chunks, tiles in a chunk, groups of chunks.
+SMALL_BLOCKS = {"BLOCK_CHANNELS": 4, "TILE_STEPS": 2, "MIN_CHUNK_STEPS": 3, "CARRY_CHUNKS": 2, "CARRY_CHANNELS": 4}
+
 
 def naive_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
     """The recurrence, step by step, differentiated by autograd."""

@@ -32,6 +32,9 @@ def matrix(rows, columns, layout):
     return wide[:, :columns] if layout == "rows" else wide[:, :rows].T
 
 
+both_ways = pytest.mark.parametrize("in_steps", [False, True])
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The products that the matrix units are asked for."""
@@ -48,56 +51,72 @@ def calls(monkeypatch):
 @needs_units
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 900),
+    st.integers(1, 500),
     st.integers(1, 900),
     st.integers(1, 600),
     *[st.sampled_from(["rows", "columns", "neither"])] * 2,
-    st.integers(1, 9),
+    st.integers(1, 17),
+    st.booleans(),
 )
-def test_products_of_any_shape_and_layout_are_as_exact_as_float32(rows, inner, columns, a_layout, b_layout, threads):
+def test_products_of_any_shape_and_layout_are_as_exact_as_float32(
+    rows, inner, columns, a_layout, b_layout, threads, in_steps
+):
     a, b = matrix(rows, inner, a_layout), matrix(inner, columns, b_layout)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        product = products.cpu_matrix_product(a, b)
+        product = products.cpu_matrix_product(a, b, in_steps)
     finally:
         torch.set_num_threads(before)
     assert error(product, a, b) < 5e-7
 
 
 @needs_units
-def test_products_are_no_less_exact_than_those_of_torch():
+@both_ways
+def test_products_are_no_less_exact_than_those_of_torch(in_steps):
     torch.manual_seed(0)
     for rows, inner, columns in ((500, 32, 300), (700, 600, 600), (500, 1152, 300)):
         a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-        assert error(products.cpu_matrix_product(a, b), a, b) < 1.5 * error(a @ b, a, b)
+        assert error(products.cpu_matrix_product(a, b, in_steps), a, b) < 1.5 * error(a @ b, a, b)
 
 
 @needs_units
-def test_all_digits_of_float32_count():
+@both_ways
+def test_all_digits_of_float32_count(in_steps):
     a = torch.full((40, 64), 1 + 2.0**-23)
     b = torch.zeros(64, 40)
     b[5] = 1.0
-    assert torch.equal(products.cpu_matrix_product(a, b), torch.full((40, 40), 1 + 2.0**-23))
-    assert torch.equal(products.cpu_matrix_product(b.T, a.T), torch.full((40, 40), 1 + 2.0**-23))
+    assert torch.equal(products.cpu_matrix_product(a, b, in_steps), torch.full((40, 40), 1 + 2.0**-23))
+    assert torch.equal(products.cpu_matrix_product(b.T, a.T, in_steps), torch.full((40, 40), 1 + 2.0**-23))
 
 
 @needs_units
+@both_ways
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
-def test_large_and_small_values(scale):
+def test_large_and_small_values(scale, in_steps):
     a, b = torch.randn(70, 90) * scale, torch.randn(90, 50)
-    assert error(products.cpu_matrix_product(a, b), a, b) < 5e-7
+    assert error(products.cpu_matrix_product(a, b, in_steps), a, b) < 5e-7
     largest = torch.full((33, 1), torch.finfo(torch.float32).max)
-    assert torch.equal(products.cpu_matrix_product(largest, torch.ones(1, 33)), largest.expand(33, 33))
+    assert torch.equal(products.cpu_matrix_product(largest, torch.ones(1, 33), in_steps), largest.expand(33, 33))
 
 
 @needs_units
+@both_ways
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_and_stays_where_it_is(value):
+def test_what_is_not_finite_stays_so_and_stays_where_it_is(value, in_steps):
     a, b = torch.randn(40, 64), torch.randn(64, 50)
     a[3, 7] = value
-    is_finite = products.cpu_matrix_product(a, b).isfinite()
+    is_finite = products.cpu_matrix_product(a, b, in_steps).isfinite()
     assert not is_finite[3].any() and is_finite[:3].all() and is_finite[4:].all()
+
+
+@needs_units
+@both_ways
+@pytest.mark.parametrize("shape", [(0, 40, 50), (40, 0, 50), (40, 50, 0)])
+def test_empty_products(shape, in_steps):
+    rows, inner, columns = shape
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    assert torch.equal(products.cpu_matrix_product(a, b, in_steps), a @ b)
 
 
 @needs_units
@@ -138,20 +157,21 @@ def test_the_counter_of_torch_counts_products():
 
 
 @needs_units
-@pytest.mark.parametrize("rows", [500, 200])
-def test_products_are_the_same_each_time(rows):
-    a, b = torch.randn(rows, 300), torch.randn(300, 200)
-    first = products.cpu_matrix_product(a, b)
-    assert all(torch.equal(products.cpu_matrix_product(a, b), first) for _ in range(4))
+@both_ways
+def test_products_are_the_same_each_time(in_steps):
+    a, b = torch.randn(500, 300), torch.randn(300, 200)
+    first = products.cpu_matrix_product(a, b, in_steps)
+    assert all(torch.equal(products.cpu_matrix_product(a, b, in_steps), first) for _ in range(4))
 
 
 @needs_units
-def test_products_of_torch_are_not_disturbed():
+@both_ways
+def test_products_of_torch_are_not_disturbed(in_steps):
     """PyTorch's own library uses the same units, with settings of its own, between our products."""
     a, b = torch.randn(300, 300).bfloat16(), torch.randn(300, 300).bfloat16()
     expected = a @ b
     for _ in range(3):
-        products.cpu_matrix_product(a.float(), b.float())
+        products.cpu_matrix_product(a.float(), b.float(), in_steps)
         assert torch.equal(a @ b, expected)
 
 

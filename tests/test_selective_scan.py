@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from modeling_videomamba import selective_scan, selective_scan_backends
 from modeling_videomamba.selective_scan import CHUNK_SIZE, causal_conv1d
 from tests.conftest import VARIANTS, load_variant, needs_kernel
-from tests.scan_reference import DEVICE, assert_same, make_inputs, naive_conv, naive_scan
+from tests.scan_reference import DEVICE, SMALL_BLOCKS, assert_same, make_inputs, naive_conv, naive_scan
 
 # by name, as the package has a function of the name of the module
 module = importlib.import_module("modeling_videomamba.selective_scan")
@@ -66,7 +66,7 @@ def backend(request, monkeypatch):
     elif name == "triton":
         if triton_kernels.IMPORT_ERROR is not None:
             pytest.skip("Triton is not installed")
-        for constant, value in (("BLOCK_CHANNELS", 4), ("TILE_STEPS", 4), ("MIN_CHUNK_STEPS", 8)):
+        for constant, value in SMALL_BLOCKS.items():
             monkeypatch.setattr(triton_scan, constant, value)
     elif name == "cpu":
         kernels = load_variant(variant)

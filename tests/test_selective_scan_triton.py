@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.scan_reference import DEVICE, assert_same, make_inputs, naive_conv, naive_scan
+from tests.scan_reference import DEVICE, SMALL_BLOCKS, assert_same, make_inputs, naive_conv, naive_scan
 
 pytest.importorskip("triton")
 convolution = importlib.import_module("modeling_videomamba.causal_conv1d_triton")
@@ -26,10 +26,9 @@ make_inputs = functools.partial(make_inputs, device=DEVICE)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks of channels, several tiles in a chunk, several chunks."""
-    monkeypatch.setattr(kernels, "BLOCK_CHANNELS", 4)
-    monkeypatch.setattr(kernels, "TILE_STEPS", 4)
-    monkeypatch.setattr(kernels, "MIN_CHUNK_STEPS", 8)
+    """Several blocks of channels, several tiles in a chunk, several chunks, several groups of chunks."""
+    for constant, value in SMALL_BLOCKS.items():
+        monkeypatch.setattr(kernels, constant, value)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -62,8 +61,24 @@ def test_one_chunk_is_enough(monkeypatch, reverse):
 
 def test_blocks_as_large_as_on_a_gpu(monkeypatch):
     monkeypatch.undo()
-    inputs = make_inputs(1, 17, 33, 2)
+    inputs = make_inputs(1, 67, 33, 16)
     assert_same(kernels.selective_scan, naive_scan, inputs.values(), True)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_last_chunks_may_be_empty(monkeypatch, reverse):
+    """Eleven steps in eight chunks are two each, and none for the last two."""
+    monkeypatch.setattr(kernels, "MIN_CHUNK_STEPS", 1)
+    monkeypatch.setattr(kernels, "TARGET_PROGRAMS", 8)
+    assert kernels._num_chunks(1, 11, 3) == 8
+    assert_same(kernels.selective_scan, naive_scan, make_inputs(1, 11, 3, 2).values(), reverse)
+
+
+@pytest.mark.parametrize(("most", "channels"), [(16, 2), (4, 1)])
+def test_many_states_leave_room_for_few_channels(monkeypatch, most, channels):
+    monkeypatch.setattr(kernels, "BLOCK_STATES", most)
+    assert kernels._block(3, 5) == {"N": 8, "E": channels, "num_warps": 1}
+    assert_same(kernels.selective_scan, naive_scan, make_inputs(1, 7, 3, 5).values(), False)
 
 
 def test_sequences_of_several_dtypes_under_autocast():
@@ -118,18 +133,33 @@ def test_as_operators_they_fulfil_the_contract_of_torch(without):
     inputs = list(make_inputs(1, 9, 3, 2, without=without).values())
     assert set(torch.library.opcheck(kernels.triton_selective_scan, (*inputs, True, True)).values()) == {"SUCCESS"}
     weight = torch.randn(3, 1, 2, device=DEVICE).requires_grad_()
-    assert set(torch.library.opcheck(convolution.triton_causal_conv1d, (inputs[0], weight, None, False)).values()) == {
-        "SUCCESS"
-    }
+    convolve = convolution.triton_causal_conv1d
+    assert set(torch.library.opcheck(convolve, (inputs[0], weight, None, False)).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_graph_breaks(dynamic):
+@pytest.mark.parametrize("without", [(), ("z", "dt_bias", "add")])
+def test_gradients_have_the_shapes_and_strides_that_are_promised(without):
+    inputs = [
+        tensor if tensor is None else tensor.detach() for tensor in make_inputs(1, 9, 3, 2, without=without).values()
+    ]
+    *tensors, add = inputs
+    y, ungated, starts = kernels.triton_selective_scan(*inputs, True, True)
+    backward = (kernels.triton_selective_scan_backward, (y, *tensors, ungated, starts, True, add is not None))
+    weight, bias = torch.randn(3, 1, 2, device=DEVICE), torch.randn(3, device=DEVICE)
+    convolution_backward = (convolution.triton_causal_conv1d_backward, (y, inputs[0], weight, bias, True))
+    for operator, arguments in (backward, convolution_backward):
+        assert torch.library.opcheck(operator, arguments, test_utils="test_faketensor") == {
+            "test_faketensor": "SUCCESS"
+        }
+
+
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
+def test_compiled_without_graph_breaks(backend, dynamic):
     def function(weight, inputs, reverse):
         x = convolution.causal_conv1d(inputs[0], weight, None, reverse)
         return kernels.selective_scan(x, *inputs[1:], reverse)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
     weight = torch.randn(5, 1, 4, device=DEVICE).requires_grad_()
     for length in (9, 14):
         inputs = list(make_inputs(1, length, 5, 2).values())

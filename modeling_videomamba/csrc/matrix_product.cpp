@@ -31,7 +31,7 @@ constexpr int kPieces = 3;
 constexpr int64_t kTileSize = kTile * kStep, kStepSize = kPieces * 2 * kTileSize;  // of a panel
 constexpr int64_t kMaxSteps = 12;   // of a panel of `a`, of which this one and the next stay in the second cache, and
 constexpr int64_t kStepsOfB = 172;  // of panels of `b`
-constexpr int64_t kStepParts = 4;   // at most, each with a matrix of sums
+constexpr int64_t kStepParts = 8;   // at most, each with a matrix of sums
 constexpr int64_t kLineSize = 64;   // bytes that the caches move together
 
 int64_t panels(int64_t width) { return (width + kPanel - 1) / kPanel; }
@@ -392,7 +392,7 @@ void pack_step(const VideoMambaMatrixProduct& product, const PackedB& b, int64_t
     Packing(product, true, {panel, step, step + 1}, b.at(panel, step)).run_all();
 }
 
-// The product of some panels of `a` at some steps. `b` is packed a few steps at a time, which stay in the cache.
+// The product of some panels of `a` at some steps. `b` is packed a few steps at a time, which stay in the second cache.
 void multiply_steps(const VideoMambaMatrixProduct& product, Range panels_of_a, Range all_steps) {
     const Range panels_of_b{0, panels(product.columns)};
     const int64_t block = std::clamp<int64_t>(kStepsOfB / panels_of_b.size(), 1, kMaxSteps);
@@ -406,7 +406,7 @@ void multiply_steps(const VideoMambaMatrixProduct& product, Range panels_of_a, R
     }
 }
 
-// Each thread has some steps and rows, and what those of the same rows make is added up.
+// Each thread has some steps and, where there are many threads, rows; what those of the same rows make is added up.
 void multiply_in_steps(const VideoMambaMatrixProduct& product) {
     const Range all_steps{0, steps(product.inner)}, all_panels{0, panels(product.rows)};
     const int64_t step_parts = std::min({product.threads, all_steps.size(), kStepParts});
