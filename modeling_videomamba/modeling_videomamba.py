@@ -20,9 +20,17 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
 from .layer_cpu import ScanParameters, fused_layer
-from .matrix_product_cpu import Memory
-from .operators import are_recorded
-from .pieces_cpu import PiecewiseConvolution, PiecewiseLinear, PiecewiseScan, Queue, norm_into, sum_into
+from .operators import is_plain, is_recorded, is_watched
+from .pieces_cpu import (
+    PiecewiseConvolution,
+    PiecewiseScan,
+    Queue,
+    VideoMambaPiece,
+    VideoMambaPieces,
+    VideoMambaWorkspace,
+    norm_into,
+    sum_into,
+)
 from .selective_scan import causal_conv1d, has_compiled_kernels, linear, rms_norm, selective_scan
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
@@ -241,103 +249,6 @@ class VideoMambaEmbeddings(nn.Module):
         inflated.weight[:, :, tubelet_size // 2] = kernel.weight[:, :, 0]
 
 
-@dataclass
-class VideoMambaPiece:
-    """
-    Memory for a piece of the tokens, `(batch, length of the piece, ...)`: inputs `x` and outputs `y` of the scans,
-    which all pieces have at the same time; and what they have in the same place, one after the other. The last three
-    are never needed at the same time, and share theirs too.
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    projected: torch.Tensor
-    z: torch.Tensor
-    convolved: torch.Tensor
-    normed: torch.Tensor
-    out: torch.Tensor
-
-
-class VideoMambaWorkspace:
-    """
-    Memory for inference in pieces of the tokens, and for the weights of a layer as products with all pieces take them.
-    The layers share it all: memory that is new to a process costs it more time than some of the steps of a layer. Nor
-    do they make a new residual stream each: `stream` is the one that nobody else holds, which a layer may overwrite.
-    """
-
-    def __init__(self, config: VideoMambaConfig, batch: int, lengths: list[int], dtype: torch.dtype):
-        hidden_size, channels = config.hidden_size, config.intermediate_size
-        projected = int(config.time_step_rank) + 2 * config.state_size
-
-        def one_after_the_other(width: int) -> list[torch.Tensor]:
-            sizes = [batch * length * width for length in lengths]
-            parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
-            return [part.view(batch, length, width) for part, length in zip(parts, lengths, strict=True)]
-
-        def in_the_same_place(*widths: int) -> list[list[torch.Tensor]]:
-            memory = torch.empty(batch * max(lengths) * max(widths), dtype=dtype)
-            return [[memory[: batch * n * width].view(batch, n, width) for n in lengths] for width in widths]
-
-        columns = (
-            *map(one_after_the_other, (channels, channels)),
-            *in_the_same_place(projected),
-            *in_the_same_place(channels),
-            *in_the_same_place(channels, hidden_size, hidden_size),
-        )
-        self.pieces = [VideoMambaPiece(*piece) for piece in zip(*columns, strict=True)]
-        self.weights = {name: Memory() for name in ("x_proj", "x", "z", "out")}
-        self.queue = Queue()
-        self.stream: torch.Tensor | None = None
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what goes into the module or comes out of it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """
-    Whether nothing would miss the calls of what is inside of the module: modules may be wrapped by adapters,
-    parametrised, replaced or watched by hooks, weights may be quantised, or brought when their modules are called, for
-    which accelerate replaces `forward`.
-    """
-    for part in module.modules():
-        if any(type(parameter) is not nn.Parameter for parameter in part._parameters.values() if parameter is not None):
-            return False
-        if part is not module and (type(part) not in PLAIN_MODULES or is_watched(part)):
-            return False
-        if "forward" in vars(part):
-            return False
-    return True
-
-
-def is_recorded(tensor: torch.Tensor) -> bool:
-    """Whether operators are recorded, or modules watched from inside, so that none can be passed over."""
-    if are_recorded() or type(tensor) is not torch.Tensor:
-        return True
-    return bool(getattr(nn.modules.module, "_has_any_global_hook", bool)())
-
-
-class VideoMambaPieces:
-    """
-    What the modules of a layer make of their parameters for all pieces of the tokens, each when it sees the first one,
-    and where they put what they make of the pieces.
-    """
-
-    def __init__(self, workspace: VideoMambaWorkspace):
-        self.workspace, self.queue = workspace, workspace.queue
-        self.linear: dict[str, PiecewiseLinear] = {}
-        self.convolution: PiecewiseConvolution | None = None
-        self.scan: PiecewiseScan | None = None
-
-    def project(self, name: str, weight: torch.Tensor, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if name not in self.linear:
-            self.linear[name] = PiecewiseLinear(weight.to(out.dtype), self.workspace.weights[name], self.queue)
-        self.linear[name](hidden_states, out)
-        return out
-
-
 class VideoMambaLinear(nn.Linear):
     """A linear layer without bias, on the matrix units of a CPU that has them."""
 
@@ -520,7 +431,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         dtype = self.norm.weight.dtype
         if hidden_states.dtype != torch.float32 or any(parameter.dtype != dtype for parameter in self.parameters()):
             return False
-        return is_plain(self) and has_compiled_kernels("cpu", dtype)
+        return is_plain(self, PLAIN_MODULES) and has_compiled_kernels("cpu", dtype)
 
     def _forward_as_one(self, hidden_states: torch.Tensor) -> torch.Tensor:
         mixer, scans = self.mixer, cast(list[VideoMambaScan], list(self.mixer.scans))
@@ -538,7 +449,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
     def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
         if self.training or hidden_states.device != workspace.pieces[0].x.device:
             return False
-        return is_plain(self)
+        return is_plain(self, PLAIN_MODULES)
 
     def _forward_in_pieces(self, hidden_states: torch.Tensor, workspace: VideoMambaWorkspace) -> torch.Tensor:
         is_own = hidden_states is workspace.stream and not is_watched(self)

@@ -1,6 +1,6 @@
 """
 The steps of a layer for inference on a CPU in pieces of the tokens, without gradients, into memory that is there
-already: the compiled kernels of `csrc/`, and products of PyTorch where there are no matrix units.
+already, and that memory: the compiled kernels of `csrc/`, and products of PyTorch where there are no matrix units.
 
 Steps are listed in a [`Queue`] and run when a layer is complete. The interpreter and PyTorch's own preparations go
 through so much memory that each step would otherwise find neither its data nor them in the caches.
@@ -9,10 +9,12 @@ through so much memory that each step would otherwise find neither its data nor 
 import ctypes
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .configuration_videomamba import VideoMambaConfig
 from .cpu_library import DTYPES, Convolution, Norm, Scan, Sequence, Sum, kernels
 from .matrix_product_cpu import Memory, is_fit, matrix_kernels, prepare, rows_or_columns
 
@@ -179,3 +181,71 @@ class PiecewiseScan:
                 _check(name, sequence, shape, x.dtype)
             setattr(arguments, name, Sequence.of(sequence))
         self.queue.add(kernels().videomamba_selective_scan, arguments, *self.kept, x, dt, B, C, out, z, add)
+
+
+@dataclass
+class VideoMambaPiece:
+    """
+    Memory for a piece of the tokens, `(batch, length of the piece, ...)`: inputs `x` and outputs `y` of the scans,
+    which all pieces have at the same time; and what they have in the same place, one after the other. The last three
+    are never needed at the same time, and share theirs too.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    projected: torch.Tensor
+    z: torch.Tensor
+    convolved: torch.Tensor
+    normed: torch.Tensor
+    out: torch.Tensor
+
+
+class VideoMambaWorkspace:
+    """
+    Memory for inference in pieces of the tokens, and for the weights of a layer as products with all pieces take them.
+    The layers share it all: memory that is new to a process costs it more time than some of the steps of a layer. Nor
+    do they make a new residual stream each: `stream` is the one that nobody else holds, which a layer may overwrite.
+    """
+
+    def __init__(self, config: VideoMambaConfig, batch: int, lengths: list[int], dtype: torch.dtype):
+        hidden_size, channels = config.hidden_size, config.intermediate_size
+        projected = int(config.time_step_rank) + 2 * config.state_size
+
+        def one_after_the_other(width: int) -> list[torch.Tensor]:
+            sizes = [batch * length * width for length in lengths]
+            parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
+            return [part.view(batch, length, width) for part, length in zip(parts, lengths, strict=True)]
+
+        def in_the_same_place(*widths: int) -> list[list[torch.Tensor]]:
+            memory = torch.empty(batch * max(lengths) * max(widths), dtype=dtype)
+            return [[memory[: batch * n * width].view(batch, n, width) for n in lengths] for width in widths]
+
+        columns = (
+            *map(one_after_the_other, (channels, channels)),
+            *in_the_same_place(projected),
+            *in_the_same_place(channels),
+            *in_the_same_place(channels, hidden_size, hidden_size),
+        )
+        self.pieces = [VideoMambaPiece(*piece) for piece in zip(*columns, strict=True)]
+        self.weights = {name: Memory() for name in ("x_proj", "x", "z", "out")}
+        self.queue = Queue()
+        self.stream: torch.Tensor | None = None
+
+
+class VideoMambaPieces:
+    """
+    What the modules of a layer make of their parameters for all pieces of the tokens, each when it sees the first one,
+    and where they put what they make of the pieces.
+    """
+
+    def __init__(self, workspace: VideoMambaWorkspace):
+        self.workspace, self.queue = workspace, workspace.queue
+        self.linear: dict[str, PiecewiseLinear] = {}
+        self.convolution: PiecewiseConvolution | None = None
+        self.scan: PiecewiseScan | None = None
+
+    def project(self, name: str, weight: torch.Tensor, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if name not in self.linear:
+            self.linear[name] = PiecewiseLinear(weight.to(out.dtype), self.workspace.weights[name], self.queue)
+        self.linear[name](hidden_states, out)
+        return out

@@ -122,6 +122,24 @@ def _next_state(
     return tl.exp2(dt_t[None, :] * a) * h + (dt_t * x_t)[None, :] * b[:, None], x_t, dt_t
 
 
+@triton.jit
+def _keep_states(
+    states, h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+    batch, first, count, e, n, length, channels, state,
+    REVERSE: tl.constexpr, EVERY: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Goes through `count` steps from `h` on and leaves the state before every so many of them in `states`."""
+    for i in range(count):
+        if i % EVERY == 0:
+            tl.store(states + i // EVERY * N * E, h)
+        h, _, _ = _next_state(
+            h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+            batch, first + i, e, n, length, channels, state, REVERSE,
+        )  # fmt: skip
+    tl.debug_barrier()  # whoever reads them may be another thread than the one that wrote them
+    return h
+
+
 # The three passes.
 
 
@@ -265,14 +283,10 @@ def _adjoint_kernel(
     before += tl.program_id(0).to(tl.int64) * T * N * E + place
 
     h = tl.load(starts + offsets, mask=state_mask, other=0.0)
-    for i in range(count):
-        if i % T == 0:
-            tl.store(tile_starts + i // T * N * E, h)
-        h, _, _ = _next_state(
-            h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
-            batch, first + i, e, n, length, channels, state, REVERSE,
-        )  # fmt: skip
-    tl.debug_barrier()
+    _keep_states(
+        tile_starts, h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+        batch, first, count, e, n, length, channels, state, REVERSE, T, N, E,
+    )  # fmt: skip
 
     carry = tl.load(adjoints + offsets, mask=state_mask, other=0.0)
     sum_A = tl.zeros((N, E), tl.float32)
@@ -284,13 +298,10 @@ def _adjoint_kernel(
         tile_first = first + tile * T
         tile_count = tl.minimum(T, count - tile * T)
         h = tl.load(tile_starts + tile * N * E)
-        for i in range(tile_count):
-            tl.store(before + i * N * E, h)
-            h, _, _ = _next_state(
-                h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
-                batch, tile_first + i, e, n, length, channels, state, REVERSE,
-            )  # fmt: skip
-        tl.debug_barrier()
+        h = _keep_states(
+            before, h, x, x_batch, x_step, dt, dt_batch, dt_step, a, B, B_batch, B_step, bias,
+            batch, tile_first, tile_count, e, n, length, channels, state, REVERSE, 1, N, E,
+        )  # fmt: skip
         for k_step in range(tile_count):
             i = tile_count - 1 - k_step
             step = tile_first + i
