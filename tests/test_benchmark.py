@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import benchmark
+import benchmark_measures as measures
 from modeling_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig, VideoMambaModel, selective_scan_backends
-from scripts import benchmark
 from tests.conftest import ROOT, tiny_config
 
 CHOSEN = {
     "scan 1x65x32 forward cpu",
     "scan 1x65x32 forward mambapy",
     "model VideoMamba-Ti 2 frames",
-    *(["model VideoMamba-Ti without AMX 2 frames"] if benchmark.matrix_units_unusable() is None else []),
+    *(["model VideoMamba-Ti without AMX 2 frames"] if measures.matrix_units_unusable() is None else []),
     "model TimeSformer-Ti joint 2 frames",
     "profile VideoMamba-Ti 2 frames",
     "training VideoMamba-Ti",
@@ -29,7 +30,7 @@ CHOSEN = {
 def run(*arguments, **environment):
     command = [sys.executable, ROOT / "scripts" / "benchmark.py", *arguments]
     environment = {**os.environ, **environment}
-    environment.pop(benchmark.BACKEND_VARIABLE, None)
+    environment.pop(measures.BACKEND_VARIABLE, None)
     return subprocess.run([str(p) for p in command], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
@@ -84,12 +85,12 @@ def test_limit_and_ratios_follow_from_the_rate(report):
 @pytest.mark.parametrize("name", ["profile VideoMamba-Ti 2 frames", "profile training VideoMamba-Ti"])
 def test_the_parts_of_a_profile_are_the_whole(report, name):
     profile = report["measurements"][name]
-    parts = {part: profile[f"{part}_seconds"] for part in {*benchmark.PARTS.values(), "optimizer", "rest"}}
+    parts = {part: profile[f"{part}_seconds"] for part in {*measures.PARTS.values(), "optimizer", "rest"}}
     assert sum(parts.values()) == pytest.approx(profile["min_seconds"])
     training = {"scan_backward", "convolution_backward", "optimizer"}
-    inference = {"norm", "sum"} if selective_scan_backends()["cpu"].usable else set()
+    inference, both = ({"sum"}, {"norm"}) if selective_scan_backends()["cpu"].usable else (set(), set())
     only_here, elsewhere = (training, inference) if "training" in name else (inference, training)
-    assert all(parts[part] > 0 for part in only_here | {"products", "rest"})
+    assert all(parts[part] > 0 for part in only_here | both | {"products", "rest"})
     assert all(parts[part] == 0 for part in elsewhere)
 
 
@@ -130,26 +131,26 @@ def test_multiply_adds_are_those_of_pytorchs_counter(config, frames):
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.videomamba.reference_scan: scan_flops})
     with counter, torch.no_grad():
         model(torch.empty(1, frames, 3, *config.input_size, device="meta"))
-    assert sum(benchmark.multiply_adds(config, frames)) == counter.get_total_flops() / 2
+    assert sum(measures.multiply_adds(config, frames)) == counter.get_total_flops() / 2
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "mambapy"])
 def test_all_scans_compute_the_same(name, monkeypatch):
     if name == "mambapy":
         pytest.importorskip("mambapy")
-    monkeypatch.setenv(benchmark.BACKEND_VARIABLE, "torch")  # what `prepare_scan` sets is undone
+    monkeypatch.setenv(measures.BACKEND_VARIABLE, "torch")  # what `prepare_scan` sets is undone
     torch.manual_seed(0)
-    scan, inputs = benchmark.prepare_scan(name, [2, 21, 6])
+    scan, inputs = measures.prepare_scan(name, [2, 21, 6])
     y = scan(*inputs)
     torch.manual_seed(0)
-    scan, inputs = benchmark.prepare_scan("torch", [2, 21, 6])
+    scan, inputs = measures.prepare_scan("torch", [2, 21, 6])
     y = y.mT if name == "transformers" else y
     torch.testing.assert_close(y, scan(*inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the mark can be reset on Linux only")
 def test_peak_memory_is_that_of_the_call_alone():
-    results = [benchmark.first_call(lambda: torch.ones(20_000_000).sum()) for _ in range(2)]
+    results = [measures.first_call(lambda: torch.ones(20_000_000).sum()) for _ in range(2)]
     for result in results:
         assert 75e6 < result["peak_bytes"] < 120e6
 
