@@ -90,6 +90,13 @@ def read_frames(
     return frames, metadata
 
 
+def read_metadata(video: VideoSource) -> VideoMetadata:
+    """Number, rate and duration of the frames of a video, of which none is decoded; raises as [`read_frames`] does."""
+    name, file = _open_source(video)
+    with VideoFile(name, file) as reader:
+        return reader.metadata
+
+
 class VideoFile:
     """
     A video file opened with PyAV, its frames numbered in the order in which they are shown.

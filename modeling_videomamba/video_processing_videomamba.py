@@ -24,16 +24,20 @@ from .image_processing_videomamba import as_tensor, check_pixels, is_picture, rg
 from .video_decoding import is_video_source, read_frames
 
 
-def sample_frame_indices(total_frames: int, num_frames: int, num_clips: int = 1) -> np.ndarray:
+def sample_frame_indices(
+    total_frames: int, num_frames: int, num_clips: int = 1, generator: np.random.Generator | None = None
+) -> np.ndarray:
     r"""
     Indices of the frames of each clip: the video is cut into `num_frames` equal segments; one clip takes their middles,
-    of `K` clips clip `k` takes the point at `(k + 1) / (K + 1)` of each. A video shorter than `num_frames` repeats
-    frames by the same rule. This is the sampling by which the released weights were tested.
+    of `K` clips clip `k` takes the point at `(k + 1) / (K + 1)` of each, or, given a `generator`, each takes a random
+    point of each. A video shorter than `num_frames` repeats frames by the same rule. This is the sampling by which the
+    released weights were tested and, with a generator, trained.
 
     Args:
         total_frames (`int`): Frames of the video, at least 1.
         num_frames (`int`): Frames of a clip.
         num_clips (`int`, defaults to 1): Clips.
+        generator (`np.random.Generator`, *optional*): Draws a frame from each segment, both of its ends included.
 
     Returns:
         `np.ndarray` of shape `(num_clips, num_frames)`: indices from 0 to `total_frames - 1`.
@@ -45,9 +49,11 @@ def sample_frame_indices(total_frames: int, num_frames: int, num_clips: int = 1)
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     segment = (total_frames - 1) / num_frames
-    starts = np.round(segment * np.arange(num_frames)).astype(int)
+    bounds = np.round(segment * np.arange(num_frames + 1)).astype(int)
+    if generator is not None:
+        return generator.integers(bounds[:-1], bounds[1:], size=(num_clips, num_frames), endpoint=True)
     offsets = np.array([int(segment / (num_clips + 1) * (clip + 1)) for clip in range(num_clips)])
-    return np.minimum(starts + offsets[:, None], total_frames - 1)
+    return np.minimum(bounds[:-1] + offsets[:, None], total_frames - 1)
 
 
 def spatial_crop_offsets(

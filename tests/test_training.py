@@ -59,8 +59,8 @@ def test_distillation_compares_directions():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     cosine = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
-    torch.testing.assert_close(distillation_loss(student, teacher), (2 - 2 * cosine).mean())
-    torch.testing.assert_close(distillation_loss(3 * teacher, teacher), torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(distillation_loss(student, teacher), (2 - 2 * cosine).mean(-1))
+    torch.testing.assert_close(distillation_loss(3 * teacher, teacher), torch.zeros(2), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="student_features.*teacher_features"):
         distillation_loss(student, teacher[:, :4])
 

@@ -1,49 +1,290 @@
-"""Labelled videos for training."""
+"""
+Clips of labelled videos and images: what a model sees of them, and in which order.
 
+A run is one sequence of batches, each a function of the seed and its number: the order of an epoch follows from the
+seed and the epoch, the random choices of an example from these and its index. So a run can go on at any batch.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Video, load_dataset
+from datasets import IterableDataset, Value
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+from torch.utils.data import get_worker_info
+from torchvision.transforms.v2 import functional as tvF
+from transformers.video_utils import VideoMetadata
 
-from ..video_processing_videomamba import VideoMambaVideoProcessor
+from ..image_processing_videomamba import VideoMambaImageProcessor
+from ..video_decoding import BrokenVideoError, read_frames, read_metadata
+from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
+from .sources import Split
+
+Processor = VideoMambaImageProcessor | VideoMambaVideoProcessor
+Key = tuple[int, int]
 
 
-def load_videos(path: str) -> DatasetDict:
+class BrokenImageError(ValueError):
+    """A file that is not an image, or that can't be decoded."""
+
+
+BROKEN = (BrokenVideoError, BrokenImageError, OSError)
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed of 63 bits for what these numbers name (seed of the run, epoch, index, ...)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def decode_image(image: dict[str, Any]) -> torch.Tensor:
     r"""
-    Splits of labelled videos, undecoded.
-
-    Args:
-        path (`str`): A folder in the `videofolder` layout (`train/LABEL/*.mp4`, `test/LABEL/*.mp4`), or the id of a
-            data set on the Hub with the columns `video` and `label`.
-
-    Returns:
-        `DatasetDict`: with the columns `video` (a dictionary with `path` and `bytes`) and `label`.
+    RGB pixels `(1, 3, height, width)`, uint8, of a value of the `Image` feature of `datasets`.
 
     Raises:
-        `ValueError`: if a split lacks a column or `label` has no class names.
+        `BrokenImageError`: if it is not an image or can't be decoded.
+        `OSError`: if there is no such file.
     """
-    splits = load_dataset(path)
-    for name, split in splits.items():
-        missing = {"video", "label"} - set(split.column_names)
-        if missing or not isinstance(split.features["label"], ClassLabel):
-            raise ValueError(
-                f"Split {name!r} of {path} must have a column `video` and a column `label` with class names, "
-                f"got {split.features}."
-            )
-    return splits.cast_column("video", Video(decode=False))
+    source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+    try:
+        with Image.open(source) as opened:
+            return tvF.pil_to_tensor(opened.convert("RGB")).unsqueeze(0)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise BrokenImageError(f"{image['path']}: not an image, or truncated ({error})") from error
 
 
-class LabelledVideos(torch.utils.data.Dataset):
-    """Items `pixel_values` `(num_frames, channels, height, width)` and `labels` of a split of [`load_videos`]."""
+def decode_clips(
+    example: dict[str, Any], num_frames: int, num_clips: int = 1, generator: np.random.Generator | None = None
+) -> list[torch.Tensor]:
+    r"""
+    The clips of a video as in [`sample_frame_indices`], from the window of it that the columns `start` and `end` give
+    in seconds, where there are such; an image is one clip.
 
-    def __init__(self, split: Dataset, processor: VideoMambaVideoProcessor):
-        self.split = split
-        self.processor = processor
+    Args:
+        example (`dict`): With `video` or `image`.
+        num_frames (`int`): Frames of a clip.
+        num_clips (`int`, defaults to 1): Clips of a video.
+        generator (`np.random.Generator`, *optional*): Draws the frame of each segment, as in training.
+
+    Returns:
+        `list[torch.Tensor]`: of shape `(num_frames, 3, height, width)`, uint8.
+
+    Raises:
+        `BrokenVideoError`, `BrokenImageError`, `OSError`: if the file can't be read.
+    """
+    if "image" in example:
+        return [decode_image(example["image"])]
+
+    def indices(metadata: VideoMetadata) -> np.ndarray:
+        first, last = 0, metadata.total_num_frames
+        if example.get("end") is not None and metadata.fps:
+            first = min(int(example["start"] * metadata.fps), last - 1)
+            last = max(min(round(example["end"] * metadata.fps), last), first + 1)
+        return first + sample_frame_indices(last - first, num_frames, num_clips, generator).flatten()
+
+    frames, _ = read_frames(example["video"], indices)
+    return list(frames.chunk(num_clips))
+
+
+@dataclass
+class TrainingViews:
+    """
+    Random views of an example: one random frame from each segment of the video, decoded once, then `num_sample` times
+    augmented (repeated augmentation).
+
+    Args:
+        processor: Of the model; makes the only view where there is no `transform`.
+        transform (`nn.Module`, *optional*): From uint8 frames `(frames, 3, height, width)` to normalised ones.
+        num_sample (`int`, defaults to 1): Views of each decoded clip.
+    """
+
+    processor: Processor
+    transform: nn.Module | None = None
+    num_sample: int = 1
+
+    def __call__(self, example: dict[str, Any], seed: int) -> torch.Tensor:
+        """`(num_sample, frames, channels, height, width)`, without frames for images."""
+        generator = np.random.default_rng(seed)
+        (clip,) = decode_clips(example, getattr(self.processor, "num_frames", 1), generator=generator)
+        if self.transform is None:
+            return _process(self.processor, [clip]).repeat_interleave(self.num_sample, dim=0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            views = torch.stack([self.transform(clip) for _ in range(self.num_sample)])
+        return views.squeeze(1) if "image" in example else views
+
+
+@dataclass
+class TestViews:
+    """The views by which an example is tested: `num_clips` along time, of each `num_crops` in space."""
+
+    processor: Processor
+    num_clips: int = 1
+    num_crops: int = 1
+
+    def __call__(self, example: dict[str, Any], seed: int) -> torch.Tensor:
+        """`(num_clips * num_crops, frames, channels, height, width)`, without frames for images."""
+        clips = decode_clips(example, getattr(self.processor, "num_frames", 1), self.num_clips)
+        return _process(self.processor, clips, self.num_crops)
+
+
+def _process(processor: Processor, clips: list[torch.Tensor], num_crops: int = 1) -> torch.Tensor:
+    if isinstance(processor, VideoMambaImageProcessor):
+        return processor([clip[0] for clip in clips], return_tensors="pt")["pixel_values"]
+    options = {"do_sample_frames": False, "num_clips": 1, "num_crops": num_crops, "return_tensors": "pt"}
+    return processor(clips, **options)["pixel_values"]
+
+
+class Examples(torch.utils.data.Dataset):
+    """
+    Examples of a split by their keys `(epoch, index)`: `pixel_values` of all views, `label`, `index`, and `valid`. An
+    index below 0 stands for nothing, and a broken file is not `valid`: both are zeros, so that batches keep their size.
+
+    Args:
+        split: Of [`load_split`].
+        views: [`TrainingViews`] or [`TestViews`].
+        shape (`tuple[int, ...]`): Of what `views` returns.
+        skip_broken (`bool`): Whether a broken file is passed over, with `broken` telling which and why, or an error.
+        seed (`int`): Of the run.
+    """
+
+    def __init__(self, split: Split, views: Any, shape: tuple[int, ...], *, skip_broken: bool, seed: int = 0):
+        self.split, self.views, self.shape = split, views, shape
+        self.skip_broken, self.seed = skip_broken, seed
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.split[index]
-        pixel_values = self.processor(example["video"], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values[0], "labels": example["label"]}
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        return self.item(self.split[max(index, 0)] if index >= 0 else None, epoch, index)
+
+    def item(self, example: dict[str, Any] | None, epoch: int, index: int) -> dict[str, Any]:
+        broken = None
+        if example is not None:
+            try:
+                views = self.views(example, derive_seed(self.seed, epoch, index))
+                return {"pixel_values": views, "label": example["label"], "index": index, "valid": True, "broken": None}
+            except BROKEN as error:
+                if not self.skip_broken:
+                    raise
+                media = example.get("video", example.get("image"))
+                broken = (media["path"] or f"example {index}", str(error))
+        nothing = torch.zeros(self.shape)
+        label = 0 if example is None else example["label"]
+        return {"pixel_values": nothing, "label": label, "index": index, "valid": False, "broken": broken}
+
+
+class StreamedExamples(torch.utils.data.IterableDataset):
+    """
+    Examples of a stream, again and again, without the first `skip_batches` batches, nothing of which is decoded.
+
+    Args:
+        examples ([`Examples`]): Of this process's share of a stream (`datasets.distributed.split_dataset_by_node`).
+        batch_size (`int`): Examples of a batch; batches come from the workers in turn.
+        skip_batches (`int`): Batches that have been seen; a multiple of the number of workers.
+        buffer_size (`int`): Examples among which the next is drawn.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, skip_batches: int = 0, buffer_size: int = 1000):
+        self.examples, self.batch_size, self.skip_batches = examples, batch_size, skip_batches
+        self.buffer_size = buffer_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        seen = self.skip_batches // (worker.num_workers if worker else 1) * self.batch_size
+        split: IterableDataset = self.examples.split
+        seed, index, epoch = self.examples.seed, 0, 0
+        while True:
+            before = index
+            for example in split.shuffle(seed=derive_seed(seed, epoch) % 2**32, buffer_size=self.buffer_size):
+                if index >= seen:
+                    identity = index if worker is None else index * worker.num_workers + worker.id
+                    yield self.examples.item(example, epoch, identity)
+                index += 1
+            if index == before:
+                raise ValueError("The stream has no example.")
+            epoch += 1
+
+
+class TrainingBatches(torch.utils.data.Sampler):
+    """
+    Keys `(epoch, index)` of the batches of one process, from batch `start` to `end` of a run. An epoch is a permutation
+    of all examples without those that fill no batch on every process; consecutive examples of it go to batch 0 of
+    process 0, of process 1, ..., so that the processes together see what one process with all of a batch sees.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int, world_size: int, start: int, end: int):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size, self.start, self.end = rank, world_size, start, end
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.length // (self.batch_size * self.world_size)
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order, ordered_epoch = np.empty(0, int), -1
+        for batch in range(self.start, self.end):
+            epoch, position = divmod(batch, self.batches_per_epoch)
+            if epoch != ordered_epoch:
+                order = np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.length)
+                ordered_epoch = epoch
+            first = (position * self.world_size + self.rank) * self.batch_size
+            yield [(epoch, int(index)) for index in order[first : first + self.batch_size]]
+
+
+def test_batches(indices: list[int], batch_size: int, rank: int, world_size: int) -> list[list[Key]]:
+    """Keys of one process for each of `indices` once; all processes have as many batches, some with index -1."""
+    per_process = -(-len(indices) // world_size)
+    own = indices[rank::world_size]
+    own = own + [-1] * (per_process - len(own))
+    return [[(0, index) for index in own[i : i + batch_size]] for i in range(0, len(own), batch_size)]
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    A batch: `pixel_values` `(views * batch, ...)`, and for each of these rows `labels`, `indices` and `valid`;
+    `broken`, a list of `(path, reason)`. First comes the first view of every example, so that neighbours, which are
+    mixed with each other, show different examples.
+    """
+    views = torch.stack([item["pixel_values"] for item in items], dim=1)
+    columns = {"labels": "label", "indices": "index", "valid": "valid"}
+    return {
+        "pixel_values": views.flatten(0, 1),
+        **{name: torch.tensor([item[key] for item in items]).repeat(len(views)) for name, key in columns.items()},
+        "broken": [item["broken"] for item in items if item["broken"] is not None],
+    }
+
+
+def cut_into_windows(split: Split, seconds: float, stride_seconds: float) -> Split:
+    r"""
+    Every video of a split as windows of `seconds`, one each `stride_seconds`, for long untrimmed videos (paper, section
+    4.3): rows with the columns `start` and `end` in seconds, and `source`, the number of the video. A video that is
+    shorter, or that can't be read, is one window.
+    """
+
+    def windows(rows: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        cut: dict[str, list[Any]] = {name: [] for name in [*rows, "start", "end", "source"]}
+        for row in range(len(rows["video"])):
+            try:
+                duration = read_metadata(rows["video"][row]).duration or seconds
+            except BROKEN:  # reported when its window is read
+                duration = seconds
+            count = 1 + max(0, int((duration - seconds) // stride_seconds))
+            for start in np.arange(count) * stride_seconds:
+                window = {"start": float(start), "end": float(start + seconds), "source": numbers[row]}
+                for name, value in {**{name: rows[name][row] for name in rows}, **window}.items():
+                    cut[name].append(value)
+        return cut
+
+    features = split.features.copy()
+    features |= {"start": Value("float64"), "end": Value("float64"), "source": Value("int64")}
+    return split.map(windows, with_indices=True, batched=True, batch_size=16, features=features)

@@ -1,6 +1,47 @@
-"""Metrics of video-text retrieval as pure functions."""
+"""Metrics of classification and regression as modules of `evaluate`, which need no network, and of retrieval."""
 
+import datasets
+import evaluate
+import numpy as np
 import torch
+
+CITATION = "https://huggingface.co/papers/2403.06977"
+
+
+class ClassificationMetric(evaluate.Metric):
+    """
+    Top-1, top-5 and mean-class accuracy of scores of all classes (`predictions`) for class indices (`references`).
+    Among equal scores the lowest class counts as predicted.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description=type(self).__doc__, citation=CITATION, features=datasets.Features(features)
+        )
+
+    def _compute(self, predictions: list[list[float]], references: list[int]) -> dict[str, float]:
+        scores, labels = np.asarray(predictions), np.asarray(references)
+        best = np.argsort(-scores, axis=1, kind="stable")
+        hits = best[:, 0] == labels
+        return {
+            "accuracy": float(hits.mean()),
+            "top5_accuracy": float((best[:, :5] == labels[:, None]).any(axis=1).mean()),
+            "mean_class_accuracy": float(np.mean([hits[labels == label].mean() for label in np.unique(labels)])),
+        }
+
+
+class RegressionMetric(evaluate.Metric):
+    """Mean squared error of numbers (`predictions`, `references`)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value("float32"), "references": datasets.Value("float32")}
+        return evaluate.MetricInfo(
+            description=type(self).__doc__, citation=CITATION, features=datasets.Features(features)
+        )
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        return {"mse": float(np.square(np.asarray(predictions, float) - np.asarray(references, float)).mean())}
 
 
 def retrieval_recall(

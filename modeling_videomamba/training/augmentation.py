@@ -1,0 +1,160 @@
+"""Augmentation of the released runs with torchvision, the same for all frames of a clip."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from .data import Processor
+
+
+@dataclass
+class AugmentationArguments:
+    """Random changes of training examples. Without any of them they are prepared as for testing."""
+
+    flip: bool = field(default=False, metadata={"help": "flip half of the clips; not where left and right are labels"})
+    min_crop_area: float | None = field(
+        default=None, metadata={"help": "smallest share of the frame that a random crop shows; without it none is made"}
+    )
+    rand_augment_ops: int = field(default=0, metadata={"help": "operations of RandAugment drawn for a clip"})
+    rand_augment_magnitude: float = field(default=7.0, metadata={"help": "mean of their magnitudes, 0 to 10"})
+    rand_augment_std: float = field(default=0.5, metadata={"help": "standard deviation of their magnitudes"})
+    auto_augment: bool = field(default=False, metadata={"help": "AutoAugment with its policy for ImageNet"})
+    random_erasing: float = field(default=0.0, metadata={"help": "probability that a box becomes noise"})
+    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup, 0 for none"})
+    cutmix: float = field(default=0.0, metadata={"help": "alpha of cutmix, 0 for none; with mixup: one of them"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "share of the label spread over all classes"})
+    num_sample: int = field(
+        default=1, metadata={"help": "augmented views of each decoded clip (repeated augmentation)"}
+    )
+
+    def __post_init__(self):
+        for name in ("random_erasing", "label_smoothing", "min_crop_area"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
+        for name in ("rand_augment_ops", "rand_augment_std", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.rand_augment_magnitude <= 10:
+            raise ValueError(f"`rand_augment_magnitude` must be between 0 and 10, got {self.rand_augment_magnitude}.")
+        if self.rand_augment_ops and self.auto_augment:
+            raise ValueError("`rand_augment_ops` and `auto_augment` exclude each other.")
+        if self.num_sample < 1:
+            raise ValueError(f"`num_sample` must be at least 1, got {self.num_sample}.")
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether a clip by itself is changed."""
+        return bool(
+            self.flip or self.min_crop_area or self.rand_augment_ops or self.auto_augment or self.random_erasing
+        )
+
+
+class RandAugment(nn.Module):
+    r"""
+    RandAugment as in the released runs (`rand-m7-n4-mstd0.5-inc1` of timm): `num_ops` random operations, each done with
+    probability 1/2, at magnitudes drawn around `magnitude`. The operations are those of torchvision.
+
+    Args:
+        num_ops (`int`): Operations drawn for a clip.
+        magnitude (`float`): Mean of their magnitudes, 0 to 10.
+        magnitude_std (`float`): Standard deviation of their magnitudes.
+        fill (`list[float]`): Colour of what comes into the picture, 0 to 255.
+    """
+
+    bins = 31
+
+    def __init__(self, num_ops: int, magnitude: float, magnitude_std: float, fill: list[float]):
+        super().__init__()
+        self.num_ops, self.magnitude, self.magnitude_std, self.fill = num_ops, magnitude, magnitude_std, fill
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames `(..., channels, height, width)`, uint8, to the same."""
+        for _ in range(self.num_ops):
+            if torch.rand(()) < 0.5:
+                magnitude = (self.magnitude + self.magnitude_std * torch.randn(())).clamp(0, 10).item()
+                level = round(magnitude / 10 * (self.bins - 1))
+                frames = v2.RandAugment(1, level, self.bins, v2.InterpolationMode.BILINEAR, self.fill)(frames)
+        return frames
+
+
+def training_transform(processor: Processor, args: AugmentationArguments) -> nn.Module | None:
+    r"""
+    What is done to one clip, in timm's order: crop, flip, RandAugment, normalisation, erasing.
+
+    Args:
+        processor: Of the model: crop size, interpolation, mean and standard deviation.
+        args ([`AugmentationArguments`]): `None` is returned if they change nothing.
+
+    Returns:
+        `nn.Module`: from uint8 frames `(frames, 3, height, width)` to float32 ones of the crop size. Draws from the
+        global generator of PyTorch.
+    """
+    if not args.changes_pixels:
+        return None
+    crop = processor.crop_size["height"], processor.crop_size["width"]
+    interpolation = v2.InterpolationMode.BICUBIC
+    if args.min_crop_area is not None:
+        steps: list[nn.Module] = [v2.RandomResizedCrop(crop, (args.min_crop_area, 1.0), interpolation=interpolation)]
+    else:
+        steps = [v2.Resize(processor.size["shortest_edge"], interpolation), v2.CenterCrop(crop)]
+    if args.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    fill = [255 * value for value in processor.image_mean]
+    if args.rand_augment_ops:
+        steps.append(
+            RandAugment(args.rand_augment_ops, args.rand_augment_magnitude, args.rand_augment_std, fill)
+        )
+    if args.auto_augment:
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, v2.InterpolationMode.BILINEAR, fill))
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(processor.image_mean, processor.image_std)]
+    if args.random_erasing:
+        steps.append(v2.RandomErasing(args.random_erasing, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"))
+    return v2.Compose(steps)
+
+
+class Mixing:
+    r"""
+    Mixup or cutmix of a batch, each with probability 1/2 where both are on, and the targets that belong to it.
+
+    Args:
+        args ([`AugmentationArguments`]): `mixup`, `cutmix` and `label_smoothing`.
+        num_classes (`int`): Classes of the targets.
+    """
+
+    def __init__(self, args: AugmentationArguments, num_classes: int):
+        self.smoothing, self.num_classes = args.label_smoothing, num_classes
+        self.choices: list[nn.Module] = []
+        if args.mixup:
+            self.choices.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
+        if args.cutmix:
+            self.choices.append(v2.CutMix(alpha=args.cutmix, num_classes=num_classes))
+
+    def __call__(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, ..., channels, height, width)`): Rows that are not `valid`
+                are left out of the mixture.
+            labels (`torch.Tensor` of shape `(batch,)`): Class indices.
+            valid (`torch.Tensor` of shape `(batch,)`): Booleans.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the mixed pixels, and probabilities `(batch, num_classes)`. Draws from
+            the global generator of PyTorch.
+        """
+        targets = F.one_hot(labels, self.num_classes).float()
+        targets = targets * (1 - self.smoothing) + self.smoothing / self.num_classes
+        if not self.choices or int(valid.sum()) < 2:
+            return pixel_values, targets
+        mix = self.choices[int(torch.randint(len(self.choices), ()))]
+        kind = tv_tensors.Video if pixel_values.ndim == 5 else tv_tensors.Image
+        mixed, mixed_targets = mix(kind(pixel_values[valid]), targets[valid])
+        pixel_values, targets = pixel_values.clone(), targets.clone()
+        pixel_values[valid], targets[valid] = mixed.as_subclass(torch.Tensor), mixed_targets
+        return pixel_values, targets

@@ -1,0 +1,307 @@
+"""Training of classifiers and regressors of videos and images: from arguments to a published model."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+from huggingface_hub import HfApi
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .arguments import DataArguments, RunArguments
+from .augmentation import AugmentationArguments, Mixing, training_transform
+from .checkpoints import replace_files
+from .data import (
+    Examples,
+    Processor,
+    StreamedExamples,
+    TestViews,
+    TrainingBatches,
+    TrainingViews,
+    collate,
+    cut_into_windows,
+    test_batches,
+)
+from .evaluation import Predictions, compute_metrics, predict
+from .loop import Batch, Objective, Trainer, make_accelerator
+from .losses import classification_loss, regression_loss
+from .models import ModelArguments, load_model, load_processor
+from .optimization import OptimizationArguments
+from .reports import draw_confusion_matrix, draw_curves, model_card
+from .sources import Split, find_evaluation_split, load_split, media_kind
+
+ARGUMENTS_FILE = "arguments.json"
+
+
+@dataclass
+class Arguments:
+    """All that a run is told."""
+
+    data: DataArguments
+    model: ModelArguments
+    augmentation: AugmentationArguments
+    optimization: OptimizationArguments
+    run: RunArguments
+
+
+class ClassificationRun:
+    r"""
+    A run of training of a classifier or, where the labels are numbers, a regressor.
+
+    Args:
+        args ([`Arguments`]): Of the run.
+        model_changes: Fields of the model's configuration.
+
+    Raises:
+        `OSError`, `ValueError`: for data, a model or values that don't fit.
+    """
+
+    def __init__(self, args: Arguments, **model_changes: Any):
+        self.args = args
+        logging.disable_progress_bar()  # of loading and saving weights, which would break into the loop's own
+        self.accelerator = make_accelerator(args.run, args.optimization)
+        if self.accelerator.is_main_process:
+            _check_output_dir(args)
+        with self.accelerator.main_process_first():  # the others find what it has put into the cache
+            self._load_data()
+        self.model = load_model(args.model, self.kind, self.label_names, **model_changes)
+        self.processor = load_processor(args.model, self.model, self.kind)
+        self.mixing = None if self.regression else Mixing(args.augmentation, len(self.label_names or []))
+        self.predictions = Predictions()
+        self.steps_per_epoch = self._steps_per_epoch()
+        self.trainer: Trainer | None = None
+
+    def _load_data(self) -> None:
+        data = self.args.data
+        options: dict[str, Any] = {"data_root": data.data_root, "regression": data.regression}
+        names = data.label_names()
+        self.train_split = load_split(
+            data.data, "train", streaming=data.streaming, label_names=names, **options
+        )
+        self.kind = media_kind(self.train_split)
+        self.label_names: list[str] | None = getattr(self.train_split.features["label"], "names", None)
+        self.regression = self.label_names is None
+        self.test_name = find_evaluation_split(data.data)
+        self.test_split = load_split(data.data, self.test_name, label_names=self.label_names, **options)
+        if media_kind(self.test_split) != self.kind:
+            raise ValueError(f"{data.data}: the training split has a column {self.kind}, the {self.test_name} split not")
+        if data.clip_seconds is not None:
+            self.train_split = cut_into_windows(self.train_split, data.clip_seconds, data.clip_stride_seconds)
+            self.test_split = cut_into_windows(self.test_split, data.clip_seconds, data.clip_stride_seconds)
+
+    # What the loop asks for
+
+    def objective(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Cross-entropy, or squared error for regression."""
+        pixel_values, targets = self.mix(batch)
+        return {"loss": self.loss(model(pixel_values).logits, targets)}
+
+    def mix(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and targets after mixup, cutmix and label smoothing."""
+        if self.mixing is None:
+            return batch["pixel_values"], batch["labels"]
+        return self.mixing(batch["pixel_values"], batch["labels"], batch["valid"])
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`(rows,)`"""
+        return regression_loss(logits, targets) if self.regression else classification_loss(logits, targets)
+
+    def batches(self, start: int, end: int) -> Iterable[Batch]:
+        """The training batches of this process from number `start` on."""
+        args, accelerator = self.args, self.accelerator
+        views = TrainingViews(
+            self.processor, training_transform(self.processor, args.augmentation), args.augmentation.num_sample
+        )
+        examples = self._examples(self.train_split, views, args.augmentation.num_sample)
+        if self.streaming:
+            return self._stream(examples, start)
+        sampler = TrainingBatches(
+            len(examples),
+            args.optimization.batch_size,
+            seed=args.run.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            start=start,
+            end=end,
+        )
+        return DataLoader(examples, batch_sampler=sampler, collate_fn=collate, **self._workers())
+
+    def _stream(self, examples: Examples, start: int) -> Iterable[Batch]:
+        accelerator = self.accelerator
+        examples.split = split_dataset_by_node(examples.split, accelerator.process_index, accelerator.num_processes)
+        workers = self._workers(min(self.args.data.num_workers, examples.split.num_shards))
+        seen = start - start % max(workers["num_workers"], 1)  # the rest have been seen too, but belong to some workers
+        size = self.args.optimization.batch_size
+        loader = DataLoader(
+            StreamedExamples(examples, size, seen), batch_size=size, collate_fn=collate, **workers
+        )
+        for number, batch in enumerate(loader, start=seen):
+            if number >= start:
+                yield batch
+
+    def _examples(self, split: Split, views: Any, count: int) -> Examples:
+        height, width = self.processor.crop_size["height"], self.processor.crop_size["width"]
+        frames = () if self.kind == "image" else (self.processor.num_frames,)
+        shape = (count, *frames, 3, height, width)
+        skip = self.args.data.on_broken_video == "skip"
+        return Examples(split, views, shape, skip_broken=skip, seed=self.args.run.seed)
+
+    def _workers(self, count: int | None = None) -> dict[str, Any]:
+        count = self.args.data.num_workers if count is None else count
+        return {"num_workers": count, "pin_memory": self.accelerator.device.type == "cuda"}
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the training data are a stream."""
+        return isinstance(self.train_split, IterableDataset)
+
+    def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
+        """Metrics on the test split, and the files of it that could not be read."""
+        accelerator = self.accelerator
+        keys = test_batches(
+            list(range(len(self.test_split))),
+            self.args.optimization.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        examples = self._examples(self.test_split, TestViews(self.processor), 1)
+        loader = DataLoader(examples, batch_sampler=keys, collate_fn=collate, **self._workers())
+        predictions = predict(accelerator, model, loader, self.regression)
+        if "source" in self.test_split.features:
+            predictions = predictions.grouped(dict(enumerate(self.test_split["source"])))
+        self.predictions = predictions
+        return compute_metrics(predictions, self.regression), predictions.broken
+
+    def save_model(
+        self, model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path, metrics: dict[str, float]
+    ) -> None:
+        """Writes model, processor and card."""
+        model.save_pretrained(folder, state_dict=weights)
+        self.processor.save_pretrained(folder)
+        self._card(metrics).save(folder / "README.md")
+
+    # The run
+
+    @property
+    def views_per_step(self) -> int:
+        """Views that all processes see in a step."""
+        args = self.args.optimization
+        count = args.batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return count * self.args.augmentation.num_sample
+
+    def train(self, objective: Objective | None = None) -> None:
+        """Trains, and writes what belongs to the model: `best`, `last`, pictures, `summary.json`."""
+        output_dir = self.args.run.output_dir
+        if self.accelerator.is_main_process:
+            text = json.dumps(_recorded(self.args), indent=2)
+            replace_files(output_dir, lambda folder: (folder / ARGUMENTS_FILE).write_text(text, "utf-8"))
+        trainer = self.trainer = Trainer(
+            accelerator=self.accelerator,
+            model=self.model,
+            objective=objective or self.objective,
+            batches=self.batches,
+            steps_per_epoch=self.steps_per_epoch,
+            evaluate=self.evaluate,
+            save_model=self.save_model,
+            metric="mse" if self.regression else "accuracy",
+            run=self.args.run,
+            optimization=self.args.optimization,
+            views_per_step=self.views_per_step,
+        )
+        trainer.train()
+        trainer.save_last()
+        if self.accelerator.is_main_process:
+            self._report(trainer)
+        self.accelerator.end_training()
+
+    def _steps_per_epoch(self) -> int:
+        args = self.args
+        if self.streaming:
+            if args.run.steps_per_epoch is None:
+                raise ValueError("--streaming needs --steps-per-epoch: the length of a stream is not known")
+            return args.run.steps_per_epoch
+        if args.run.steps_per_epoch is not None:
+            raise ValueError("--steps-per-epoch is for --streaming")
+        examples = self.views_per_step // args.augmentation.num_sample
+        if len(self.train_split) < examples:
+            raise ValueError(f"fewer training examples ({len(self.train_split)}) than one step takes ({examples})")
+        return len(self.train_split) // examples
+
+    def _report(self, trainer: Trainer) -> None:
+        output_dir, progress, window = self.args.run.output_dir, trainer.progress, trainer.window
+        draw_curves(trainer.records(), output_dir / "curves.png")
+        if not self.regression:
+            indices = sorted(self.predictions.scores)
+            labels = [int(self.predictions.labels[index]) for index in indices]
+            predicted = [int(self.predictions.scores[index].argmax()) for index in indices]
+            draw_confusion_matrix(labels, predicted, self.label_names or [], output_dir / "confusion_matrix.png")
+        summary = {
+            "steps": progress.step,
+            "metrics": trainer.metrics,
+            "best": progress.best,
+            "evaluated": len(self.predictions.scores),
+            "skipped_steps": progress.skipped,
+            "data_wait": window.waited_in_all / max(window.seconds_in_all, 1e-9),
+            "broken": progress.broken,
+        }
+        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2), "utf-8")
+        print(f"saved {output_dir / 'best'} ({trainer.metric} {progress.best:.4f}) and {output_dir / 'last'}")
+        print(f"waited for data {summary['data_wait']:.1%} of the time; {progress.skipped} steps skipped, not finite")
+        print(f"{len(progress.broken)} broken files" + "".join(f"\n  {reason}" for reason in progress.broken.values()))
+        if self.args.run.push_to_hub is not None:
+            api = HfApi()
+            api.create_repo(self.args.run.push_to_hub, exist_ok=True)
+            api.upload_folder(repo_id=self.args.run.push_to_hub, folder_path=output_dir / "best")
+            print(f"uploaded to {self.args.run.push_to_hub}")
+
+    def _card(self, metrics: dict[str, float]) -> Any:
+        args, trainer = self.args, self.trainer
+        assert trainer is not None
+        broken = len(trainer.progress.broken)
+        start = f"from `{Path(args.model.model).name}`" if args.model.model is not None else "from scratch"
+        return model_card(
+            model_name=args.run.push_to_hub or args.run.output_dir.name,
+            pipeline_tag=f"{self.kind}-classification",
+            dataset_name=Path(args.data.data).name,
+            split=self.test_name,
+            results=metrics,
+            start=start,
+            examples=len(self.predictions.scores),
+            steps=trainer.progress.step,
+            views_per_step=self.views_per_step,
+            processes=self.accelerator.num_processes,
+            seed=args.run.seed,
+            broken=f"; {broken} broken files were left out" if broken else "",
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        )
+
+
+def _recorded(args: Arguments) -> dict[str, Any]:
+    """The arguments that decide what a run computes."""
+    free = {"resume", "output_dir", "num_workers", "log_steps", "save_steps", "report_to", "push_to_hub"}
+    groups = (args.data, args.model, args.augmentation, args.optimization, args.run)
+    values = {name: value for group in groups for name, value in asdict(group).items() if name not in free}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _check_output_dir(args: Arguments) -> None:
+    """A folder with a run in it is not written over, and a run goes on with the arguments that it began with."""
+    path = args.run.output_dir / ARGUMENTS_FILE
+    if not path.exists():
+        return
+    if not args.run.resume:
+        raise ValueError(f"--output-dir {args.run.output_dir} has a run in it: pass --resume or another folder")
+    before = json.loads(path.read_text("utf-8"))
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in _recorded(args).items() if before.get(name) != value]
+    if changed:
+        raise ValueError(f"--resume goes on with the arguments of the run, but: {', '.join(changed)}")

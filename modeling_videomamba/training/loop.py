@@ -1,0 +1,385 @@
+"""The loop that all training scripts share: steps, evaluations, states on disk, and what is said of them."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object, send_to_device, tqdm
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .arguments import RunArguments
+from .checkpoints import last_checkpoint, load_checkpoint, replace_files, save_checkpoint
+from .data import derive_seed
+from .diagnosis import NonFiniteError, diagnose, summarize
+from .memory import keep_freed_memory
+from .optimization import OptimizationArguments, cosine_schedule, parameter_groups
+
+SIGTERM_EXIT = 128 + signal.SIGTERM
+EMA_FILE = "ema.safetensors"
+MAX_SKIPPED = 5  # non-finite steps in a row; with a loss scale, which has to come down first, MAX_SKIPPED_SCALED
+MAX_SKIPPED_SCALED = 20
+
+Batch = dict[str, Any]
+Objective = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
+
+
+def make_accelerator(run: RunArguments, optimization: OptimizationArguments) -> Accelerator:
+    """An accelerator for a run, which then is on its way: its folder exists, its seeds are set."""
+    report_to = None if run.report_to == "none" else run.report_to
+    accelerator = Accelerator(
+        mixed_precision=optimization.mixed_precision,
+        dynamo_backend=DynamoBackend.INDUCTOR if optimization.torch_compile else None,
+        log_with=report_to,
+        project_config=ProjectConfiguration(project_dir=str(run.output_dir), logging_dir=str(run.output_dir / "logs")),
+    )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(run.seed)
+    return accelerator
+
+
+@dataclass
+class Progress:
+    """What of a run is not in the weights and the optimiser."""
+
+    step: int = 0
+    best: float | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Trainer:
+    r"""
+    A run of training, from its first step or from its last state on disk to its end.
+
+    Args:
+        accelerator (`Accelerator`): Of [`make_accelerator`].
+        model (`nn.Module`): Not yet prepared.
+        objective (`Callable`): From the prepared model and a batch to losses `(rows,)` by name, `"loss"` the one to
+            minimise. Rows that are not `valid` don't count.
+        batches (`Callable`): From the numbers of the first and the last batch of a run to an iterable of them.
+        steps_per_epoch (`int`): Steps, each of `gradient_accumulation_steps` batches.
+        evaluate (`Callable`): From a model to its metrics and the files that could not be read; on all processes.
+        save_model (`Callable`): Writes a model, its weights given, and what belongs to it into a folder.
+        metric (`str`): By which the best model is chosen; one whose name begins with `mse` is to be small.
+        run, optimization: Arguments.
+        views_per_step (`int`): By which the learning rate is scaled.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    objective: Objective
+    batches: Callable[[int, int], Iterable[Batch]]
+    steps_per_epoch: int
+    evaluate: Callable[[nn.Module], tuple[dict[str, float], dict[str, str]]]
+    save_model: Callable[[nn.Module, dict[str, torch.Tensor], Path, dict[str, float]], None]
+    metric: str
+    run: RunArguments
+    optimization: OptimizationArguments
+    views_per_step: int
+
+    def __post_init__(self) -> None:
+        args = self.optimization
+        self.progress = Progress()
+        self.total_steps = round(args.epochs * self.steps_per_epoch)
+        self.output_dir = self.run.output_dir
+        self.stop_requested = False
+        self.window = Window()
+        self.metrics: dict[str, float] = {}
+        scale = self.views_per_step / args.base_batch_size if args.base_batch_size is not None else 1.0
+        self.schedule = {
+            "base": args.learning_rate * scale,
+            "final": args.min_learning_rate * scale,
+            "start_warmup": args.warmup_learning_rate * scale,
+            "epochs": args.epochs,
+            "warmup_epochs": args.warmup_epochs,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+        self.bare_model = self.model
+        self.ema = None
+        if args.ema_decay is not None:
+            if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+                raise ValueError("`ema_decay` does not go with sharded weights (FSDP, DeepSpeed).")
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+            self.ema.to(self.accelerator.device)
+        if args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        groups = parameter_groups(self.model, args.weight_decay, args.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.schedule["base"], betas=(0.9, args.adam_beta2))
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # knows it from a data loader otherwise
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config["train_micro_batch_size_per_gpu"] = args.batch_size
+        self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+
+    # The run
+
+    def train(self) -> None:
+        """
+        Trains to the end. On SIGTERM the state is saved and the process exits with status 143. Raises
+        [`NonFiniteError`].
+        """
+        self._start()
+        count = self.optimization.gradient_accumulation_steps
+        batches = iter(self.batches(self.progress.step * count, self.total_steps * count))
+        bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", dynamic_ncols=True)
+        window = self.window
+        self.model.train()
+        with self._stop_on_sigterm(), bar:
+            while self.progress.step < self.total_steps:
+                self._step(batches, window)
+                bar.update()
+                bar.set_postfix(window.postfix())
+                self._log(window)
+                self._after_step(bar, window)
+            if not self.metrics:  # resumed at its end
+                self._evaluate(bar)
+
+    def _after_step(self, bar: Any, window: "Window") -> None:
+        step, is_last = self.progress.step, self.progress.step == self.total_steps
+        with window.paused():
+            if step % self.steps_per_epoch == 0 or is_last:
+                self._evaluate(bar)
+            if self.stop_requested or step % self.run.save_steps == 0 or is_last:
+                self._save_state()
+        if self.stop_requested and not is_last:
+            bar.write(f"stopped by SIGTERM after step {step}, the state is saved: go on with --resume")
+            self.accelerator.end_training()
+            sys.exit(SIGTERM_EXIT)
+
+    def _step(self, batches: Iterator[Batch], window: "Window") -> None:
+        """One step of the optimiser, or none where the loss or a gradient is not finite."""
+        rate = cosine_schedule(self.progress.step, **self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        sums: dict[str, torch.Tensor] = {}
+        count = self.optimization.gradient_accumulation_steps
+        batch: Batch = {}
+        for micro in range(count):
+            batch = window.wait_for(batches)
+            self.progress.broken.update(batch.pop("broken"))
+            batch = send_to_device(batch, self.accelerator.device)
+            self._seed(self.progress.step * count + micro)
+            synced = nullcontext() if micro == count - 1 else self.accelerator.no_sync(self.model)
+            with synced:
+                losses = self.objective(self.model, batch)
+                weights = batch["valid"].float()
+                self.accelerator.backward((losses["loss"] * weights).mean() / count)
+            for name, values in losses.items():
+                sums[name] = sums.get(name, 0) + (values.detach() * weights).sum()
+            sums["valid"] = sums.get("valid", 0) + weights.sum()
+        max_norm = self.optimization.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if max_norm is None else max_norm)
+        norm = 0.0 if norm is None else float(norm)  # DeepSpeed has made the step already
+        means = self._global_means(sums)
+        window.add(means, norm, rate)
+        self._apply(batch, math.isfinite(norm) and math.isfinite(means["loss"]))
+        self.progress.step += 1
+
+    def _seed(self, batch: int) -> None:
+        """The random choices of a step follow from its number, so that a resumed run makes the same."""
+        torch.manual_seed(derive_seed(self.run.seed, batch, self.accelerator.process_index))
+
+    def _global_means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Losses over the valid rows of all processes; learns whether any process is to stop."""
+        stop = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        totals = self.accelerator.reduce(torch.stack([*(value.double() for value in sums.values()), stop.double()]))
+        *values, stops = totals.tolist()
+        self.stop_requested = stops > 0
+        total = dict(zip(sums, values, strict=True))
+        valid = max(total.pop("valid"), 1.0)
+        return {name: value / valid for name, value in total.items()}
+
+    def _apply(self, batch: Batch, is_finite: bool) -> None:
+        scaler = self.accelerator.scaler
+        if is_finite or scaler is not None:  # a loss scale that is too large is noticed, and lowered, by the scaler
+            self.optimizer.step()
+        if is_finite and not self.accelerator.optimizer_step_was_skipped:
+            self.progress.skipped_in_a_row = 0
+            if self.ema is not None:
+                self.ema.update_parameters(self.bare_model)
+        else:
+            self.progress.skipped += 1
+            self.progress.skipped_in_a_row += 1
+            limit = MAX_SKIPPED if scaler is None else MAX_SKIPPED_SCALED
+            if self.progress.skipped_in_a_row >= limit:
+                self._give_up(batch)
+        self.optimizer.zero_grad()
+
+    def _give_up(self, batch: Batch) -> None:
+        count = self.progress.skipped_in_a_row
+        self._seed(self.progress.step)
+        found = diagnose(self.accelerator.unwrap_model(self.model), lambda: self.objective(self.model, batch))
+        path = self.output_dir / "diagnosis.json"
+        if self.accelerator.is_main_process:
+            path.write_text(json.dumps(found, indent=1), "utf-8")
+        self.progress.skipped_in_a_row = 0
+        self._save_state()
+        raise NonFiniteError(
+            f"The loss or a gradient was not finite in {count} steps in a row, to step {self.progress.step}; none of "
+            f"them was taken. The state before them is saved, statistics of every layer are in {path}.\n"
+            f"{summarize(found)}"
+        )
+
+    # Evaluation and saving
+
+    def _evaluate(self, bar: Any) -> None:
+        model = self.model if self.ema is None else self.ema.module
+        self.metrics, broken = self.evaluate(model)
+        self.progress.broken.update(broken)
+        value, best = self.metrics[self.metric], self.progress.best
+        better = best is None or (value < best if self.metric.startswith("mse") else value > best)
+        if better:
+            self.progress.best = value
+            self._save_model("best")
+        self._write({"step": self.progress.step, "epoch": self.epoch, **self.metrics})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        bar.write(f"epoch {self.epoch:g}: {shown}{' (best)' if better else ''}")
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.progress.step / self.steps_per_epoch
+
+    def _save_model(self, name: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.ema is not None:
+            weights = self.ema.module.state_dict()
+        if self.accelerator.is_main_process:
+            metrics = self.metrics
+            replace_files(self.output_dir / name, lambda folder: self.save_model(model, weights, folder, metrics))
+
+    def save_last(self) -> None:
+        """Writes the model as it is now, as `last`."""
+        self._save_model("last")
+
+    def _save_state(self) -> None:
+        self._gather_broken()
+        state = asdict(self.progress)
+        save_checkpoint(self.accelerator, self.output_dir / "states", self.progress.step, self._save_ema, state)
+
+    def _gather_broken(self) -> None:
+        """Every process knows the broken files that any has met."""
+        for path, reason in gather_object(list(self.progress.broken.items())):
+            self.progress.broken[path] = reason
+
+    def _save_ema(self, folder: Path) -> None:
+        if self.ema is not None:
+            weights = {name: tensor.contiguous() for name, tensor in self.ema.state_dict().items()}
+            save_file(weights, folder / EMA_FILE)
+
+    def _load_ema(self, folder: Path) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(folder / EMA_FILE))
+
+    # Beginning, and records
+
+    def _start(self) -> None:
+        checkpoint = last_checkpoint(self.output_dir / "states")
+        if checkpoint is not None:
+            self.progress = Progress(**load_checkpoint(self.accelerator, checkpoint, self._load_ema))
+            self.accelerator.print(f"resumed after step {self.progress.step} of {self.total_steps}")
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            kept = [record for record in self.records() if record["step"] <= self.progress.step]
+            lines = "".join(json.dumps(record) + "\n" for record in kept)
+            replace_files(self.output_dir, lambda folder: (folder / "metrics.jsonl").write_text(lines, "utf-8"))
+        if self.run.report_to != "none":
+            self.accelerator.init_trackers(
+                "tracker", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}}
+            )
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; the last one may be cut by a kill."""
+        path = self.output_dir / "metrics.jsonl"
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def _log(self, window: "Window") -> None:
+        step = self.progress.step
+        if step % self.run.log_steps == 0 or step == self.total_steps:
+            views = window.steps * self.views_per_step
+            self._write({"step": step, "epoch": self.epoch, **window.record(views), "skipped": self.progress.skipped})
+            window.restart()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.run.report_to != "none":
+            self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+        if self.accelerator.is_main_process:
+            with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    @contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        def stop(signum: int, frame: Any) -> None:
+            self.stop_requested = True
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class Window:
+    """Means and times of the steps since the last line of the log, and times since the beginning."""
+
+    def __init__(self) -> None:
+        self.waited_in_all = self.seconds_in_all = 0.0
+        self.last: dict[str, float] = {}
+        self.restart()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def restart(self) -> None:
+        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.sums: dict[str, float] = {}
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def add(self, losses: dict[str, float], norm: float, rate: float) -> None:
+        self.steps += 1
+        for name, value in {**losses, "gradient_norm": norm}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.last = {"loss": losses["loss"], "rate": rate}
+
+    def postfix(self) -> dict[str, str]:
+        return {
+            "loss": f"{self.last['loss']:.3f}",
+            "lr": f"{self.last['rate']:.1e}",
+            "data": f"{self.waited / max(time.perf_counter() - self.began, 1e-9):.0%}",
+        }
+
+    def record(self, views: int) -> dict[str, float | None]:
+        seconds = time.perf_counter() - self.began
+        self.waited_in_all += self.waited
+        self.seconds_in_all += seconds
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        return {
+            **{name: value if math.isfinite(value) else None for name, value in means.items()},
+            "learning_rate": self.last["rate"],
+            "views_per_second": views / seconds,
+            "data_wait": self.waited / seconds,
+        }

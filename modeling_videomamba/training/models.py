@@ -1,0 +1,111 @@
+"""The model that a run starts from."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+
+from ..configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig
+from ..image_processing_videomamba import VideoMambaImageProcessor
+from ..modeling_videomamba import VideoMambaForImageClassification, VideoMambaForVideoClassification
+from ..video_processing_videomamba import VideoMambaVideoProcessor
+from .data import Processor
+
+logger = get_logger(__name__)
+Classifier = VideoMambaForVideoClassification
+
+
+@dataclass
+class ModelArguments:
+    """What the run starts from, exactly one of `model`, `config` and `size`, and how it changes."""
+
+    model: str | None = field(default=None, metadata={"help": "directory or Hub id to start from"})
+    config: Path | None = field(default=None, metadata={"help": "configuration (JSON) of a model to train from scratch"})
+    size: str | None = field(default=None, metadata={"help": "train from scratch: tiny, small, middle or base"})
+    num_frames: int | None = field(default=None, metadata={"help": "frames of a clip, if others than the model's"})
+    image_size: int | None = field(default=None, metadata={"help": "pixels of a side, if others than the model's"})
+    tubelet_size: int = field(default=1, metadata={"help": "frames of a token, when an image model becomes one of videos"})
+    drop_path_rate: float | None = field(default=None, metadata={"help": "stochastic depth, if another than the model's"})
+
+    def __post_init__(self):
+        given = [name for name in ("model", "config", "size") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"pass one of --model, --config and --size, got {' and '.join(given) or 'none'}")
+        if self.size is not None and self.size not in VIDEOMAMBA_SIZES:
+            raise ValueError(f"--size must be one of {', '.join(VIDEOMAMBA_SIZES)}, got {self.size}")
+
+
+def load_model(args: ModelArguments, kind: str, label_names: list[str] | None, **changes: Any) -> Classifier:
+    r"""
+    The model to train, with a head for the labels: position embeddings resized to the frames and the resolution that
+    are asked for, an image model inflated for videos. The head is the checkpoint's where its labels are the same.
+
+    Args:
+        args ([`ModelArguments`]): `num_frames` is for videos only.
+        kind (`str`): `"video"` or `"image"`.
+        label_names (`list[str]`, *optional*): Classes in order; `None` for one number to predict.
+        changes: Other fields of the configuration.
+
+    Raises:
+        `OSError`, `ValueError`: if there is no such model, or a value does not fit.
+    """
+    if kind == "image" and args.num_frames is not None:
+        raise ValueError(f"--num-frames {args.num_frames}: the data are images")
+    if args.drop_path_rate is not None:
+        changes["drop_path_rate"] = args.drop_path_rate
+    labels = label_names or ["value"]
+    changes |= {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "regression" if label_names is None else "single_label_classification",
+    }
+    model_class = VideoMambaForImageClassification if kind == "image" else VideoMambaForVideoClassification
+    if args.model is None:
+        return model_class(_config(args, kind, changes))
+    before = VideoMambaConfig.from_pretrained(args.model)
+    model, info = model_class.from_pretrained(
+        args.model, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+    )
+    fresh = {name.split(".")[0] for name in info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}}
+    if before.id2label != changes["id2label"]:
+        fresh.add("classifier")
+        with torch.no_grad():
+            model._init_weights(model.classifier)
+    if fresh:
+        names = f"{len(labels)} classes" if label_names else "one value"
+        logger.warning(f"fresh weights in {', '.join(sorted(fresh))}: the head is for {names}, that of {args.model} is not")
+    if kind == "image":
+        return model.resize_position_embeddings(image_size=args.image_size)
+    if model.config.num_frames is None:
+        model.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames, args.tubelet_size)
+    return model.resize_position_embeddings(image_size=args.image_size, num_frames=args.num_frames)
+
+
+def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMambaConfig:
+    fields = VIDEOMAMBA_SIZES[args.size] if args.size is not None else json.loads(Path(args.config).read_text("utf-8"))
+    fields = {**fields, **changes}
+    if args.image_size is not None:
+        fields["image_size"] = args.image_size
+    if kind == "image":
+        fields["num_frames"] = None
+    elif args.num_frames is not None:
+        fields["num_frames"] = args.num_frames
+    return VideoMambaConfig(**fields)
+
+
+def load_processor(args: ModelArguments, model: Classifier, kind: str) -> Processor:
+    """The processor of a model; mean, standard deviation and interpolation are those of the checkpoint, if it has any."""
+    processor_class = VideoMambaImageProcessor if kind == "image" else VideoMambaVideoProcessor
+    processor = processor_class.for_model(model.config)
+    if args.model is None:
+        return processor
+    try:
+        saved = processor_class.from_pretrained(args.model)
+    except OSError:
+        return processor
+    for name in ("image_mean", "image_std", "resample", "rescale_factor"):
+        setattr(processor, name, getattr(saved, name))
+    return processor

@@ -1,0 +1,145 @@
+"""What a run leaves for its reader: pictures and a model card."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+METRICS = {
+    "accuracy": "Top-1 accuracy",
+    "top5_accuracy": "Top-5 accuracy",
+    "mean_class_accuracy": "Mean-class accuracy",
+    "mse": "Mean squared error",
+}
+MAX_NAMED_CLASSES = 40
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ model_name }}
+
+A [VideoMamba](https://huggingface.co/papers/2403.06977) model, trained on `{{ dataset_name }}` ({{ start }}).
+
+| {{ split }} split, {{ examples }} examples | |
+|---|---|
+{% for name, value in results.items() %}| {{ name }} | {{ "%.4f" | format(value) }} |
+{% endfor %}
+## Use
+
+```python
+from transformers import pipeline
+
+classifier = pipeline("{{ pipeline_tag }}", model="{{ model_name }}", trust_remote_code=True)
+classifier("{{ example_file }}")
+```
+
+## Training
+
+{{ steps }} steps of {{ views_per_step }} views on {{ processes }} process(es), seed {{ seed }}{{ broken }}.
+
+```
+{{ command }}
+```
+"""
+
+
+def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
+    """Loss, learning rate and the metrics of the evaluations against steps, as a picture."""
+    pyplot = _pyplot()
+    panels = {
+        "loss": [name for name in ("loss", "evaluation_loss") if any(name in record for record in records)],
+        "learning rate": ["learning_rate"],
+        "gradient norm": ["gradient_norm"],
+        "evaluation": [name for name in METRICS if any(name in record for record in records)],
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained")
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        for name in names:
+            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="." if title == "evaluation" else None, label=name)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_confusion_matrix(labels: list[int], predicted: list[int], names: list[str], path: Path) -> None:
+    """How often each class (rows, each summing to 1) was taken for which (columns), as a picture."""
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
+    pyplot = _pyplot()
+    matrix = confusion_matrix(labels, predicted, labels=range(len(names)), normalize="true")
+    named = len(names) <= MAX_NAMED_CLASSES
+    size = min(16.0, 3 + 0.4 * len(names))
+    figure, axis = pyplot.subplots(figsize=(size, size), layout="constrained")
+    display = ConfusionMatrixDisplay(np.nan_to_num(matrix), display_labels=names if named else None)
+    display.plot(ax=axis, cmap="Blues", include_values=len(names) <= 12, values_format=".2f", xticks_rotation=90)
+    if not named:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def model_card(
+    *, model_name: str, pipeline_tag: str, dataset_name: str, split: str, results: dict[str, float], **facts: Any
+) -> ModelCard:
+    r"""
+    Card of a trained model with its results as `model-index`.
+
+    Args:
+        model_name (`str`): Id on the Hub, or name of the folder.
+        pipeline_tag (`str`): `video-classification` or `image-classification`.
+        dataset_name, split (`str`): What `results` were measured on.
+        results (`dict[str, float]`): Metrics.
+        facts: What else the template shows.
+
+    Returns:
+        `huggingface_hub.ModelCard`
+    """
+    evaluations = [
+        EvalResult(
+            task_type=pipeline_tag,
+            dataset_type=dataset_name,
+            dataset_name=dataset_name,
+            dataset_split=split,
+            metric_type=name,
+            metric_name=METRICS[name],
+            metric_value=value,
+        )
+        for name, value in results.items()
+    ]
+    data = ModelCardData(
+        model_name=model_name,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=["videomamba", "mamba"],
+        eval_results=evaluations,
+    )
+    shown = {METRICS[name]: value for name, value in results.items()}
+    return ModelCard.from_template(
+        data,
+        template_str=CARD,
+        model_name=model_name,
+        pipeline_tag=pipeline_tag,
+        dataset_name=dataset_name,
+        split=split,
+        results=shown,
+        example_file="clip.mp4" if pipeline_tag.startswith("video") else "picture.jpg",
+        **facts,
+    )

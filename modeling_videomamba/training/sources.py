@@ -1,0 +1,160 @@
+"""Where labelled videos and images come from: everything that `datasets` loads, under one pair of columns."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, Video, get_dataset_split_names, load_dataset
+from PIL import Image as PILImage
+
+LIST_BUILDERS = {".csv": "csv", ".jsonl": "json", ".json": "json"}
+LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+Split = Dataset | IterableDataset
+
+
+def load_split(
+    data: str,
+    split: str,
+    *,
+    data_root: Path | None = None,
+    streaming: bool = False,
+    regression: bool = False,
+    label_names: list[str] | None = None,
+) -> Split:
+    r"""
+    One split of labelled videos or images, undecoded.
+
+    Args:
+        data (`str`):
+            One of: a folder in the `videofolder` or `imagefolder` layout of `datasets` (`train/LABEL/*.mp4`, or files
+            beside a `metadata.csv` with `file_name,label`); a folder with `train.csv` or `train.jsonl`, and the same
+            for `val` and `test`, of `path,label`; a folder of `webdataset` shards (`train-*.tar`, labels as `cls` or as
+            `label` in `json`); the id of a data set on the Hub.
+        split (`str`): `"train"`, `"validation"` or `"test"`, or another split of a data set on the Hub.
+        data_root (`Path`, *optional*): What the paths of a list are relative to, by default the folder of the list.
+        streaming (`bool`, defaults to `False`): Whether to read shards as they come, without a copy on disk.
+        regression (`bool`, defaults to `False`): Whether whole numbers are values to predict rather than classes.
+        label_names (`list[str]`, *optional*):
+            Names of the classes, in order. Without them they are those of the data set, else the labels found in it.
+
+    Returns:
+        `Dataset` or `IterableDataset`: with a column `video` or `image` (a dictionary with `path` and `bytes`), and a
+        column `label`: a `ClassLabel`, or floating point for regression.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: if there is no such data or split, it lacks a column, or a label is not one
+            of `label_names`.
+    """
+    name = f"split {split!r} of {data}"
+    lists = _lists(data, split)
+    if lists:
+        loaded = _load_list(lists, split, streaming, str(data_root or data))
+    elif data_root is not None:
+        raise ValueError(f"`data_root` is for lists of files: {data} has no {split}.csv or {split}.jsonl.")
+    else:
+        loaded = _known(load_dataset(data, split=split, streaming=streaming))
+    return _with_labels(_with_media(loaded, name), name, regression, label_names)
+
+
+def find_evaluation_split(data: str) -> str:
+    """The split to evaluate on: `"validation"`, else `"test"`. Raises `ValueError` where there is neither."""
+    names = [split for split in LIST_NAMES if _lists(data, split)] or get_dataset_split_names(data)
+    for name in ("validation", "test"):
+        if name in names:
+            return name
+    raise ValueError(f"{data} must have a split validation or test, got {', '.join(names)}.")
+
+
+def media_kind(split: Split) -> str:
+    """`"video"` or `"image"`, which is also the name of the column."""
+    return "video" if "video" in split.features else "image"
+
+
+def _lists(data: str, split: str) -> list[Path]:
+    names = [f"{name}{suffix}" for name in LIST_NAMES.get(split, (split,)) for suffix in LIST_BUILDERS]
+    return [path for name in names if (path := Path(data) / name).is_file()]
+
+
+def _load_list(paths: list[Path], split: str, streaming: bool, root: str) -> Split:
+    if len(paths) > 1:
+        raise ValueError(f"Split {split!r} must be one list of files, got {', '.join(map(str, paths))}.")
+    builder, options = LIST_BUILDERS[paths[0].suffix], {}
+    if builder == "csv":
+        with paths[0].open(encoding="utf-8-sig") as file:
+            header = [name.strip() for name in file.readline().split(",")]
+        if "label" not in header:  # as in the lists of the original release
+            options = {"names": ["path", "label"], "header": None}
+    loaded = _known(load_dataset(builder, data_files={split: str(paths[0])}, split=split, streaming=streaming, **options))
+    missing = {"path", "label"} - set(loaded.features)
+    if missing:
+        raise ValueError(f"{paths[0]} must have the columns `path` and `label`, got {', '.join(loaded.features)}.")
+    return loaded.map(_join, fn_kwargs={"root": root}, features=loaded.features)
+
+
+def _join(example: dict[str, Any], root: str) -> dict[str, Any]:
+    return {"path": str(Path(root) / example["path"])}
+
+
+def _known(split: Split) -> Split:
+    """A stream learns the types of its columns from its first example."""
+    return split if split.features is not None else split._resolve_features()
+
+
+def _with_media(split: Split, name: str) -> Split:
+    """With the column `video` or `image`, undecoded."""
+    features = split.features
+    column = next((key for key, feature in features.items() if isinstance(feature, Video | Image)), None)
+    if column is not None:
+        kind = "image" if isinstance(features[column], Image) else "video"
+    elif "path" in features:
+        column, first = "path", next(iter(split))["path"]
+        kind = "image" if Path(first).suffix.lower() in PILImage.registered_extensions() else "video"
+    else:
+        raise ValueError(f"The {name} must have a column `video`, `image` or `path`, got {', '.join(features)}.")
+    if column != kind:
+        split = split.rename_column(column, kind)
+    return split.cast_column(kind, Video(decode=False) if kind == "video" else Image(decode=False))
+
+
+def _with_labels(split: Split, name: str, regression: bool, label_names: list[str] | None) -> Split:
+    """With the column `label` as class indices with names, or as numbers to predict."""
+    if "label" not in split.features and "cls" in split.features:
+        split = split.rename_column("cls", "label")
+    elif "label" not in split.features and "json" in split.features:
+        split = _known(split.map(lambda example: {"label": example["json"]["label"]}, remove_columns="json"))
+    if "label" not in split.features:
+        raise ValueError(f"The {name} must have a column `label`, got {', '.join(split.features)}.")
+    feature = split.features["label"]
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    dtype = getattr(feature, "dtype", str(feature))
+    if regression or dtype.startswith("float"):
+        if names is not None or not dtype.startswith(("float", "int")):
+            raise ValueError(f"The labels of the {name} must be numbers for regression, got {feature}.")
+        return split.cast_column("label", Value("float32"))
+    if label_names is None:
+        label_names = names or _found_names(split, name, dtype)
+    if names == label_names:
+        return split
+    lookup = {"names": names, "label_names": label_names, "name": name}
+    features = split.features.copy()
+    features["label"] = ClassLabel(names=label_names)
+    return split.map(_numbered, fn_kwargs=lookup, features=features)
+
+
+def _found_names(split: Split, name: str, dtype: str) -> list[str]:
+    if not isinstance(split, Dataset):
+        raise ValueError(f"The {name} is streamed and its labels have no names: pass `label_names`.")
+    labels = split.unique("label")
+    return sorted(labels) if dtype == "string" else [str(index) for index in range(max(labels) + 1)]
+
+
+def _numbered(example: dict[str, Any], names: list[str] | None, label_names: list[str], name: str) -> dict[str, Any]:
+    """The class index of a label, which is a name, or an index into `names` or else into `label_names`."""
+    label = example["label"]
+    if isinstance(label, int) and names is None:
+        index = label if 0 <= label < len(label_names) else None
+    else:
+        label = names[label] if names is not None else label
+        index = label_names.index(label) if label in label_names else None
+    if index is None:
+        raise ValueError(f"The label {label!r} in the {name} is not one of its {len(label_names)} classes.")
+    return {"label": index}
