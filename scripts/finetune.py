@@ -2,10 +2,10 @@
 
     accelerate launch scripts/finetune.py --data CLIPS --model MODEL --output-dir OUTPUT
 
-CLIPS is a folder in the `videofolder` or `imagefolder` layout of `datasets` (`train/LABEL/*.mp4`, `test/LABEL/*.mp4`),
-a folder with `train.csv` and `val.csv` of `path,label`, a folder of `webdataset` shards, or a data set on the Hub; MODEL
-is a directory or a Hub id, also of an image model, which becomes a video model. With --recipe the values are those of a
-published run. OUTPUT/best and OUTPUT/last are the models.
+CLIPS is a folder in the `videofolder` or `imagefolder` layout of `datasets` (`train/LABEL/*.mp4`,
+`test/LABEL/*.mp4`), a folder with `train.csv` and `val.csv` of `path,label`, a folder of `webdataset` shards, or a data
+set on the Hub; MODEL is a directory or a Hub id, also of an image model, which becomes a video model. With --recipe the
+values are those of a published run. OUTPUT/best and OUTPUT/last are the models.
 """
 
 import sys

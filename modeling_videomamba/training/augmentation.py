@@ -106,9 +106,7 @@ def training_transform(processor: Processor, args: AugmentationArguments) -> nn.
         steps.append(v2.RandomHorizontalFlip())
     fill = [255 * value for value in processor.image_mean]
     if args.rand_augment_ops:
-        steps.append(
-            RandAugment(args.rand_augment_ops, args.rand_augment_magnitude, args.rand_augment_std, fill)
-        )
+        steps.append(RandAugment(args.rand_augment_ops, args.rand_augment_magnitude, args.rand_augment_std, fill))
     if args.auto_augment:
         steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, v2.InterpolationMode.BILINEAR, fill))
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(processor.image_mean, processor.image_std)]

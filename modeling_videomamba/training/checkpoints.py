@@ -1,7 +1,6 @@
 """States of a run on disk: always a whole one, whenever the process is killed."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,7 +12,9 @@ from accelerate import Accelerator
 STATE = "state.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, save: Callable[[Path], None], state: Any) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, save: Callable[[Path], None], state: Any
+) -> None:
     r"""
     Writes `folder/step-N`, which appears under that name once it is whole, and then removes the states before it.
 
@@ -58,10 +59,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, load: Callable[[
     return json.loads((checkpoint / STATE).read_text("utf-8"))
 
 
-def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+def replace_files(folder: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with an empty folder and moves each file that it wrote to `folder`, over those that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
         write(Path(temporary))
         for path in Path(temporary).iterdir():
-            os.replace(path, folder / path.name)
+            path.replace(folder / path.name)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
@@ -23,7 +22,6 @@ from .augmentation import AugmentationArguments, Mixing, training_transform
 from .checkpoints import replace_files
 from .data import (
     Examples,
-    Processor,
     StreamedExamples,
     TestViews,
     TrainingBatches,
@@ -41,6 +39,8 @@ from .reports import draw_confusion_matrix, draw_curves, model_card
 from .sources import Split, find_evaluation_split, load_split, media_kind
 
 ARGUMENTS_FILE = "arguments.json"
+# what may differ from one part of a run to the next
+FREE = {"resume", "output_dir", "num_workers", "log_steps", "save_steps", "report_to", "push_to_hub"}
 
 
 @dataclass
@@ -71,7 +71,7 @@ class ClassificationRun:
         logging.disable_progress_bar()  # of loading and saving weights, which would break into the loop's own
         self.accelerator = make_accelerator(args.run, args.optimization)
         if self.accelerator.is_main_process:
-            _check_output_dir(args)
+            self._check_output_dir()
         with self.accelerator.main_process_first():  # the others find what it has put into the cache
             self._load_data()
         self.model = load_model(args.model, self.kind, self.label_names, **model_changes)
@@ -81,20 +81,40 @@ class ClassificationRun:
         self.steps_per_epoch = self._steps_per_epoch()
         self.trainer: Trainer | None = None
 
+    def recorded(self) -> dict[str, Any]:
+        """The arguments that decide what the run computes."""
+        args = self.args
+        groups = (args.data, args.model, args.augmentation, args.optimization, args.run)
+        values = {name: value for group in groups for name, value in asdict(group).items() if name not in FREE}
+        return json.loads(json.dumps(values, default=str))
+
+    def _check_output_dir(self) -> None:
+        """A folder with a run in it is not written over, and a run goes on with the arguments that it began with."""
+        run = self.args.run
+        path = run.output_dir / ARGUMENTS_FILE
+        if not path.exists():
+            return
+        if not run.resume:
+            raise ValueError(f"--output-dir {run.output_dir} has a run in it: pass --resume or another folder")
+        before, now = json.loads(path.read_text("utf-8")), self.recorded()
+        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise ValueError(f"--resume goes on with the arguments of the run, but: {', '.join(changed)}")
+
     def _load_data(self) -> None:
         data = self.args.data
         options: dict[str, Any] = {"data_root": data.data_root, "regression": data.regression}
         names = data.label_names()
-        self.train_split = load_split(
-            data.data, "train", streaming=data.streaming, label_names=names, **options
-        )
+        self.train_split = load_split(data.data, "train", streaming=data.streaming, label_names=names, **options)
         self.kind = media_kind(self.train_split)
         self.label_names: list[str] | None = getattr(self.train_split.features["label"], "names", None)
         self.regression = self.label_names is None
         self.test_name = find_evaluation_split(data.data)
         self.test_split = load_split(data.data, self.test_name, label_names=self.label_names, **options)
         if media_kind(self.test_split) != self.kind:
-            raise ValueError(f"{data.data}: the training split has a column {self.kind}, the {self.test_name} split not")
+            raise ValueError(
+                f"{data.data}: the training split has a column {self.kind}, the {self.test_name} split not"
+            )
         if data.clip_seconds is not None:
             self.train_split = cut_into_windows(self.train_split, data.clip_seconds, data.clip_stride_seconds)
             self.test_split = cut_into_windows(self.test_split, data.clip_seconds, data.clip_stride_seconds)
@@ -122,7 +142,7 @@ class ClassificationRun:
         views = TrainingViews(
             self.processor, training_transform(self.processor, args.augmentation), args.augmentation.num_sample
         )
-        examples = self._examples(self.train_split, views, args.augmentation.num_sample)
+        examples = self._examples(self.train_split, views)
         if self.streaming:
             return self._stream(examples, start)
         sampler = TrainingBatches(
@@ -142,19 +162,14 @@ class ClassificationRun:
         workers = self._workers(min(self.args.data.num_workers, examples.split.num_shards))
         seen = start - start % max(workers["num_workers"], 1)  # the rest have been seen too, but belong to some workers
         size = self.args.optimization.batch_size
-        loader = DataLoader(
-            StreamedExamples(examples, size, seen), batch_size=size, collate_fn=collate, **workers
-        )
+        loader = DataLoader(StreamedExamples(examples, size, seen), batch_size=size, collate_fn=collate, **workers)
         for number, batch in enumerate(loader, start=seen):
             if number >= start:
                 yield batch
 
-    def _examples(self, split: Split, views: Any, count: int) -> Examples:
-        height, width = self.processor.crop_size["height"], self.processor.crop_size["width"]
-        frames = () if self.kind == "image" else (self.processor.num_frames,)
-        shape = (count, *frames, 3, height, width)
+    def _examples(self, split: Split, views: TrainingViews | TestViews) -> Examples:
         skip = self.args.data.on_broken_video == "skip"
-        return Examples(split, views, shape, skip_broken=skip, seed=self.args.run.seed)
+        return Examples(split, views, skip_broken=skip, seed=self.args.run.seed)
 
     def _workers(self, count: int | None = None) -> dict[str, Any]:
         count = self.args.data.num_workers if count is None else count
@@ -174,7 +189,7 @@ class ClassificationRun:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        examples = self._examples(self.test_split, TestViews(self.processor), 1)
+        examples = self._examples(self.test_split, TestViews(self.processor))
         loader = DataLoader(examples, batch_sampler=keys, collate_fn=collate, **self._workers())
         predictions = predict(accelerator, model, loader, self.regression)
         if "source" in self.test_split.features:
@@ -203,7 +218,7 @@ class ClassificationRun:
         """Trains, and writes what belongs to the model: `best`, `last`, pictures, `summary.json`."""
         output_dir = self.args.run.output_dir
         if self.accelerator.is_main_process:
-            text = json.dumps(_recorded(self.args), indent=2)
+            text = json.dumps(self.recorded(), indent=2)
             replace_files(output_dir, lambda folder: (folder / ARGUMENTS_FILE).write_text(text, "utf-8"))
         trainer = self.trainer = Trainer(
             accelerator=self.accelerator,
@@ -284,24 +299,3 @@ class ClassificationRun:
             broken=f"; {broken} broken files were left out" if broken else "",
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         )
-
-
-def _recorded(args: Arguments) -> dict[str, Any]:
-    """The arguments that decide what a run computes."""
-    free = {"resume", "output_dir", "num_workers", "log_steps", "save_steps", "report_to", "push_to_hub"}
-    groups = (args.data, args.model, args.augmentation, args.optimization, args.run)
-    values = {name: value for group in groups for name, value in asdict(group).items() if name not in free}
-    return json.loads(json.dumps(values, default=str))
-
-
-def _check_output_dir(args: Arguments) -> None:
-    """A folder with a run in it is not written over, and a run goes on with the arguments that it began with."""
-    path = args.run.output_dir / ARGUMENTS_FILE
-    if not path.exists():
-        return
-    if not args.run.resume:
-        raise ValueError(f"--output-dir {args.run.output_dir} has a run in it: pass --resume or another folder")
-    before = json.loads(path.read_text("utf-8"))
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in _recorded(args).items() if before.get(name) != value]
-    if changed:
-        raise ValueError(f"--resume goes on with the arguments of the run, but: {', '.join(changed)}")

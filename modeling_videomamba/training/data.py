@@ -107,8 +107,13 @@ class TrainingViews:
     transform: nn.Module | None = None
     num_sample: int = 1
 
-    def __call__(self, example: dict[str, Any], seed: int) -> torch.Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """`(num_sample, frames, channels, height, width)`, without frames for images."""
+        return self.num_sample, *_shape(self.processor)
+
+    def __call__(self, example: dict[str, Any], seed: int) -> torch.Tensor:
+        """Of `shape`, float32."""
         generator = np.random.default_rng(seed)
         (clip,) = decode_clips(example, getattr(self.processor, "num_frames", 1), generator=generator)
         if self.transform is None:
@@ -127,10 +132,20 @@ class TestViews:
     num_clips: int = 1
     num_crops: int = 1
 
-    def __call__(self, example: dict[str, Any], seed: int) -> torch.Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
         """`(num_clips * num_crops, frames, channels, height, width)`, without frames for images."""
+        return self.num_clips * self.num_crops, *_shape(self.processor)
+
+    def __call__(self, example: dict[str, Any], seed: int) -> torch.Tensor:
+        """Of `shape`, float32."""
         clips = decode_clips(example, getattr(self.processor, "num_frames", 1), self.num_clips)
         return _process(self.processor, clips, self.num_crops)
+
+
+def _shape(processor: Processor) -> tuple[int, ...]:
+    frames = () if isinstance(processor, VideoMambaImageProcessor) else (processor.num_frames,)
+    return *frames, 3, processor.crop_size["height"], processor.crop_size["width"]
 
 
 def _process(processor: Processor, clips: list[torch.Tensor], num_crops: int = 1) -> torch.Tensor:
@@ -142,20 +157,19 @@ def _process(processor: Processor, clips: list[torch.Tensor], num_crops: int = 1
 
 class Examples(torch.utils.data.Dataset):
     """
-    Examples of a split by their keys `(epoch, index)`: `pixel_values` of all views, `label`, `index`, and `valid`. An
-    index below 0 stands for nothing, and a broken file is not `valid`: both are zeros, so that batches keep their size.
+    Examples of a split by their keys `(epoch, index)`: `pixel_values` of all views, `label`, `index`, `name` and
+    `valid`. A negative index stands for nothing, and a broken file is not `valid`: both are zeros, so that batches keep
+    their size.
 
     Args:
         split: Of [`load_split`].
         views: [`TrainingViews`] or [`TestViews`].
-        shape (`tuple[int, ...]`): Of what `views` returns.
         skip_broken (`bool`): Whether a broken file is passed over, with `broken` telling which and why, or an error.
         seed (`int`): Of the run.
     """
 
-    def __init__(self, split: Split, views: Any, shape: tuple[int, ...], *, skip_broken: bool, seed: int = 0):
-        self.split, self.views, self.shape = split, views, shape
-        self.skip_broken, self.seed = skip_broken, seed
+    def __init__(self, split: Split, views: TrainingViews | TestViews, *, skip_broken: bool, seed: int = 0):
+        self.split, self.views, self.skip_broken, self.seed = split, views, skip_broken, seed
 
     def __len__(self) -> int:
         return len(self.split)
@@ -165,19 +179,20 @@ class Examples(torch.utils.data.Dataset):
         return self.item(self.split[max(index, 0)] if index >= 0 else None, epoch, index)
 
     def item(self, example: dict[str, Any] | None, epoch: int, index: int) -> dict[str, Any]:
-        broken = None
-        if example is not None:
-            try:
-                views = self.views(example, derive_seed(self.seed, epoch, index))
-                return {"pixel_values": views, "label": example["label"], "index": index, "valid": True, "broken": None}
-            except BROKEN as error:
-                if not self.skip_broken:
-                    raise
-                media = example.get("video", example.get("image"))
-                broken = (media["path"] or f"example {index}", str(error))
-        nothing = torch.zeros(self.shape)
-        label = 0 if example is None else example["label"]
-        return {"pixel_values": nothing, "label": label, "index": index, "valid": False, "broken": broken}
+        item = {"pixel_values": torch.zeros(self.views.shape), "label": 0, "index": index, "valid": False}
+        item |= {"name": "", "broken": None}
+        if example is None:
+            return item
+        media = example["image" if "image" in example else "video"]
+        item |= {"label": example["label"], "name": media["path"] or f"example {index}"}
+        try:
+            item["pixel_values"] = self.views(example, derive_seed(self.seed, epoch, index))
+            item["valid"] = True
+        except BROKEN as error:
+            if not self.skip_broken:
+                raise
+            item["broken"] = (item["name"], str(error))
+        return item
 
 
 class StreamedExamples(torch.utils.data.IterableDataset):
@@ -252,14 +267,15 @@ def test_batches(indices: list[int], batch_size: int, rank: int, world_size: int
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """
     A batch: `pixel_values` `(views * batch, ...)`, and for each of these rows `labels`, `indices` and `valid`;
-    `broken`, a list of `(path, reason)`. First comes the first view of every example, so that neighbours, which are
-    mixed with each other, show different examples.
+    `names` of the examples; `broken`, a list of `(name, reason)`. First comes the first view of every example, so that
+    neighbours, which are mixed with each other, show different examples.
     """
     views = torch.stack([item["pixel_values"] for item in items], dim=1)
     columns = {"labels": "label", "indices": "index", "valid": "valid"}
     return {
         "pixel_values": views.flatten(0, 1),
         **{name: torch.tensor([item[key] for item in items]).repeat(len(views)) for name, key in columns.items()},
+        "names": [item["name"] for item in items],
         "broken": [item["broken"] for item in items if item["broken"] is not None],
     }
 

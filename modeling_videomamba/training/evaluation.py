@@ -49,7 +49,9 @@ def predict_batch(
     return predictions
 
 
-def predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[dict[str, Any]], regression: bool) -> Predictions:
+def predict(
+    accelerator: Accelerator, model: nn.Module, loader: Iterable[dict[str, Any]], regression: bool
+) -> Predictions:
     """What the model predicts for the examples of `loader` on all processes, known to each of them."""
     was_training = model.training
     model.eval()

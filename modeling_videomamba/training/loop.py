@@ -17,6 +17,7 @@ from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object,
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers.modeling_utils import PreTrainedModel
 
 from .arguments import RunArguments
 from .checkpoints import last_checkpoint, load_checkpoint, replace_files, save_checkpoint
@@ -67,7 +68,7 @@ class Trainer:
 
     Args:
         accelerator (`Accelerator`): Of [`make_accelerator`].
-        model (`nn.Module`): Not yet prepared.
+        model (`PreTrainedModel`): Not yet prepared.
         objective (`Callable`): From the prepared model and a batch to losses `(rows,)` by name, `"loss"` the one to
             minimise. Rows that are not `valid` don't count.
         batches (`Callable`): From the numbers of the first and the last batch of a run to an iterable of them.
@@ -80,7 +81,7 @@ class Trainer:
     """
 
     accelerator: Accelerator
-    model: nn.Module
+    model: PreTrainedModel
     objective: Objective
     batches: Callable[[int, int], Iterable[Batch]]
     steps_per_epoch: int
@@ -100,7 +101,7 @@ class Trainer:
         self.window = Window()
         self.metrics: dict[str, float] = {}
         scale = self.views_per_step / args.base_batch_size if args.base_batch_size is not None else 1.0
-        self.schedule = {
+        self.schedule: dict[str, Any] = {
             "base": args.learning_rate * scale,
             "final": args.min_learning_rate * scale,
             "start_warmup": args.warmup_learning_rate * scale,
@@ -109,7 +110,7 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
         }
         self.bare_model = self.model
-        self.ema = None
+        self.ema: Any = None
         if args.ema_decay is not None:
             if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
                 raise ValueError("`ema_decay` does not go with sharded weights (FSDP, DeepSpeed).")
@@ -169,7 +170,7 @@ class Trainer:
         batch: Batch = {}
         for micro in range(count):
             batch = window.wait_for(batches)
-            self.progress.broken.update(batch.pop("broken"))
+            self.progress.broken.update(batch["broken"])
             batch = send_to_device(batch, self.accelerator.device)
             self._seed(self.progress.step * count + micro)
             synced = nullcontext() if micro == count - 1 else self.accelerator.no_sync(self.model)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 def distillation_loss(student_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
     r"""
     Self-distillation (paper, section 3.3): the squared distance between the features of the student and the final
-    features of a smaller, already trained teacher, both l2-normalised (`2 - 2 cos`), mean over tokens. Added with weight
-    1 to the classification loss.
+    features of a smaller, already trained teacher, both l2-normalised (`2 - 2 cos`), mean over tokens. Added with
+    weight 1 to the classification loss.
 
     Args:
         student_features (`torch.Tensor` of shape `(batch, length, teacher_hidden_size)`):

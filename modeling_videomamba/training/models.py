@@ -23,12 +23,18 @@ class ModelArguments:
     """What the run starts from, exactly one of `model`, `config` and `size`, and how it changes."""
 
     model: str | None = field(default=None, metadata={"help": "directory or Hub id to start from"})
-    config: Path | None = field(default=None, metadata={"help": "configuration (JSON) of a model to train from scratch"})
+    config: Path | None = field(
+        default=None, metadata={"help": "configuration (JSON) of a model to train from scratch"}
+    )
     size: str | None = field(default=None, metadata={"help": "train from scratch: tiny, small, middle or base"})
     num_frames: int | None = field(default=None, metadata={"help": "frames of a clip, if others than the model's"})
     image_size: int | None = field(default=None, metadata={"help": "pixels of a side, if others than the model's"})
-    tubelet_size: int = field(default=1, metadata={"help": "frames of a token, when an image model becomes one of videos"})
-    drop_path_rate: float | None = field(default=None, metadata={"help": "stochastic depth, if another than the model's"})
+    tubelet_size: int = field(
+        default=1, metadata={"help": "frames of a token, when an image model becomes one of videos"}
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "stochastic depth, if another than the model's"}
+    )
 
     def __post_init__(self):
         given = [name for name in ("model", "config", "size") if getattr(self, name) is not None]
@@ -76,7 +82,9 @@ def load_model(args: ModelArguments, kind: str, label_names: list[str] | None, *
             model._init_weights(model.classifier)
     if fresh:
         names = f"{len(labels)} classes" if label_names else "one value"
-        logger.warning(f"fresh weights in {', '.join(sorted(fresh))}: the head is for {names}, that of {args.model} is not")
+        logger.warning(
+            f"fresh weights in {', '.join(sorted(fresh))}: the head is for {names}, that of {args.model} is not"
+        )
     if kind == "image":
         return model.resize_position_embeddings(image_size=args.image_size)
     if model.config.num_frames is None:
@@ -85,8 +93,10 @@ def load_model(args: ModelArguments, kind: str, label_names: list[str] | None, *
 
 
 def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMambaConfig:
-    fields = VIDEOMAMBA_SIZES[args.size] if args.size is not None else json.loads(Path(args.config).read_text("utf-8"))
-    fields = {**fields, **changes}
+    fields: dict[str, Any] = dict(VIDEOMAMBA_SIZES[args.size]) if args.size is not None else {}
+    if args.config is not None:
+        fields = json.loads(args.config.read_text("utf-8"))
+    fields |= changes
     if args.image_size is not None:
         fields["image_size"] = args.image_size
     if kind == "image":
@@ -97,7 +107,7 @@ def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMa
 
 
 def load_processor(args: ModelArguments, model: Classifier, kind: str) -> Processor:
-    """The processor of a model; mean, standard deviation and interpolation are those of the checkpoint, if it has any."""
+    """The processor of a model; mean, standard deviation and interpolation are those of the checkpoint, if any."""
     processor_class = VideoMambaImageProcessor if kind == "image" else VideoMambaVideoProcessor
     processor = processor_class.for_model(model.config)
     if args.model is None:

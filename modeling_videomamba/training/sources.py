@@ -1,14 +1,14 @@
 """Where labelled videos and images come from: everything that `datasets` loads, under one pair of columns."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, Video, get_dataset_split_names, load_dataset
 from PIL import Image as PILImage
 
 LIST_BUILDERS = {".csv": "csv", ".jsonl": "json", ".json": "json"}
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
-Split = Dataset | IterableDataset
+Split: TypeAlias = Dataset | IterableDataset
 
 
 def load_split(
@@ -83,7 +83,9 @@ def _load_list(paths: list[Path], split: str, streaming: bool, root: str) -> Spl
             header = [name.strip() for name in file.readline().split(",")]
         if "label" not in header:  # as in the lists of the original release
             options = {"names": ["path", "label"], "header": None}
-    loaded = _known(load_dataset(builder, data_files={split: str(paths[0])}, split=split, streaming=streaming, **options))
+    loaded = _known(
+        load_dataset(builder, data_files={split: str(paths[0])}, split=split, streaming=streaming, **options)
+    )
     missing = {"path", "label"} - set(loaded.features)
     if missing:
         raise ValueError(f"{paths[0]} must have the columns `path` and `label`, got {', '.join(loaded.features)}.")

@@ -1,0 +1,79 @@
+"""Self-distillation (paper, section 3.3): a smaller trained model teaches a larger one."""
+
+import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from ..configuration_videomamba import VideoMambaConfig
+from ..modeling_videomamba import VideoMambaModel
+from .classification import Arguments, ClassificationRun
+from .loop import Batch
+from .losses import distillation_loss
+
+
+@dataclass
+class DistillationArguments:
+    """The teacher."""
+
+    teacher: str = field(metadata={"help": "directory or Hub id of a smaller model, trained on the same task"})
+    distillation_weight: float = field(default=1.0, metadata={"help": "of the distance of features in the loss"})
+
+    def __post_init__(self):
+        if self.distillation_weight < 0:
+            raise ValueError(f"`distillation_weight` must not be negative, got {self.distillation_weight}.")
+
+
+class DistillationRun(ClassificationRun):
+    r"""
+    A run of training whose loss is that of classification plus the distance of the features of all tokens from those of
+    a teacher, which sees the same pixels. What is saved is a plain classifier without the distillation head.
+
+    Args:
+        args ([`Arguments`]): Of the run.
+        distillation ([`DistillationArguments`]): The teacher.
+
+    Raises:
+        `OSError`, `ValueError`: as [`ClassificationRun`], and if the teacher cuts its input into other tokens.
+    """
+
+    def __init__(self, args: Arguments, distillation: DistillationArguments):
+        self.distillation = distillation
+        config = VideoMambaConfig.from_pretrained(distillation.teacher)
+        super().__init__(args, teacher_hidden_size=config.hidden_size)
+        for name in ("patch_size", "tubelet_size", "num_channels"):
+            own, of_teacher = getattr(self.model.config, name), getattr(config, name)
+            if own != of_teacher:
+                raise ValueError(f"--teacher has `{name}` {of_teacher}, the student {own}: they must be the same")
+        self.teacher = VideoMambaModel.from_pretrained(distillation.teacher).eval().requires_grad_(False)
+        self.teacher.to(self.accelerator.device)
+
+    def recorded(self) -> dict[str, Any]:
+        return {**super().recorded(), **asdict(self.distillation)}
+
+    def objective(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Loss of the task, distance from the teacher, and their sum."""
+        pixel_values, targets = self.mix(batch)
+        with torch.no_grad(), self.accelerator.autocast():
+            features = self.teacher(pixel_values).last_hidden_state
+        outputs = model(pixel_values)
+        task = self.loss(outputs.logits, targets)
+        distance = distillation_loss(outputs.distillation_features, features)
+        return {
+            "loss": task + self.distillation.distillation_weight * distance,
+            "task_loss": task,
+            "distillation_loss": distance,
+        }
+
+    def save_model(
+        self, model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path, metrics: dict[str, float]
+    ) -> None:
+        config = copy.deepcopy(model.config)
+        config.teacher_hidden_size = None
+        plain = type(model)(config)
+        plain.load_state_dict({name: w for name, w in weights.items() if not name.startswith("distillation_head.")})
+        super().save_model(plain, plain.state_dict(), folder, metrics)

@@ -1,0 +1,208 @@
+"""Tests a classifier or regressor of videos or images on labelled data, with several views of each.
+
+    accelerate launch scripts/evaluate_video.py MODEL --data CLIPS --num-clips 4 --num-crops 3 --output-dir OUTPUT
+
+CLIPS is what finetune.py takes. OUTPUT/predictions.jsonl gets a line for each video, OUTPUT/metrics.json the metrics. A
+run may be stopped at any moment and started again: it goes on with the videos that have no line yet, also on another
+number of processes.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoVideoProcessor, HfArgumentParser
+
+from modeling_videomamba import VideoMambaForVideoClassification
+from modeling_videomamba.training.arguments import DataArguments
+from modeling_videomamba.training.data import Examples, TestViews, collate, cut_into_windows, test_batches
+from modeling_videomamba.training.evaluation import Predictions, compute_metrics, predict_batch
+from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
+from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
+
+
+@dataclass
+class Arguments:
+    """What is tested, and how."""
+
+    model: str = field(metadata={"help": "directory or Hub id"})
+    output_dir: Path = field(metadata={"help": "of predictions and metrics"})
+    split: str | None = field(default=None, metadata={"help": "validation, or else test, if left out"})
+    num_clips: int = field(default=1, metadata={"help": "clips along time of each video"})
+    num_crops: int = field(default=1, metadata={"help": "crops in space of each clip"})
+    batch_size: int = field(default=8, metadata={"help": "videos of a batch on each process"})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16"})
+
+    def __post_init__(self):
+        for name in ("num_clips", "num_crops", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+class PredictionLines:
+    """
+    One line of JSON for each example, in a file of its own for each process while a run goes on. A line that a kill has
+    cut doesn't count.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.whole = folder / "predictions.jsonl"
+
+    def part(self, rank: int) -> Path:
+        return self.folder / f"predictions-{rank:04}.jsonl"
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """All lines by the index of the example."""
+        texts = (path.read_text("utf-8") for path in sorted(self.folder.glob("predictions*.jsonl")))
+        lines = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
+        return {line["index"]: line for line in lines}
+
+    def merge(self) -> dict[int, dict[str, Any]]:
+        """Moves all lines to one file, sorted."""
+        lines = self.read()
+        writing = self.folder / ".predictions.writing"
+        writing.write_text("".join(json.dumps(lines[index]) + "\n" for index in sorted(lines)), "utf-8")
+        writing.replace(self.whole)
+        for path in self.folder.glob("predictions-*.jsonl"):
+            path.unlink()
+        return lines
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Predictions of another model or of other views are not mixed with those of this run."""
+    path = folder / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        changed = [
+            f"{name} {before.get(name)} -> {value}" for name, value in settings.items() if before.get(name) != value
+        ]
+        if changed:
+            raise ValueError(f"--output-dir {folder} has predictions of another run: {', '.join(changed)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2), "utf-8")
+
+
+def load(args: Arguments, data: DataArguments) -> tuple[Any, Any, Split]:
+    """Model, processor and split, which has the labels of the model."""
+    split_name = args.split or find_evaluation_split(data.data)
+    model, info = VideoMambaForVideoClassification.from_pretrained(args.model, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{args.model} has no weights for {', '.join(sorted(info['missing_keys']))}")
+    regression = model.config.problem_type == "regression"
+    names = None if regression else data.label_names() or [model.config.id2label[i] for i in range(model.num_labels)]
+    split = load_split(
+        data.data,
+        split_name,
+        data_root=data.data_root,
+        regression=regression,
+        label_names=names,
+    )
+    if media_kind(split) == "image":
+        if args.num_clips * args.num_crops > 1:
+            raise ValueError("--num-clips and --num-crops are for videos")
+        return model, AutoImageProcessor.from_pretrained(args.model), split
+    if data.clip_seconds is not None:
+        split = cut_into_windows(split, data.clip_seconds, data.clip_stride_seconds)
+    return model, AutoVideoProcessor.from_pretrained(args.model), split
+
+
+def predict_split(
+    accelerator: Accelerator, model: Any, loader: DataLoader, part: Path, regression: bool, done: int, total: int
+) -> None:
+    """Appends a line for each example of this process."""
+    bar = tqdm(total=total, initial=done, unit="video", desc="all processes")
+    with part.open("a", encoding="utf-8") as file, bar:
+        for batch in loader:
+            found = {i: (scores, label) for i, scores, label in predict_batch(accelerator, model, batch, regression)}
+            reasons = dict(batch["broken"])
+            for index, name in zip(batch["indices"].tolist(), batch["names"], strict=False):
+                line: dict[str, Any] = {"index": index, "video": name}
+                if index in found:
+                    scores, label = found[index]
+                    line |= {"label": label, "scores": [round(score, 6) for score in scores.tolist()]}
+                elif index >= 0:
+                    line["error"] = reasons[name]
+                if index >= 0:
+                    file.write(json.dumps(line) + "\n")
+            file.flush()
+            bar.update(min(len(batch["names"]) * accelerator.num_processes, total - bar.n))
+
+
+def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: Path, regression: bool) -> None:
+    """Metrics over videos, as a table, as JSON and, for classes, as a picture of what was taken for what."""
+    read = {index: line for index, line in lines.items() if "scores" in line}
+    predictions = Predictions(
+        {index: torch.tensor(line["scores"]) for index, line in read.items()},
+        {index: line["label"] for index, line in read.items()},
+        {line["video"]: line["error"] for line in lines.values() if "error" in line},
+    )
+    if "source" in split.features:
+        predictions = predictions.grouped(dict(enumerate(split["source"])))
+    metrics = compute_metrics(predictions, regression)
+    summary = {**metrics, "videos": len(predictions.scores), "broken": predictions.broken}
+    (folder / "metrics.json").write_text(json.dumps(summary, indent=2), "utf-8")
+    table = Table("metric", "value", title=f"{len(predictions.scores)} videos")
+    for name, value in metrics.items():
+        table.add_row(METRICS[name], f"{value:.4f}")
+    Console().print(table)
+    for reason in predictions.broken.values():
+        print(f"broken: {reason}")
+    if not regression:
+        indices = list(predictions.scores)
+        labels = [int(predictions.labels[index]) for index in indices]
+        predicted = [int(predictions.scores[index].argmax()) for index in indices]
+        names = [model.config.id2label[index] for index in range(model.num_labels)]
+        draw_confusion_matrix(labels, predicted, names, folder / "confusion_matrix.png")
+
+
+def main() -> None:
+    parser = HfArgumentParser((Arguments, DataArguments), description=__doc__)
+    positional = sys.argv[1:2] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else []
+    try:
+        words = [*(["--model"] if positional else []), *sys.argv[1:]]
+        args, data = parser.parse_args_into_dataclasses(words)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    lines = PredictionLines(args.output_dir)
+    try:
+        with accelerator.main_process_first():
+            model, processor, split = load(args, data)
+        if accelerator.is_main_process:
+            settings = {**asdict(args), **asdict(data)}
+            free = ("output_dir", "batch_size", "num_workers", "on_broken_video", "streaming")
+            settings = {name: str(value) for name, value in settings.items() if name not in free}
+            check_settings(args.output_dir, settings)
+            lines.merge()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    accelerator.wait_for_everyone()
+    done = lines.read()
+    accelerator.wait_for_everyone()
+
+    regression = model.config.problem_type == "regression"
+    model = model.to(accelerator.device).eval()
+    remaining = [index for index in range(len(split)) if index not in done]
+    views = TestViews(processor, args.num_clips, args.num_crops)
+    examples = Examples(split, views, skip_broken=data.on_broken_video == "skip")
+    keys = test_batches(remaining, args.batch_size, accelerator.process_index, accelerator.num_processes)
+    loader = DataLoader(examples, batch_sampler=keys, collate_fn=collate, num_workers=data.num_workers)
+    part = lines.part(accelerator.process_index)
+    predict_split(accelerator, model, loader, part, regression, len(done), len(split))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        report(lines.merge(), split, model, args.output_dir, regression)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

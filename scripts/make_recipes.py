@@ -1,0 +1,171 @@
+"""Writes the recipes of finetune.py and distill.py from the hyper-parameters of the released runs.
+
+    python scripts/make_recipes.py PUBLISHED.json
+
+PUBLISHED.json has the arguments of the original programs (`tests/golden/recipes.json`). Each recipe gives them under our
+names and says, in its first lines, what to start from and on how many GPUs the run was made; learning rates are scaled
+to the batch of the run at hand.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent / "recipes"
+DEFAULT_GPUS = 8
+REPEATS = 3  # views of an image in the repeated augmentation of DeiT
+IMAGE_BASE, VIDEO_BASE = 512, 256  # batches that the learning rates are for
+PROGRAMS = {
+    "main.py": "image",
+    "run_with_submitit.py": "image",
+    "run_with_submitit_distill.py": "image",
+    "run_class_finetuning.py": "video",
+    "run_regression_finetuning.py": "video",
+}
+# Fields of these runs contradict the runs that they belong to: the size by their folder, and the frames by their name.
+MISTAKES = {
+    "video_sm/k400/videomamba_tiny/f64x224to384": {"model": "videomamba_tiny"},
+    "video_sm/ssv2/videomamba_tiny/f16x224to288": {"model": "videomamba_tiny", "num_frames": "16"},
+}
+
+
+def recipe_name(run: str) -> str:
+    """`k400-mask-middle-f8x224` for `video_sm/k400/videomamba_middle_mask/f8x224`."""
+    _, *parts = run.split("/")
+    name = "-".join(parts).replace("exp_distill-", "distilled-")
+    name = re.sub(r"videomamba_(\w+?)_mask", r"mask-\1", name).replace("videomamba_", "").replace("_", "-")
+    return name if run.startswith("video") else f"in1k-{name}"
+
+
+def augmentation(args: dict[str, Any], data: str) -> dict[str, Any]:
+    """Augmentation under our names."""
+    values: dict[str, Any] = {
+        "flip": args.get("data_set") != "SSV2" and "ssv2" not in data,
+        "min_crop_area": 0.08,
+        "random_erasing": args["reprob"],
+        "mixup": args["mixup"],
+        "cutmix": args["cutmix"],
+        "label_smoothing": args["smoothing"],
+    }
+    if args["aa"] == "v0":
+        return {**values, "auto_augment": True}
+    found = re.fullmatch(r"rand-m(\d+)(?:-n(\d+))?-mstd([\d.]+)-inc1", args["aa"])
+    if found is None:
+        raise ValueError(f"unknown augmentation {args['aa']}")
+    magnitude, ops, std = found.groups()
+    names = ("rand_augment_ops", "rand_augment_magnitude", "rand_augment_std")
+    return values | dict(zip(names, (int(ops or 2), float(magnitude), float(std)), strict=True))
+
+
+def optimization(args: dict[str, Any]) -> dict[str, Any]:
+    """Optimiser and schedule under our names."""
+    values: dict[str, Any] = {
+        "epochs": float(args["epochs"]),
+        "batch_size": int(args["batch_size"]),
+        "learning_rate": float(args["lr"]),
+        "min_learning_rate": float(args["min_lr"]),
+        "warmup_learning_rate": float(args["warmup_lr"]),
+        "warmup_epochs": float(args["warmup_epochs"]),
+        "weight_decay": float(args["weight_decay"]),
+        "adam_beta2": float(str(args.get("opt_betas") or "0.9 0.999").split()[1]),
+        "mixed_precision": "bf16" if args["bf16"] else "no",
+    }
+    if args.get("clip_grad") is not None:
+        values["max_grad_norm"] = float(args["clip_grad"])
+    if int(args.get("update_freq", 1)) > 1:
+        values["gradient_accumulation_steps"] = int(args["update_freq"])
+    return values
+
+
+def image_recipe(args: dict[str, Any]) -> dict[str, Any]:
+    """Our repeated augmentation shows all views of an image in one step, so that an epoch has more of them."""
+    values = {"image_size": int(args["input_size"]), "drop_path_rate": float(args["drop_path"])}
+    values |= {**augmentation(args, ""), **optimization(args), "base_batch_size": IMAGE_BASE}
+    scale = int(args.get("gpus", DEFAULT_GPUS)) * values["batch_size"] / IMAGE_BASE
+    for name in ("min_learning_rate", "warmup_learning_rate"):
+        values[name] /= scale  # the original scales the highest only
+    if not args.get("no_repeated_aug"):
+        values |= {"num_sample": REPEATS, "batch_size": -(-values["batch_size"] // REPEATS)}
+        values["epochs"] /= REPEATS
+        values["warmup_epochs"] /= REPEATS
+    return values
+
+
+def video_recipe(run: str, args: dict[str, Any]) -> dict[str, Any]:
+    """A run on videos."""
+    values: dict[str, Any] = {
+        "num_frames": int(args["num_frames"]),
+        "image_size": int(args["input_size"]),
+        "tubelet_size": int(args["tubelet_size"]),
+        "drop_path_rate": float(args["drop_path"]),
+        "num_sample": int(args["num_sample"]),
+    }
+    values |= {**augmentation(args, run), **optimization(args), "base_batch_size": VIDEO_BASE}
+    # without its argument the original decays by 0.75, which had no effect in its code
+    values["layer_decay"] = float(args["layer_decay"]) if "layer_decay" in args else 1.0
+    if "regression" in run:
+        values["regression"] = True
+    if "trim" in run:
+        values |= {"clip_seconds": float(args["trimmed"]), "clip_stride_seconds": float(args["time_stride"])}
+    return values
+
+
+def describe(run: str, args: dict[str, Any]) -> str:
+    """The comment at the head of a recipe."""
+    size = str(args["model"]).removeprefix("videomamba_")
+    if run.startswith("image"):
+        start = f"--model MODEL, VideoMamba {size} trained at 224"
+        if int(args["input_size"]) == 224:
+            start = "from scratch"
+            if "teacher_model" in args and "distill" in run:
+                start += f"; distill.py, --teacher {args['teacher_model']} trained on ImageNet-1k"
+    elif "_mask" in run:
+        start = f"--model MODEL, VideoMamba {size} after masked pretraining"
+    elif "to" in run.rsplit("/", 1)[1]:
+        start = f"--model MODEL, VideoMamba {size} trained at 224"
+    elif re.search("breakfast|coin|lvu", run):
+        start = f"--model MODEL, VideoMamba {size} trained on Kinetics-400"
+    else:
+        start = f"--model MODEL, VideoMamba {size} trained on ImageNet-1k"
+    gpus = f"{args['gpus']} GPUs" if "gpus" in args else f"taken as {DEFAULT_GPUS} GPUs, which is not published"
+    lines = [f"{run} of the released runs, {gpus}.", f"Start: {start}."]
+    if "test_num_segment" in args and run.startswith("video"):
+        lines.append(f"Test: --num-clips {args['test_num_segment']} --num-crops {args['test_num_crop']}.")
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def make_recipes(published: dict[str, Any]) -> dict[str, str]:
+    """Text of every recipe by its name; runs of masked pretraining have another script."""
+    recipes = {}
+    for run, entry in published["runs"].items():
+        if entry["program"] not in PROGRAMS:
+            continue
+        program = "main.py" if entry["program"] == "run_with_submitit.py" else entry["program"]
+        defaults = dict(published["defaults"][program])
+        defaults.pop("layer_decay", None)
+        args = {**defaults, **entry["args"], **MISTAKES.get(run, {})}
+        if PROGRAMS[entry["program"]] == "image":
+            values = image_recipe(args)
+            if int(args["input_size"]) == 224:
+                values = {"size": str(args["model"]).removeprefix("videomamba_"), **values}
+        else:
+            values = video_recipe(run, args)
+        recipes[recipe_name(run)] = describe(run, args) + yaml.safe_dump(values, sort_keys=False)
+    return recipes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("published", type=Path)
+    args = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in make_recipes(json.loads(args.published.read_text("utf-8"))).items():
+        (FOLDER / f"{name}.yaml").write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
