@@ -325,6 +325,8 @@ class VideoMambaScan(nn.Module):
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         A = -torch.exp(self.A_log.float())
         dt = self.dt_proj(dt_low)
+        if x.dtype == torch.float16:  # what the scans leave before the gate, which its gradient needs, can exceed it
+            x = x.float()
         return selective_scan(x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add)
 
     def parameters_of_scan(self) -> ScanParameters:
@@ -379,7 +381,7 @@ class VideoMambaMixer(nn.Module):
                 y = scan(*sequences)[:, permutation.argsort()]
             else:
                 y = scan(x, y, gate)
-        return self.out_proj(y)
+        return self.out_proj(y.to(z.dtype))
 
     def forward_in_pieces(
         self, pieces: Sequence[torch.Tensor], norm: nn.Module, workspace: VideoMambaWorkspace

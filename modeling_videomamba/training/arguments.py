@@ -50,6 +50,7 @@ class RunArguments:
     output_dir: Path = field(metadata={"help": "of models, states, metrics and pictures"})
     seed: int = 0
     steps_per_epoch: int | None = field(default=None, metadata={"help": "of a stream, whose length is not known"})
+    evaluation_epochs: int = field(default=1, metadata={"help": "epochs from one evaluation to the next"})
     log_steps: int = field(default=10, metadata={"help": "steps from one line of metrics.jsonl to the next"})
     save_steps: int = field(default=500, metadata={"help": "steps from one state on disk to the next"})
     resume: bool = field(default=False, metadata={"help": "go on from the last state in --output-dir, if there is one"})
@@ -57,7 +58,7 @@ class RunArguments:
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub id to which the best model is uploaded"})
 
     def __post_init__(self):
-        for name in ("log_steps", "save_steps", "steps_per_epoch"):
+        for name in ("evaluation_epochs", "log_steps", "save_steps", "steps_per_epoch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -297,5 +297,10 @@ class ClassificationRun:
             processes=self.accelerator.num_processes,
             seed=args.run.seed,
             broken=f"; {broken} broken files were left out" if broken else "",
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=shlex.join(_without_folders(word) for word in sys.argv),
         )
+
+
+def _without_folders(word: str) -> str:
+    """Absolute paths are nobody's business."""
+    return Path(word).name if Path(word).is_absolute() else word

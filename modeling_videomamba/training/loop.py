@@ -151,7 +151,7 @@ class Trainer:
     def _after_step(self, bar: Any, window: "Window") -> None:
         step, is_last = self.progress.step, self.progress.step == self.total_steps
         with window.paused():
-            if step % self.steps_per_epoch == 0 or is_last:
+            if step % (self.steps_per_epoch * self.run.evaluation_epochs) == 0 or is_last:
                 self._evaluate(bar)
             if self.stop_requested or step % self.run.save_steps == 0 or is_last:
                 self._save_state()

@@ -89,11 +89,16 @@ def _load_list(paths: list[Path], split: str, streaming: bool, root: str) -> Spl
     missing = {"path", "label"} - set(loaded.features)
     if missing:
         raise ValueError(f"{paths[0]} must have the columns `path` and `label`, got {', '.join(loaded.features)}.")
-    return loaded.map(_join, fn_kwargs={"root": root}, features=loaded.features)
+    first = next(iter(loaded))["path"]
+    kind = "image" if Path(first).suffix.lower() in PILImage.registered_extensions() else "video"
+    features = loaded.features.copy()
+    features[kind] = Video(decode=False) if kind == "video" else Image(decode=False)
+    del features["path"]
+    return loaded.map(_as_media, fn_kwargs={"kind": kind, "root": root}, remove_columns="path", features=features)
 
 
-def _join(example: dict[str, Any], root: str) -> dict[str, Any]:
-    return {"path": str(Path(root) / example["path"])}
+def _as_media(example: dict[str, Any], kind: str, root: str) -> dict[str, Any]:
+    return {kind: {"path": str(Path(root) / example["path"]), "bytes": None}}
 
 
 def _known(split: Split) -> Split:
@@ -105,16 +110,11 @@ def _with_media(split: Split, name: str) -> Split:
     """With the column `video` or `image`, undecoded."""
     features = split.features
     column = next((key for key, feature in features.items() if isinstance(feature, Video | Image)), None)
-    if column is not None:
-        kind = "image" if isinstance(features[column], Image) else "video"
-    elif "path" in features:
-        column, first = "path", next(iter(split))["path"]
-        kind = "image" if Path(first).suffix.lower() in PILImage.registered_extensions() else "video"
-    else:
-        raise ValueError(f"The {name} must have a column `video`, `image` or `path`, got {', '.join(features)}.")
-    if column != kind:
-        split = split.rename_column(column, kind)
-    return split.cast_column(kind, Video(decode=False) if kind == "video" else Image(decode=False))
+    if column is None:
+        raise ValueError(f"The {name} must have a column of videos or images, got {', '.join(features)}.")
+    kind = "image" if isinstance(features[column], Image) else "video"
+    split = split.cast_column(column, Video(decode=False) if kind == "video" else Image(decode=False))
+    return split if column == kind else split.rename_column(column, kind)  # which would decode it, if it came first
 
 
 def _with_labels(split: Split, name: str, regression: bool, label_names: list[str] | None) -> Split:
@@ -146,7 +146,7 @@ def _found_names(split: Split, name: str, dtype: str) -> list[str]:
     if not isinstance(split, Dataset):
         raise ValueError(f"The {name} is streamed and its labels have no names: pass `label_names`.")
     labels = split.unique("label")
-    return sorted(labels) if dtype == "string" else [str(index) for index in range(max(labels) + 1)]
+    return sorted(labels) if dtype.endswith("string") else [str(index) for index in range(max(labels) + 1)]
 
 
 def _numbered(example: dict[str, Any], names: list[str] | None, label_names: list[str], name: str) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, IterableDataset
+from PIL import Image
+
+from modeling_videomamba.training.sources import find_evaluation_split, load_split, media_kind
+from tests.conftest import moving_square, write_video
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", moving_square(4))
+
+
+def rows(split, kind="video"):
+    return [(example[kind]["path"], example["label"]) for example in split]
+
+
+@pytest.fixture
+def videofolder(tmp_path, clip):
+    for name in ("train/a/1", "train/b/2", "test/b/3"):
+        path = tmp_path / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clip.read_bytes())
+    return tmp_path
+
+
+def test_a_folder_of_videos(videofolder):
+    split = load_split(str(videofolder), "train")
+    assert media_kind(split) == "video" and split.features["label"].names == ["a", "b"]
+    assert rows(split) == [(str(videofolder / "train/a/1.mp4"), 0), (str(videofolder / "train/b/2.mp4"), 1)]
+    assert find_evaluation_split(str(videofolder)) == "test"
+    # the classes are those of the training split, also where the test split lacks one
+    split = load_split(str(videofolder), "test", label_names=["a", "b"])
+    assert [label for _, label in rows(split)] == [1]
+
+
+def test_a_folder_of_images(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "train" / label / "x.png")
+    split = load_split(str(tmp_path), "train")
+    assert media_kind(split) == "image" and [label for _, label in rows(split, "image")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names", "labels"),
+    [
+        ("train.csv", "path,label\nx.mp4,dance\ny.mp4,art\n", ["art", "dance"], [1, 0]),
+        ("train.csv", "x.mp4,2\ny.mp4,0\n", ["0", "1", "2"], [2, 0]),  # as in the original release, without a header
+        ("train.jsonl", '{"path": "x.mp4", "label": "b"}\n{"path": "y.mp4", "label": "a"}\n', ["a", "b"], [1, 0]),
+    ],
+)
+@pytest.mark.parametrize("root", [None, "clips"])
+def test_lists(tmp_path, name, text, names, labels, root):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "val.csv").write_text("path,label\nz.mp4,0\n")
+    split = load_split(str(tmp_path), "train", data_root=root and tmp_path / root)
+    assert split.features["label"].names == names
+    folder = tmp_path / root if root else tmp_path
+    assert rows(split) == [(str(folder / "x.mp4"), labels[0]), (str(folder / "y.mp4"), labels[1])]
+    assert find_evaluation_split(str(tmp_path)) == "validation"
+
+
+def test_numbers_to_predict(tmp_path):
+    (tmp_path / "train.csv").write_text("path,label\nx.mp4,2.5\ny.mp4,-1\n")
+    (tmp_path / "test.csv").write_text("path,label\nx.mp4,3\ny.mp4,7\n")
+    assert rows(load_split(str(tmp_path), "train"))[1][1] == -1.0
+    split = load_split(str(tmp_path), "test", regression=True)
+    assert [label for _, label in rows(split)] == [3.0, 7.0]
+    assert load_split(str(tmp_path), "test").features["label"].names == [str(i) for i in range(8)]
+
+
+def test_a_list_of_images(tmp_path):
+    (tmp_path / "train.csv").write_text("path,label\nx.PNG,a\n")
+    assert media_kind(load_split(str(tmp_path), "train")) == "image"
+
+
+def write_shards(folder, clip, shards=2, samples=3, label="cls"):
+    for shard in range(shards):
+        with tarfile.open(folder / f"train-{shard:03}.tar", "w") as archive:
+            for sample in range(samples):
+                value = (shard * samples + sample) % 2
+                text = str(value) if label == "cls" else json.dumps({"label": "ab"[value]})
+                for suffix, data in (("mp4", clip.read_bytes()), (label, text.encode())):
+                    path = folder / f"s{shard}{sample}.{suffix}"
+                    path.write_bytes(data)
+                    archive.add(path, path.name)
+                    path.unlink()
+
+
+@pytest.mark.parametrize("label", ["cls", "json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards(tmp_path, clip, label, streaming):
+    write_shards(tmp_path, clip, label=label)
+    split = load_split(str(tmp_path), "train", streaming=streaming, label_names=["a", "b"])
+    assert isinstance(split, IterableDataset) == streaming
+    assert isinstance(split.features["label"], ClassLabel) and media_kind(split) == "video"
+    examples = list(split)
+    assert [example["label"] for example in examples] == [0, 1, 0, 1, 0, 1]
+    assert all(len(example["video"]["bytes"]) == clip.stat().st_size for example in examples)
+    assert examples[4]["video"]["path"].endswith("s11.mp4")
+
+
+def test_what_is_wrong_is_said(tmp_path, videofolder, clip):
+    with pytest.raises(ValueError, match="label 'b' in the split 'test'.*1 classes"):
+        load_split(str(videofolder), "test", label_names=["a"])
+    with pytest.raises(ValueError, match="data_root"):
+        load_split(str(videofolder), "train", data_root=tmp_path)
+    with pytest.raises(ValueError, match="numbers for regression"):
+        load_split(str(videofolder), "train", regression=True)
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "train.csv").write_text("file,label\nx.mp4,1\n")
+    with pytest.raises(ValueError, match="columns `path` and `label`, got file, label"):
+        load_split(str(lists), "train")
+    (lists / "train.csv").write_text("path,label\nx.mp4,5\n")
+    with pytest.raises(ValueError, match="label 5 in the split 'train'.*2 classes"):
+        load_split(str(lists), "train", label_names=["a", "b"])
+    with pytest.raises(ValueError, match="validation or test, got train"):
+        find_evaluation_split(str(lists))
+    (lists / "train.jsonl").write_text('{"path": "x.mp4", "label": 0}\n')
+    with pytest.raises(ValueError, match="must be one list"):
+        load_split(str(lists), "train")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shards(shards, clip)
+    with pytest.raises(ValueError, match="streamed and its labels have no names"):
+        load_split(str(shards), "train", streaming=True)
+    with pytest.raises(FileNotFoundError):
+        load_split(str(tmp_path / "nowhere"), "train")
