@@ -3,8 +3,8 @@
     python scripts/make_recipes.py PUBLISHED.json
 
 PUBLISHED.json has the arguments of the original programs (`tests/golden/recipes.json`). Each recipe gives them under
-our names and says, in its first lines, what to start from and on how many GPUs the run was made; learning rates are scaled
-to the batch of the run at hand.
+our names and says, in its first lines, what to start from and on how many GPUs the run was made; learning rates are
+scaled to the batch of the run at hand.
 """
 
 import argparse

@@ -1,12 +1,9 @@
 """Every script, run as a user runs it."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForVideoClassification, pipeline
 
-from modeling_videomamba import VideoMambaForVideoClassification, VideoMambaModel, VideoMambaVideoProcessor
-from tests.conftest import NANO, ROOT, moving_square, tiny_config, write_video
-
-SCRIPTS = ROOT / "scripts"
-
-
-def run(*command, folder=ROOT):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, env=environment)
+from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
+from tests.conftest import NANO
+from tests.launching import SCRIPTS, run
 
 
 def classify(*arguments):
@@ -151,71 +142,10 @@ def test_the_nano_model_reaches_its_accuracy_on_clips_it_never_saw(digits):
     assert correct / len(videos) >= stated - 3 * standard_error
 
 
-# make_moving_digits.py and finetune.py
+# make_moving_digits.py
 
 
 def test_the_clips_are_a_videofolder(digits):
     labels = sorted(path.name for path in (digits / "train").iterdir())
     assert labels == ["down", "down-left", "down-right", "left", "right", "up", "up-left", "up-right"]
     assert len(list((digits / "train").glob("*/*.mp4"))) == 32
-
-
-def finetune(processes, digits, output, *options):
-    return run(
-        *(Path(sys.executable).with_name("accelerate"), "launch", "--num_processes", processes),
-        *(("--cpu",) if processes == 1 else ("--multi_gpu", "--main_process_port", 0)),  # MULTI_CPU without GPUs
-        *(SCRIPTS / "finetune.py", "--data", digits, "--output-dir", output, "--num-workers", 1, *options),
-    )
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_finetuning_from_scratch(digits, tmp_path, processes):
-    options = ("--config", NANO / "config.json", "--epochs", 1, "--batch-size", 8, "--warmup-epochs", 0.5)
-    result = finetune(processes, digits, tmp_path / "model", *options)
-    assert result.returncode == 0, result.stderr
-    assert (result.stdout + result.stderr).count("epoch 1: accuracy") == 1
-    classifier = pipeline("video-classification", model=str(tmp_path / "model"))
-    labels = {item["label"] for item in classifier(str(NANO / "example.mp4"), top_k=8)}
-    assert labels == {path.name for path in (digits / "train").iterdir()}
-
-
-def test_finetuning_goes_on_from_a_trained_model(digits, tmp_path):
-    result = finetune(1, digits, tmp_path / "model", "--model", NANO, "--epochs", 1, "--learning-rate", 1e-6)
-    assert result.returncode == 0, result.stderr
-    output = result.stdout + result.stderr
-    assert float(output.split("epoch 1: accuracy ")[1].split()[0]) >= 0.97
-
-
-def test_finetuning_from_an_image_model_gets_a_new_head(digits, tmp_path):
-    student = tiny_config(num_frames=None, teacher_hidden_size=8)
-    VideoMambaForVideoClassification(student).save_pretrained(tmp_path / "image")
-    options = ("--epochs", 1, "--num-frames", 4, "--warmup-epochs", 0)
-    result = finetune(1, digits, tmp_path / "model", "--model", tmp_path / "image", *options)
-    assert result.returncode == 0, result.stderr
-    assert "MISMATCH" in result.stdout + result.stderr  # the head is reported as fresh
-    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "model")
-    assert (model.config.num_frames, model.config.num_labels, model.distillation_head) == (4, 8, None)
-
-
-def test_finetuning_explains_what_it_lacks(digits, tmp_path):
-    result = finetune(1, digits, tmp_path / "model")
-    assert result.returncode != 0 and "pass either --model or --config" in result.stderr
-    for label in ("a", "b"):
-        (tmp_path / "data" / "train" / label).mkdir(parents=True)
-        write_video(tmp_path / "data" / "train" / label / "clip.mp4", moving_square(4))
-    result = finetune(1, tmp_path / "data", tmp_path / "model", "--config", NANO / "config.json")
-    assert result.returncode != 0 and "validation or test" in result.stderr
-    result = finetune(1, tmp_path / "nowhere", tmp_path / "model", "--config", NANO / "config.json")
-    assert result.returncode != 0 and "error: --data" in result.stderr
-
-
-def test_a_broken_training_clip_stops_the_run_with_its_path(digits, tmp_path):
-    for split in ("train", "test"):
-        for label in ("a", "b"):
-            (tmp_path / "data" / split / label).mkdir(parents=True)
-            write_video(tmp_path / "data" / split / label / "clip.mp4", moving_square(16))
-    (tmp_path / "data" / "train" / "a" / "broken.mp4").write_text("no video")
-    options = ("--config", NANO / "config.json", "--batch-size", 1, "--epochs", 1)
-    result = finetune(1, tmp_path / "data", tmp_path / "model", *options)
-    assert result.returncode != 0
-    assert "broken.mp4: not a video" in result.stderr

@@ -1,58 +1,17 @@
 import json
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
-from modeling_videomamba import VideoMambaForVideoClassification
-from modeling_videomamba.training.losses import distillation_loss
-from modeling_videomamba.training.metrics import retrieval_recall
-from modeling_videomamba.training.optimization import cosine_schedule, parameter_groups
-from tests.conftest import GOLDEN, tiny_config
-
-
-def test_the_schedule_is_that_of_the_original():
-    (case,) = json.loads((GOLDEN / "protocol.json").read_text("utf-8"))["cosine_schedule"]
-    expected = case.pop("values")
-    actual = [cosine_schedule(step, **case) for step in range(len(expected))]
-    assert actual == pytest.approx(expected, rel=1e-12)
-    assert cosine_schedule(len(expected), **case) == case["final"]
-
-
-@given(
-    epochs=st.integers(1, 10),
-    steps=st.integers(1, 20),
-    warmup=st.floats(0, 1),
-    base=st.floats(1e-5, 1),
-    step=st.integers(0, 300),
-)
-def test_the_schedule_stays_between_its_ends(epochs, steps, warmup, base, step):
-    rate = cosine_schedule(step, base=base, final=1e-6, epochs=epochs, steps_per_epoch=steps, warmup_epochs=warmup)
-    assert 0 <= rate <= base * (1 + 1e-9)
-
-
-def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="warmup_epochs"):
-        cosine_schedule(0, base=1.0, final=0.0, epochs=2, steps_per_epoch=5, warmup_epochs=3)
-
-
-def test_norms_biases_embeddings_and_the_state_matrix_do_not_decay():
-    model = VideoMambaForVideoClassification(tiny_config(teacher_hidden_size=8))
-    model.classifier.bias.requires_grad_(False)
-    decay, no_decay = parameter_groups(model, 0.1)
-    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decaying = {names[id(parameter)].split(".", 1)[1] for parameter in decay["params"]}
-    suffixes = ("projection.weight", "in_proj.weight", "out_proj.weight", "x_proj.weight", "dt_proj.weight",
-                "conv1d.weight", "1.weight", "weight")  # fmt: skip
-    assert all(name.endswith(suffixes) for name in decaying)
-    staying = {names[id(parameter)] for parameter in no_decay["params"]}
-    for part in ("A_log", "D", "norm.weight", "bias", "cls_token", "position_embeddings"):
-        assert any(part in name for name in staying) and not any(part in name for name in decaying), part
-    assert len(decay["params"]) + len(no_decay["params"]) == len(names) - 1
+from modeling_videomamba.training.evaluation import Predictions, compute_metrics
+from modeling_videomamba.training.losses import classification_loss, distillation_loss, regression_loss
+from modeling_videomamba.training.metrics import ClassificationMetric, retrieval_recall
+from tests.conftest import GOLDEN
 
 
 def test_distillation_compares_directions():
@@ -86,6 +45,42 @@ def test_recall_of_equal_scores_and_of_wrong_shapes():
         retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 19), texts)
     with pytest.raises(ValueError, match=r"no text to the videos \[19\]"):
         retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 20), texts.clamp(max=18))
+
+
+def test_losses_have_a_value_for_each_example():
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 3, 1, 1])
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    targets = torch.nn.functional.one_hot(labels, 5) * 0.9 + 0.02
+    torch.testing.assert_close(classification_loss(logits, targets), expected)
+    values = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    torch.testing.assert_close(regression_loss(logits[:, :1], values), (logits[:, 0] - values) ** 2)
+
+
+def test_metrics_of_classification_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random((60, 7)).astype(np.float32), rng.integers(0, 6, 60)
+    metrics = ClassificationMetric(keep_in_memory=True).compute(predictions=scores, references=labels)
+    best = scores.argmax(1)
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, best))
+    assert metrics["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5, labels=range(7)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a class that is predicted but not there
+        assert metrics["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(labels, best))
+
+
+def test_windows_of_a_video_count_as_one():
+    scores = {0: torch.tensor([0.6, 0.4]), 1: torch.tensor([0.1, 0.9]), 2: torch.tensor([0.8, 0.2])}
+    predictions = Predictions(scores, {0: 1, 1: 1, 2: 1}).grouped({0: 0, 1: 0, 2: 5})
+    torch.testing.assert_close(predictions.scores[0], torch.tensor([0.35, 0.65]))
+    assert set(predictions.scores) == {0, 5}
+    assert compute_metrics(predictions, regression=False)["accuracy"] == 0.5
+    with pytest.raises(ValueError, match="no prediction"):
+        compute_metrics(Predictions(), regression=False)
+
+
+def test_mean_squared_error():
+    predictions = Predictions({0: torch.tensor([1.0]), 1: torch.tensor([2.0])}, {0: 0.0, 1: 4.0})
+    assert compute_metrics(predictions, regression=True) == {"mse": 2.5}
 
 
 def test_freed_memory_is_kept_for_the_next_step():

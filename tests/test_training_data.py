@@ -1,0 +1,296 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Video
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
+from modeling_videomamba.training.augmentation import AugmentationArguments, Mixing, RandAugment, training_transform
+from modeling_videomamba.training.data import (
+    BrokenImageError,
+    Examples,
+    StreamedExamples,
+    TestViews,
+    TrainingBatches,
+    TrainingViews,
+    collate,
+    cut_into_windows,
+    decode_clips,
+    test_batches,
+)
+from modeling_videomamba.video_decoding import BrokenVideoError, read_frames
+from modeling_videomamba.video_processing_videomamba import sample_frame_indices
+from tests.conftest import moving_square, tiny_config, write_video
+
+test_batches.__test__ = TestViews.__test__ = False  # not tests of pytest
+
+
+def processor(**changes):
+    return VideoMambaVideoProcessor.for_model(tiny_config(**changes))
+
+
+def videos(*paths, **columns):
+    rows = {"video": [str(path) for path in paths], "label": list(range(len(paths))), **columns}
+    return Dataset.from_dict(rows).cast_column("video", Video(decode=False))
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 5), st.integers(0, 2**32))
+def test_training_takes_a_random_frame_of_each_segment(total, frames, clips, seed):
+    indices = sample_frame_indices(total, frames, clips, np.random.default_rng(seed))
+    bounds = np.round((total - 1) / frames * np.arange(frames + 1)).astype(int)
+    assert indices.shape == (clips, frames)
+    assert (indices >= bounds[:-1]).all() and (indices <= bounds[1:]).all() and indices.max() < total
+
+
+def test_every_frame_of_a_segment_is_drawn():
+    drawn = sample_frame_indices(31, 3, 500, np.random.default_rng(0))
+    assert [sorted(set(column)) for column in drawn.T] == [list(range(0, 11)), list(range(10, 21)), list(range(20, 31))]
+
+
+# The order of a run
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 40))
+def test_processes_together_see_what_one_sees(length, batch_size, world, seed, start):
+    if length < batch_size * world:
+        return
+    end = start + 25
+    options = {"seed": seed, "start": start, "end": end}
+    ranks = [TrainingBatches(length, batch_size, rank=rank, world_size=world, **options) for rank in range(world)]
+    one = list(TrainingBatches(length, batch_size * world, rank=0, world_size=1, **options))
+    together = [list(itertools.chain(*batches)) for batches in zip(*ranks, strict=True)]
+    assert together == one and len(one) == len(ranks[0]) == 25
+    # a run that goes on at `start` sees what it would have seen
+    whole = TrainingBatches(length, batch_size * world, rank=0, world_size=1, seed=seed, start=0, end=end)
+    assert list(whole)[start:] == one
+    epochs: dict[int, list[int]] = {}
+    for epoch, index in itertools.chain(*whole):
+        epochs.setdefault(epoch, []).append(index)
+    assert all(len(set(seen)) == len(seen) and set(seen) <= set(range(length)) for seen in epochs.values())
+    assert len(epochs) < 2 or length < 6 or epochs[0] != epochs[1]
+
+
+@given(st.lists(st.integers(0, 10**6), unique=True, max_size=50), st.integers(1, 5), st.integers(1, 4))
+def test_each_example_is_tested_once(indices, batch_size, world):
+    ranks = [test_batches(indices, batch_size, rank, world) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = [index for batches in ranks for batch in batches for _, index in batch if index >= 0]
+    assert sorted(seen) == sorted(indices)
+
+
+# Views
+
+
+def test_views_follow_from_the_seed(video):
+    args = AugmentationArguments(flip=True, min_crop_area=0.3, rand_augment_ops=2, random_erasing=0.5, num_sample=3)
+    views = TrainingViews(processor(), training_transform(processor(), args), 3)
+    example = {"video": {"path": str(video), "bytes": None}}
+    state = torch.get_rng_state()
+    first = views(example, 5)
+    assert first.shape == views.shape == (3, 4, 3, 32, 32) and first.dtype == torch.float32
+    assert torch.equal(first, views(example, 5)) and not torch.equal(first, views(example, 6))
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are taken
+
+
+def test_without_augmentation_training_differs_from_testing_by_its_frames_alone(tmp_path):
+    path = write_video(tmp_path / "still.mp4", np.repeat(moving_square(1), 12, axis=0))
+    example = {"video": {"path": str(path), "bytes": None}}
+    assert training_transform(processor(), AugmentationArguments()) is None
+    training = TrainingViews(processor(), num_sample=2)(example, 0)
+    testing = TestViews(processor())(example, 0)
+    torch.testing.assert_close(training, testing.expand(2, -1, -1, -1, -1), atol=0.05, rtol=0)
+
+
+def test_testing_makes_the_views_of_the_processor(video):
+    example = {"video": {"path": str(video), "bytes": None}}
+    views = TestViews(processor(), num_clips=2, num_crops=3)
+    expected = processor()(str(video), num_clips=2, num_crops=3, return_tensors="pt")["pixel_values"]
+    assert views.shape == tuple(expected.shape)
+    assert torch.equal(views(example, 0), expected)
+
+
+def test_images(tmp_path):
+    PILImage.fromarray(moving_square(1)[0]).save(tmp_path / "x.png")
+    image_processor = VideoMambaImageProcessor.for_model(tiny_config(num_frames=None))
+    example = {"image": {"path": str(tmp_path / "x.png"), "bytes": None}}
+    for source in (example, {"image": {"path": "x", "bytes": (tmp_path / "x.png").read_bytes()}}):
+        tested = TestViews(image_processor)(source, 0)
+        expected = image_processor(PILImage.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"]
+        assert torch.equal(tested, expected) and TestViews(image_processor).shape == (1, 3, 32, 32)
+    transform = training_transform(image_processor, AugmentationArguments(auto_augment=True, min_crop_area=0.5))
+    assert TrainingViews(image_processor, transform, 2)(example, 0).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_broken_images(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(BrokenImageError, match=r"x\.png: not an image, or truncated"):
+        decode_clips({"image": {"path": str(tmp_path / "x.png"), "bytes": None}}, 1)
+    with pytest.raises(FileNotFoundError):
+        decode_clips({"image": {"path": str(tmp_path / "y.png"), "bytes": None}}, 1)
+
+
+def test_a_broken_file_keeps_its_place(tmp_path, video):
+    (tmp_path / "text.mp4").write_text("no video")
+    split = videos(video, tmp_path / "text.mp4", tmp_path / "missing.mp4")
+    examples = Examples(split, TestViews(processor()), skip_broken=True)
+    batch = collate([examples[0, index] for index in (0, 1, 2, -1)])
+    assert batch["pixel_values"].shape == (4, 4, 3, 32, 32) and not batch["pixel_values"][1:].any()
+    assert batch["valid"].tolist() == [True, False, False, False]
+    assert batch["labels"].tolist() == [0, 1, 2, 0] and batch["indices"].tolist() == [0, 1, 2, -1]
+    assert [name for name, _ in batch["broken"]] == [str(tmp_path / "text.mp4"), str(tmp_path / "missing.mp4")]
+    assert "not a video" in batch["broken"][0][1] and "no such video file" in batch["broken"][1][1]
+    with pytest.raises(BrokenVideoError, match=r"text\.mp4: not a video"):
+        Examples(split, TestViews(processor()), skip_broken=False)[0, 1]
+
+
+def test_the_views_of_a_batch_come_one_after_the_other(video):
+    examples = Examples(videos(video, video), TrainingViews(processor(), num_sample=3), skip_broken=False)
+    items = [examples[0, index] for index in (0, 1)]
+    batch = collate(items)
+    assert batch["labels"].tolist() == [0, 1] * 3 and batch["indices"].tolist() == [0, 1] * 3
+    assert torch.equal(batch["pixel_values"][3], items[1]["pixel_values"][1])
+
+
+# Windows
+
+
+def test_long_videos_are_cut_into_windows(tmp_path, video):
+    (tmp_path / "broken.mp4").write_text("no video")
+    split = videos(video, tmp_path / "broken.mp4")  # the first has 45 frames, 10 a second
+    cut = cut_into_windows(split, 2.0, 1.0)
+    assert [(row["source"], row["start"], row["end"], row["label"]) for row in cut] == [
+        *((0, 0.0, 2.0, 0), (0, 1.0, 3.0, 0), (0, 2.0, 4.0, 0)),
+        (1, 0.0, 2.0, 1),
+    ]
+    (clip,) = decode_clips(cut[1], 8)
+    frames, _ = read_frames(str(video))
+    assert torch.equal(clip, frames[10 + sample_frame_indices(20, 8)[0]])
+    # longer than the video: all of it
+    (row,) = cut_into_windows(split.select([0]), 60.0, 16.0)
+    assert (row["start"], row["end"]) == (0.0, 60.0)
+    assert torch.equal(decode_clips(row, 8)[0], frames[sample_frame_indices(45, 8)[0]])
+
+
+# Streams
+
+
+class Recorded:
+    """Views that tell which example they are of."""
+
+    shape = (1, 1)
+
+    def __call__(self, example, seed):
+        return torch.full(self.shape, float(example["label"]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("skip", [2, 4, 6])
+def test_a_stream_goes_on_where_it_was(workers, skip):
+    rows = {"video": [f"{i}.mp4" for i in range(24)], "label": list(range(24))}
+    stream = Dataset.from_dict(rows).cast_column("video", Video(decode=False)).to_iterable_dataset(num_shards=4)
+
+    def batches(start):
+        examples = Examples(stream, Recorded(), skip_broken=False, seed=3)
+        loader = torch.utils.data.DataLoader(
+            StreamedExamples(examples, 3, start, buffer_size=5), batch_size=3, collate_fn=collate, num_workers=workers
+        )
+        return [batch["pixel_values"].flatten().tolist() for batch in itertools.islice(loader, 16 - start)]
+
+    whole = batches(0)
+    assert whole[skip:] == batches(skip)
+    assert len(set(map(tuple, whole))) > 8
+    first_epoch = sorted(itertools.chain(*whole[:8]))
+    assert first_epoch == list(range(24))
+
+
+# Augmentation
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_all_frames_of_a_clip_change_alike(seed):
+    args = AugmentationArguments(flip=True, min_crop_area=0.08, rand_augment_ops=4, random_erasing=0.5)
+    transform = training_transform(processor(), args)
+    frame = torch.from_numpy(moving_square(1)).permute(0, 3, 1, 2)
+    torch.manual_seed(seed)
+    frames = transform(frame.repeat(4, 1, 1, 1))
+    assert frames.shape == (4, 3, 32, 32) and frames.isfinite().all()
+    torch.testing.assert_close(frames, frames[:1].expand_as(frames))
+
+
+def test_left_stays_left_without_flips():
+    frames = torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
+    frames[..., :24] = 255
+    for flip in (False, True):
+        transform = training_transform(processor(), AugmentationArguments(flip=flip, min_crop_area=0.9))
+        torch.manual_seed(0)
+        left = [bool((view := transform(frames))[..., 0].mean() > view[..., -1].mean()) for _ in range(20)]
+        assert all(left) != flip
+
+
+def test_rand_augment_does_half_of_its_operations_with_about_its_magnitude(monkeypatch):
+    levels = []
+    real = torch.nn.Module.__call__
+
+    class Operation(torch.nn.Module):
+        def __init__(self, num_ops, level, bins, interpolation, fill):
+            super().__init__()
+            assert (num_ops, bins) == (1, 31)
+            levels.append(level)
+
+        def forward(self, frames):
+            return frames
+
+    monkeypatch.setattr("modeling_videomamba.training.augmentation.v2.RandAugment", Operation)
+    torch.manual_seed(0)
+    augment = RandAugment(4, magnitude=7.0, magnitude_std=0.5, fill=[0.0, 0.0, 0.0])
+    for _ in range(200):
+        real(augment, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert 0.45 < len(levels) / 800 < 0.55
+    assert abs(np.mean(levels) - 21) < 0.3 and 1.2 < np.std(levels) < 1.8
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 16, 16), (6, 4, 3, 16, 16)])
+@pytest.mark.parametrize("on", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+def test_mixtures(shape, on):
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 1, 2, 3, 4, 1])
+    pixel_values = labels.float().reshape(6, *[1] * (len(shape) - 1)).expand(shape).clone()
+    valid = torch.tensor([True, True, False, True, True, True])
+    mixed, targets = Mixing(AugmentationArguments(label_smoothing=0.1, **on), 5)(pixel_values, labels, valid)
+    torch.testing.assert_close(targets.sum(-1), torch.ones(6))
+    assert torch.equal(mixed[2], pixel_values[2])  # a broken row is in no mixture
+    torch.testing.assert_close(targets[2], torch.tensor([0.02, 0.02, 0.92, 0.02, 0.02]))
+    for row, partner in ((1, 0), (3, 1), (4, 3)):
+        # the share of a label is the share of its pixels
+        share = (mixed[row].mean() - labels[partner]) / (labels[row] - labels[partner])
+        torch.testing.assert_close(targets[row, labels[row]], 0.02 + 0.9 * share, atol=1e-5, rtol=0)
+        torch.testing.assert_close(targets[row, labels[partner]], 0.92 - 0.9 * share, atol=1e-5, rtol=0)
+        assert math.isclose(mixed[row, 0].mean(), mixed[row, -1].mean(), abs_tol=1e-5)
+
+
+def test_targets_without_mixing():
+    labels = torch.tensor([1, 0])
+    pixel_values = torch.randn(2, 3, 8, 8)
+    same, targets = Mixing(AugmentationArguments(), 3)(pixel_values, labels, torch.ones(2, dtype=torch.bool))
+    assert torch.equal(same, pixel_values) and torch.equal(targets, torch.tensor([[0.0, 1, 0], [1, 0, 0]]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"random_erasing": 1.5}, {"label_smoothing": -0.1}, {"mixup": -1.0}, {"rand_augment_magnitude": 11.0}),
+        *({"num_sample": 0}, {"rand_augment_ops": 2, "auto_augment": True}, {"min_crop_area": 2.0}),
+    ],
+)
+def test_wrong_augmentation_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        AugmentationArguments(**wrong)
