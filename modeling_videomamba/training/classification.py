@@ -28,6 +28,7 @@ from .data import (
     TrainingViews,
     collate,
     cut_into_windows,
+    iterate,
     test_batches,
 )
 from .evaluation import Predictions, compute_metrics, predict
@@ -154,7 +155,7 @@ class ClassificationRun:
             start=start,
             end=end,
         )
-        return DataLoader(examples, batch_sampler=sampler, collate_fn=collate, **self._workers())
+        return iterate(DataLoader(examples, batch_sampler=sampler, collate_fn=collate, **self._workers()))
 
     def _stream(self, examples: Examples, start: int) -> Iterable[Batch]:
         accelerator = self.accelerator
@@ -163,7 +164,7 @@ class ClassificationRun:
         seen = start - start % max(workers["num_workers"], 1)  # the rest have been seen too, but belong to some workers
         size = self.args.optimization.batch_size
         loader = DataLoader(StreamedExamples(examples, size, seen), batch_size=size, collate_fn=collate, **workers)
-        for number, batch in enumerate(loader, start=seen):
+        for number, batch in enumerate(iterate(loader), start=seen):
             if number >= start:
                 yield batch
 
@@ -191,7 +192,7 @@ class ClassificationRun:
         )
         examples = self._examples(self.test_split, TestViews(self.processor))
         loader = DataLoader(examples, batch_sampler=keys, collate_fn=collate, **self._workers())
-        predictions = predict(accelerator, model, loader, self.regression)
+        predictions = predict(accelerator, model, iterate(loader), self.regression)
         if "source" in self.test_split.features:
             predictions = predictions.grouped(dict(enumerate(self.test_split["source"])))
         self.predictions = predictions

@@ -6,6 +6,7 @@ seed and the epoch, the random choices of an example from these and its index. S
 """
 
 import io
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -278,6 +279,20 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "names": [item["name"] for item in items],
         "broken": [item["broken"] for item in items if item["broken"] is not None],
     }
+
+
+def iterate(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, Any]]:
+    """
+    The batches of a loader whose workers are deaf to SIGTERM, which launchers and clusters send to all processes at
+    once: the main one needs its workers until it has ended its step and saved its state. They end when it does.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what a new process inherits
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cut_into_windows(split: Split, seconds: float, stride_seconds: float) -> Split:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object, send_to_device, tqdm
+from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object, send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from .arguments import RunArguments
@@ -135,7 +136,8 @@ class Trainer:
         self._start()
         count = self.optimization.gradient_accumulation_steps
         batches = iter(self.batches(self.progress.step * count, self.total_steps * count))
-        bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", dynamic_ncols=True)
+        disable = not self.accelerator.is_main_process
+        bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=disable)
         window = self.window
         self.model.train()
         with self._stop_on_sigterm(), bar:
@@ -144,19 +146,19 @@ class Trainer:
                 bar.update()
                 bar.set_postfix(window.postfix())
                 self._log(window)
-                self._after_step(bar, window)
+                self._after_step(window)
             if not self.metrics:  # resumed at its end
-                self._evaluate(bar)
+                self._evaluate()
 
-    def _after_step(self, bar: Any, window: "Window") -> None:
+    def _after_step(self, window: "Window") -> None:
         step, is_last = self.progress.step, self.progress.step == self.total_steps
         with window.paused():
             if step % (self.steps_per_epoch * self.run.evaluation_epochs) == 0 or is_last:
-                self._evaluate(bar)
+                self._evaluate()
             if self.stop_requested or step % self.run.save_steps == 0 or is_last:
                 self._save_state()
         if self.stop_requested and not is_last:
-            bar.write(f"stopped by SIGTERM after step {step}, the state is saved: go on with --resume")
+            self._say(f"stopped by SIGTERM after step {step}, the state is saved: go on with --resume")
             self.accelerator.end_training()
             sys.exit(SIGTERM_EXIT)
 
@@ -236,7 +238,7 @@ class Trainer:
 
     # Evaluation and saving
 
-    def _evaluate(self, bar: Any) -> None:
+    def _evaluate(self) -> None:
         model = self.model if self.ema is None else self.ema.module
         self.metrics, broken = self.evaluate(model)
         self.progress.broken.update(broken)
@@ -247,7 +249,12 @@ class Trainer:
             self._save_model("best")
         self._write({"step": self.progress.step, "epoch": self.epoch, **self.metrics})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
-        bar.write(f"epoch {self.epoch:g}: {shown}{' (best)' if better else ''}")
+        self._say(f"epoch {self.epoch:g}: {shown}{' (best)' if better else ''}")
+
+    def _say(self, text: str) -> None:
+        """Above the progress bar, once for all processes."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
 
     @property
     def epoch(self) -> float:
