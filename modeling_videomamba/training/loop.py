@@ -98,7 +98,7 @@ class Trainer:
         self.progress = Progress()
         self.total_steps = round(args.epochs * self.steps_per_epoch)
         self.output_dir = self.run.output_dir
-        self.stop_requested = False
+        self.got_sigterm = self.must_stop = False
         self.window = Window()
         self.metrics: dict[str, float] = {}
         scale = self.views_per_step / args.base_batch_size if args.base_batch_size is not None else 1.0
@@ -155,9 +155,9 @@ class Trainer:
         with window.paused():
             if step % (self.steps_per_epoch * self.run.evaluation_epochs) == 0 or is_last:
                 self._evaluate()
-            if self.stop_requested or step % self.run.save_steps == 0 or is_last:
+            if self.must_stop or step % self.run.save_steps == 0 or is_last:
                 self._save_state()
-        if self.stop_requested and not is_last:
+        if self.must_stop and not is_last:
             self._say(f"stopped by SIGTERM after step {step}, the state is saved: go on with --resume")
             self.accelerator.end_training()
             sys.exit(SIGTERM_EXIT)
@@ -197,10 +197,10 @@ class Trainer:
 
     def _global_means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Losses over the valid rows of all processes; learns whether any process is to stop."""
-        stop = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        stop = torch.tensor(float(self.got_sigterm), device=self.accelerator.device)
         totals = self.accelerator.reduce(torch.stack([*(value.double() for value in sums.values()), stop.double()]))
         *values, stops = totals.tolist()
-        self.stop_requested = stops > 0
+        self.must_stop = stops > 0  # all processes agree, whenever the signal has reached each
         total = dict(zip(sums, values, strict=True))
         valid = max(total.pop("valid"), 1.0)
         return {name: value / valid for name, value in total.items()}
@@ -333,7 +333,7 @@ class Trainer:
     @contextmanager
     def _stop_on_sigterm(self) -> Iterator[None]:
         def stop(signum: int, frame: Any) -> None:
-            self.stop_requested = True
+            self.got_sigterm = True
 
         before = signal.signal(signal.SIGTERM, stop)
         try:
