@@ -113,6 +113,7 @@ class VideoFile:
         except ImportError as error:
             raise ImportError("Reading video files needs PyAV: `pip install av`.") from error
         self.av = av
+        self.reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: each is costly to set up
         self._open()
         try:
             self.timestamps: list[int] = []
@@ -152,6 +153,7 @@ class VideoFile:
             raise BrokenVideoError(self.name, "it has no video stream")
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
+        self.stream.codec_context.thread_count = torch.get_num_threads()  # one in the workers of a data loader
 
     def _index(self) -> tuple[list[int], list[int]]:
         """Timestamps of all frames and of the keyframes, sorted, from the packets (nothing is decoded if they tell)."""
@@ -220,8 +222,13 @@ class VideoFile:
                 reason = f"damaged: frame {index} of {len(self.timestamps)} can't be decoded"
                 raise BrokenVideoError(self.name, reason, index)
             position, frame = found
-            images.append(_to_rgb(frame))
+            images.append(self._to_rgb(frame))
         return images
+
+    def _to_rgb(self, frame: Any) -> np.ndarray:
+        """`(height, width, 3)`, uint8, turned upright as the file asks (videos of phones are stored lying)."""
+        rgb = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+        return np.rot90(rgb, k=round(frame.rotation / 90))
 
     def _keyframe_before(self, index: int) -> int:
         """Number of the last keyframe that is not behind frame `index`, 0 where they are unknown."""
@@ -259,11 +266,6 @@ class VideoFile:
         """Number of the frame of a timestamp, -1 if the index has no such frame."""
         number = bisect.bisect_left(self.timestamps, timestamp)
         return number if self.timestamps[number : number + 1] == [timestamp] else -1
-
-
-def _to_rgb(frame) -> np.ndarray:
-    """`(height, width, 3)`, uint8, turned upright as the file asks (videos of phones are stored lying)."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
 
 
 def _wanted(metadata: VideoMetadata, sample_indices) -> list[int]:

@@ -27,7 +27,7 @@ from modeling_videomamba.modeling_videomamba import (
     resize_temporal_positions,
 )
 from modeling_videomamba.training.losses import distillation_loss
-from tests.conftest import load_golden, strip_prefix, tiny_config
+from tests.conftest import load_golden, needs_kernel, strip_prefix, tiny_config
 from tests.models import MODEL_CLASSES, assert_equal, build, main_output, video
 
 # Parity with the original
@@ -515,3 +515,26 @@ def test_tokens_are_the_class_token_and_then_the_patches_frame_by_frame():
 def test_an_empty_batch_is_no_error():
     with torch.no_grad():
         assert build(VideoMambaModel)(torch.empty(0, 4, 3, 32, 32)).last_hidden_state.shape[:2] == (0, 17)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_kernel)])
+@pytest.mark.parametrize("sizes", [(1.0, 1.0), (0.1, 1.0)])  # both scans too large, or the last one alone
+def test_scans_beyond_float16_train_under_autocast(monkeypatch, backend, sizes):
+    """Before the gate the scans exceed float16, after it they don't; the gradient of the gate needs the former."""
+    monkeypatch.setenv("VIDEOMAMBA_SCAN_BACKEND", backend)
+    model, labels = build(), torch.tensor([0, 1])
+    with torch.no_grad():
+        model.videomamba.embeddings.position_embeddings[..., 0] = 30.0
+        for layer in model.videomamba.layers:
+            x, z = layer.mixer.in_proj.weight.chunk(2)
+            x[:, 0], z[:, 0] = 5.0, -2.0
+            for scan, size in zip(layer.mixer.scans, sizes, strict=True):
+                scan.dt_bias.fill_(1.0)
+                scan.x_proj.weight.mul_(size)
+    model.train()
+    reference = model(video(), labels=labels).loss
+    with torch.autocast("cpu", torch.float16):
+        loss = model(video(), labels=labels).loss
+    (loss * 128).backward()
+    assert (loss - reference).abs() <= 3e-2 * reference.abs()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

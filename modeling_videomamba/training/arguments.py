@@ -26,7 +26,7 @@ class DataArguments:
     clip_seconds: float | None = field(default=None, metadata={"help": "cut videos into windows of so many seconds"})
     clip_stride_seconds: float = field(default=16.0, metadata={"help": "one window each so many seconds"})
     on_broken_video: str = field(default="raise", metadata={"help": "skip or raise", "choices": ["skip", "raise"]})
-    num_workers: int = field(default=2, metadata={"help": "decoding processes of each process"})
+    num_workers: int = field(default=4, metadata={"help": "decoding processes of each process"})
 
     def __post_init__(self):
         for name in ("clip_seconds", "clip_stride_seconds"):

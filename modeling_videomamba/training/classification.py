@@ -73,6 +73,8 @@ class ClassificationRun:
         self.accelerator = make_accelerator(args.run, args.optimization)
         if self.accelerator.is_main_process:
             self._check_output_dir()
+            if args.run.push_to_hub is not None:  # now rather than after days
+                HfApi().create_repo(args.run.push_to_hub, exist_ok=True)
         with self.accelerator.main_process_first():  # the others find what it has put into the cache
             self._load_data()
         self.model = load_model(args.model, self.kind, self.label_names, **model_changes)
@@ -275,9 +277,7 @@ class ClassificationRun:
         print(f"waited for data {summary['data_wait']:.1%} of the time; {progress.skipped} steps skipped, not finite")
         print(f"{len(progress.broken)} broken files" + "".join(f"\n  {reason}" for reason in progress.broken.values()))
         if self.args.run.push_to_hub is not None:
-            api = HfApi()
-            api.create_repo(self.args.run.push_to_hub, exist_ok=True)
-            api.upload_folder(repo_id=self.args.run.push_to_hub, folder_path=output_dir / "best")
+            HfApi().upload_folder(repo_id=self.args.run.push_to_hub, folder_path=output_dir / "best")
             print(f"uploaded to {self.args.run.push_to_hub}")
 
     def _card(self, metrics: dict[str, float]) -> Any:

@@ -121,7 +121,10 @@ class Trainer:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         groups = parameter_groups(self.model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.schedule["base"], betas=(0.9, args.adam_beta2))
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # knows it from a data loader otherwise
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            if args.gradient_accumulation_steps > 1:
+                raise ValueError("`gradient_accumulation_steps` does not go with DeepSpeed, which counts steps itself.")
+            # which it knows from a data loader otherwise
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config["train_micro_batch_size_per_gpu"] = args.batch_size
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
