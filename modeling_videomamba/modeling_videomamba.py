@@ -373,7 +373,7 @@ class VideoMambaMixer(nn.Module):
             x, z = self.in_proj(hidden_states, name="x"), self.in_proj(hidden_states, name="z")
         else:  # wrapped by an adapter
             x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        y = None
+        y: torch.Tensor | Any = None
         for order, scan in zip(self.orders, self.scans, strict=True):
             gate = z if scan is self.scans[-1] else None
             if order == "temporal" and permutation is not None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
 from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object, send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
+
+from accelerate import Accelerator, DistributedType
 
 from .arguments import RunArguments
 from .checkpoints import last_checkpoint, load_checkpoint, replace_files, save_checkpoint
