@@ -9,6 +9,7 @@ number of processes.
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,12 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoVideoProcessor, HfArgumentParser
 
 from modeling_videomamba import VideoMambaForVideoClassification
 from modeling_videomamba.training.arguments import DataArguments
-from modeling_videomamba.training.data import Examples, TestViews, collate, cut_into_windows, test_batches
-from modeling_videomamba.training.evaluation import Predictions, compute_metrics, predict_batch
+from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, iterate, test_batches
+from modeling_videomamba.training.evaluation import Predictions, compute_metrics, is_regression, predict_batch
 from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
 
@@ -93,19 +93,17 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def load(args: Arguments, data: DataArguments) -> tuple[Any, Any, Split]:
     """Model, processor and split, which has the labels of the model."""
+    if data.streaming:
+        raise ValueError("--streaming is for training: which videos have been tested must be known")
     split_name = args.split or find_evaluation_split(data.data)
     model, info = VideoMambaForVideoClassification.from_pretrained(args.model, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"{args.model} has no weights for {', '.join(sorted(info['missing_keys']))}")
-    regression = model.config.problem_type == "regression"
-    names = None if regression else data.label_names() or [model.config.id2label[i] for i in range(model.num_labels)]
-    split = load_split(
-        data.data,
-        split_name,
-        data_root=data.data_root,
-        regression=regression,
-        label_names=names,
-    )
+    names = None
+    if not is_regression(model):
+        names = data.label_names() or [model.config.id2label[index] for index in range(model.num_labels)]
+    options: dict[str, Any] = {"data_root": data.data_root, "regression": is_regression(model), "label_names": names}
+    split = load_split(data.data, split_name, **options)
     if media_kind(split) == "image":
         if args.num_clips * args.num_crops > 1:
             raise ValueError("--num-clips and --num-crops are for videos")
@@ -116,15 +114,14 @@ def load(args: Arguments, data: DataArguments) -> tuple[Any, Any, Split]:
 
 
 def predict_split(
-    accelerator: Accelerator, model: Any, loader: DataLoader, part: Path, regression: bool, done: int, total: int
+    accelerator: Accelerator, model: Any, batches: Iterator[dict[str, Any]], part: Path, bar: Any
 ) -> None:
     """Appends a line for each example of this process."""
-    bar = tqdm(total=total, initial=done, unit="video", desc="all processes")
-    with part.open("a", encoding="utf-8") as file, bar:
-        for batch in loader:
-            found = {i: (scores, label) for i, scores, label in predict_batch(accelerator, model, batch, regression)}
+    with part.open("a", encoding="utf-8") as file:
+        for batch in batches:
+            found = {i: (scores, label) for i, scores, label in predict_batch(accelerator, model, batch)}
             reasons = dict(batch["broken"])
-            for index, name in zip(batch["indices"].tolist(), batch["names"], strict=False):
+            for index, name in zip(batch["indices"].tolist(), batch["names"], strict=False):  # once for all views
                 line: dict[str, Any] = {"index": index, "video": name}
                 if index in found:
                     scores, label = found[index]
@@ -134,10 +131,10 @@ def predict_split(
                 if index >= 0:
                     file.write(json.dumps(line) + "\n")
             file.flush()
-            bar.update(min(len(batch["names"]) * accelerator.num_processes, total - bar.n))
+            bar.update(min(len(batch["names"]) * accelerator.num_processes, bar.total - bar.n))
 
 
-def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: Path, regression: bool) -> None:
+def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: Path) -> None:
     """Metrics over videos, as a table, as JSON and, for classes, as a picture of what was taken for what."""
     read = {index: line for index, line in lines.items() if "scores" in line}
     predictions = Predictions(
@@ -147,7 +144,7 @@ def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: P
     )
     if "source" in split.features:
         predictions = predictions.grouped(dict(enumerate(split["source"])))
-    metrics = compute_metrics(predictions, regression)
+    metrics = compute_metrics(predictions, is_regression(model))
     summary = {**metrics, "videos": len(predictions.scores), "broken": predictions.broken}
     (folder / "metrics.json").write_text(json.dumps(summary, indent=2), "utf-8")
     table = Table("metric", "value", title=f"{len(predictions.scores)} videos")
@@ -156,12 +153,9 @@ def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: P
     Console().print(table)
     for reason in predictions.broken.values():
         print(f"broken: {reason}")
-    if not regression:
-        indices = list(predictions.scores)
-        labels = [int(predictions.labels[index]) for index in indices]
-        predicted = [int(predictions.scores[index].argmax()) for index in indices]
+    if not is_regression(model):
         names = [model.config.id2label[index] for index in range(model.num_labels)]
-        draw_confusion_matrix(labels, predicted, names, folder / "confusion_matrix.png")
+        draw_confusion_matrix(predictions, names, folder / "confusion_matrix.png")
 
 
 def main() -> None:
@@ -189,18 +183,17 @@ def main() -> None:
     done = lines.read()
     accelerator.wait_for_everyone()
 
-    regression = model.config.problem_type == "regression"
     model = model.to(accelerator.device).eval()
     remaining = [index for index in range(len(split)) if index not in done]
     views = TestViews(processor, args.num_clips, args.num_crops)
     examples = Examples(split, views, skip_broken=data.on_broken_video == "skip")
     keys = test_batches(remaining, args.batch_size, accelerator.process_index, accelerator.num_processes)
-    loader = DataLoader(examples, batch_sampler=keys, collate_fn=collate, num_workers=data.num_workers)
-    part = lines.part(accelerator.process_index)
-    predict_split(accelerator, model, loader, part, regression, len(done), len(split))
+    batches = iterate(examples, data.num_workers, batch_sampler=keys)
+    with tqdm(total=len(split), initial=len(done), unit="video", desc="all processes") as bar:
+        predict_split(accelerator, model, batches, lines.part(accelerator.process_index), bar)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        report(lines.merge(), split, model, args.output_dir, regression)
+        report(lines.merge(), split, model, args.output_dir)
     accelerator.end_training()
 
 

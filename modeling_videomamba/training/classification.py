@@ -13,7 +13,6 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -26,7 +25,6 @@ from .data import (
     TestViews,
     TrainingBatches,
     TrainingViews,
-    collate,
     cut_into_windows,
     iterate,
     test_batches,
@@ -157,16 +155,17 @@ class ClassificationRun:
             start=start,
             end=end,
         )
-        return iterate(DataLoader(examples, batch_sampler=sampler, collate_fn=collate, **self._workers()))
+        return iterate(examples, args.data.num_workers, batch_sampler=sampler, pin_memory=self._pins_memory)
 
     def _stream(self, examples: Examples, start: int) -> Iterable[Batch]:
         accelerator = self.accelerator
         examples.split = split_dataset_by_node(examples.split, accelerator.process_index, accelerator.num_processes)
-        workers = self._workers(min(self.args.data.num_workers, examples.split.num_shards))
-        seen = start - start % max(workers["num_workers"], 1)  # the rest have been seen too, but belong to some workers
+        workers = min(self.args.data.num_workers, examples.split.num_shards)
+        seen = start - start % max(workers, 1)  # the rest have been seen too, but belong to some workers
         size = self.args.optimization.batch_size
-        loader = DataLoader(StreamedExamples(examples, size, seen), batch_size=size, collate_fn=collate, **workers)
-        for number, batch in enumerate(iterate(loader), start=seen):
+        stream = StreamedExamples(examples, size, seen)
+        batches = iterate(stream, workers, batch_size=size, pin_memory=self._pins_memory)
+        for number, batch in enumerate(batches, start=seen):
             if number >= start:
                 yield batch
 
@@ -174,9 +173,9 @@ class ClassificationRun:
         skip = self.args.data.on_broken_video == "skip"
         return Examples(split, views, skip_broken=skip, seed=self.args.run.seed)
 
-    def _workers(self, count: int | None = None) -> dict[str, Any]:
-        count = self.args.data.num_workers if count is None else count
-        return {"num_workers": count, "pin_memory": self.accelerator.device.type == "cuda"}
+    @property
+    def _pins_memory(self) -> bool:
+        return self.accelerator.device.type == "cuda"
 
     @property
     def streaming(self) -> bool:
@@ -193,8 +192,8 @@ class ClassificationRun:
             accelerator.num_processes,
         )
         examples = self._examples(self.test_split, TestViews(self.processor))
-        loader = DataLoader(examples, batch_sampler=keys, collate_fn=collate, **self._workers())
-        predictions = predict(accelerator, model, iterate(loader), self.regression)
+        batches = iterate(examples, self.args.data.num_workers, batch_sampler=keys, pin_memory=self._pins_memory)
+        predictions = predict(accelerator, model, batches)
         if "source" in self.test_split.features:
             predictions = predictions.grouped(dict(enumerate(self.test_split["source"])))
         self.predictions = predictions
@@ -259,10 +258,7 @@ class ClassificationRun:
         output_dir, progress, window = self.args.run.output_dir, trainer.progress, trainer.window
         draw_curves(trainer.records(), output_dir / "curves.png")
         if not self.regression:
-            indices = sorted(self.predictions.scores)
-            labels = [int(self.predictions.labels[index]) for index in indices]
-            predicted = [int(self.predictions.scores[index].argmax()) for index in indices]
-            draw_confusion_matrix(labels, predicted, self.label_names or [], output_dir / "confusion_matrix.png")
+            draw_confusion_matrix(self.predictions, self.label_names or [], output_dir / "confusion_matrix.png")
         summary = {
             "steps": progress.step,
             "metrics": trainer.metrics,

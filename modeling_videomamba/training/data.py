@@ -7,6 +7,7 @@ seed and the epoch, the random choices of an example from these and its index. S
 
 import io
 import signal
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -281,18 +282,29 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def iterate(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, Any]]:
+def iterate(dataset: torch.utils.data.Dataset, num_workers: int, **options: Any) -> Iterator[dict[str, Any]]:
+    r"""
+    The batches of a `DataLoader`, whose workers are deaf to SIGTERM, which launchers and clusters send to all processes
+    at once: the main one needs its workers until it has ended its step and saved its state. They end when it does.
+
+    Args:
+        dataset: [`Examples`] or [`StreamedExamples`].
+        num_workers (`int`): Processes that decode; more than there are cores leave less of them to the model.
+        options: Other arguments of `DataLoader`.
+
+    Returns:
+        `Iterator`: of what [`collate`] returns.
     """
-    The batches of a loader whose workers are deaf to SIGTERM, which launchers and clusters send to all processes at
-    once: the main one needs its workers until it has ended its step and saved its state. They end when it does.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what a new process inherits
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = torch.utils.data.DataLoader(dataset, num_workers=num_workers, collate_fn=collate, **options)
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return iter(loader)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # what a new process inherits
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cut_into_windows(split: Split, seconds: float, stride_seconds: float) -> Split:

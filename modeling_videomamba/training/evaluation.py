@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from .metrics import ClassificationMetric, RegressionMetric
 
@@ -32,8 +33,13 @@ class Predictions:
         )
 
 
+def is_regression(model: PreTrainedModel) -> bool:
+    """Whether its logits are numbers rather than scores of classes."""
+    return model.config.problem_type == "regression"
+
+
 def predict_batch(
-    accelerator: Accelerator, model: nn.Module, batch: dict[str, Any], regression: bool
+    accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]
 ) -> list[tuple[int, torch.Tensor, float]]:
     r"""
     Index, scores and label of each example of a batch that is `valid`: probabilities, or values for regression, mean
@@ -41,6 +47,7 @@ def predict_batch(
     """
     with torch.no_grad(), accelerator.autocast():
         logits = model(send_to_device(batch["pixel_values"], accelerator.device)).logits
+    regression = is_regression(accelerator.unwrap_model(model))
     scores = (logits.float() if regression else logits.float().softmax(-1)).cpu()
     predictions = []
     for index in batch["indices"][batch["valid"]].unique().tolist():
@@ -49,17 +56,15 @@ def predict_batch(
     return predictions
 
 
-def predict(
-    accelerator: Accelerator, model: nn.Module, loader: Iterable[dict[str, Any]], regression: bool
-) -> Predictions:
-    """What the model predicts for the examples of `loader` on all processes, known to each of them."""
+def predict(accelerator: Accelerator, model: nn.Module, batches: Iterable[dict[str, Any]]) -> Predictions:
+    """What the model predicts for the examples of `batches` on all processes, known to each of them."""
     was_training = model.training
     model.eval()
     found: list[tuple[int, torch.Tensor, float]] = []
     broken: list[tuple[str, str]] = []
-    for batch in loader:
+    for batch in batches:
         broken += batch["broken"]
-        found += predict_batch(accelerator, model, batch, regression)
+        found += predict_batch(accelerator, model, batch)
     model.train(was_training)
     found, broken = gather_object(found), gather_object(broken)
     return Predictions(

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .evaluation import Predictions
+
 METRICS = {
     "accuracy": "Top-1 accuracy",
     "top5_accuracy": "Top-5 accuracy",
@@ -69,11 +71,13 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_confusion_matrix(labels: list[int], predicted: list[int], names: list[str], path: Path) -> None:
+def draw_confusion_matrix(predictions: Predictions, names: list[str], path: Path) -> None:
     """How often each class (rows, each summing to 1) was taken for which (columns), as a picture."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     pyplot = _pyplot()
+    labels = [int(label) for label in predictions.labels.values()]
+    predicted = [int(predictions.scores[index].argmax()) for index in predictions.labels]
     matrix = confusion_matrix(labels, predicted, labels=range(len(names)), normalize="true")
     named = len(names) <= MAX_NAMED_CLASSES
     size = min(16.0, 3 + 0.4 * len(names))
