@@ -173,6 +173,8 @@ def test_long_videos_are_cut_into_windows(tmp_path, video):
     (clip,) = decode_clips(cut[1], 8)
     frames, _ = read_frames(str(video))
     assert torch.equal(clip, frames[10 + sample_frame_indices(20, 8)[0]])
+    # a stream is cut as it comes
+    assert list(cut_into_windows(split.to_iterable_dataset(), 2.0, 1.0)) == list(cut)
     # longer than the video: all of it
     (row,) = cut_into_windows(split.select([0]), 60.0, 16.0)
     assert (row["start"], row["end"]) == (0.0, 60.0)

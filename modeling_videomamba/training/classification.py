@@ -30,7 +30,7 @@ from .data import (
     test_batches,
 )
 from .evaluation import Predictions, compute_metrics, predict
-from .loop import Batch, Objective, Trainer, make_accelerator
+from .loop import Batch, Trainer, make_accelerator
 from .losses import classification_loss, regression_loss
 from .models import ModelArguments, load_model, load_processor
 from .optimization import OptimizationArguments
@@ -77,16 +77,30 @@ class ClassificationRun:
             self._load_data()
         self.model = load_model(args.model, self.kind, self.label_names, **model_changes)
         self.processor = load_processor(args.model, self.model, self.kind)
-        self.mixing = None if self.regression else Mixing(args.augmentation, len(self.label_names or []))
+        self.mixing = None if self.label_names is None else Mixing(args.augmentation, len(self.label_names))
         self.predictions = Predictions()
-        self.steps_per_epoch = self._steps_per_epoch()
-        self.trainer: Trainer | None = None
+        self.trainer = Trainer(
+            accelerator=self.accelerator,
+            model=self.model,
+            objective=self.objective,
+            batches=self.batches,
+            steps_per_epoch=self._steps_per_epoch(),
+            evaluate=self.evaluate,
+            save_model=self.save_model,
+            metric="mse" if self.regression else "accuracy",
+            run=args.run,
+            optimization=args.optimization,
+            views_per_step=self.views_per_step,
+        )
 
     def recorded(self) -> dict[str, Any]:
         """The arguments that decide what the run computes."""
         args = self.args
         groups = (args.data, args.model, args.augmentation, args.optimization, args.run)
         values = {name: value for group in groups for name, value in asdict(group).items() if name not in FREE}
+        values["processes"] = self.accelerator.num_processes
+        if args.data.streaming:  # each worker has shards of its own
+            values["num_workers"] = args.data.num_workers
         return json.loads(json.dumps(values, default=str))
 
     def _check_output_dir(self) -> None:
@@ -110,6 +124,9 @@ class ClassificationRun:
         self.kind = media_kind(self.train_split)
         self.label_names: list[str] | None = getattr(self.train_split.features["label"], "names", None)
         self.regression = self.label_names is None
+        mixing = self.args.augmentation
+        if self.regression and (mixing.mixup or mixing.cutmix or mixing.label_smoothing):
+            raise ValueError("--mixup, --cutmix and --label-smoothing are for classes, the labels are numbers")
         self.test_name = find_evaluation_split(data.data)
         self.test_split = load_split(data.data, self.test_name, label_names=self.label_names, **options)
         if media_kind(self.test_split) != self.kind:
@@ -216,29 +233,17 @@ class ClassificationRun:
         count = args.batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return count * self.args.augmentation.num_sample
 
-    def train(self, objective: Objective | None = None) -> None:
+    def train(self) -> None:
         """Trains, and writes what belongs to the model: `best`, `last`, pictures, `summary.json`."""
-        output_dir = self.args.run.output_dir
         if self.accelerator.is_main_process:
-            text = json.dumps(self.recorded(), indent=2)
-            replace_files(output_dir, lambda folder: (folder / ARGUMENTS_FILE).write_text(text, "utf-8"))
-        trainer = self.trainer = Trainer(
-            accelerator=self.accelerator,
-            model=self.model,
-            objective=objective or self.objective,
-            batches=self.batches,
-            steps_per_epoch=self.steps_per_epoch,
-            evaluate=self.evaluate,
-            save_model=self.save_model,
-            metric="mse" if self.regression else "accuracy",
-            run=self.args.run,
-            optimization=self.args.optimization,
-            views_per_step=self.views_per_step,
-        )
-        trainer.train()
-        trainer.save_last()
+            replace_files(
+                self.args.run.output_dir,
+                lambda folder: (folder / ARGUMENTS_FILE).write_text(json.dumps(self.recorded(), indent=2), "utf-8"),
+            )
+        self.trainer.train()
+        self.trainer.save_last()
         if self.accelerator.is_main_process:
-            self._report(trainer)
+            self._report()
         self.accelerator.end_training()
 
     def _steps_per_epoch(self) -> int:
@@ -254,8 +259,9 @@ class ClassificationRun:
             raise ValueError(f"fewer training examples ({len(self.train_split)}) than one step takes ({examples})")
         return len(self.train_split) // examples
 
-    def _report(self, trainer: Trainer) -> None:
-        output_dir, progress, window = self.args.run.output_dir, trainer.progress, trainer.window
+    def _report(self) -> None:
+        output_dir, trainer = self.args.run.output_dir, self.trainer
+        progress, window = trainer.progress, trainer.window
         draw_curves(trainer.records(), output_dir / "curves.png")
         if not self.regression:
             draw_confusion_matrix(self.predictions, self.label_names or [], output_dir / "confusion_matrix.png")
@@ -277,19 +283,18 @@ class ClassificationRun:
             print(f"uploaded to {self.args.run.push_to_hub}")
 
     def _card(self, metrics: dict[str, float]) -> Any:
-        args, trainer = self.args, self.trainer
-        assert trainer is not None
-        broken = len(trainer.progress.broken)
-        start = f"from `{Path(args.model.model).name}`" if args.model.model is not None else "from scratch"
+        args, progress, start = self.args, self.trainer.progress, self.args.model.model
+        broken = len(progress.broken)
         return model_card(
             model_name=args.run.push_to_hub or args.run.output_dir.name,
             pipeline_tag=f"{self.kind}-classification",
             dataset_name=Path(args.data.data).name,
             split=self.test_name,
             results=metrics,
-            start=start,
+            start=f"from `{Path(start).name}`" if start is not None else "from scratch",
+            base_model=start if start is not None and not Path(start).exists() else None,
             examples=len(self.predictions.scores),
-            steps=trainer.progress.step,
+            steps=progress.step,
             views_per_step=self.views_per_step,
             processes=self.accelerator.num_processes,
             seed=args.run.seed,

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object, send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
-
-from accelerate import Accelerator, DistributedType
 
 from .arguments import RunArguments
 from .checkpoints import last_checkpoint, load_checkpoint, replace_files, save_checkpoint
@@ -114,7 +113,7 @@ class Trainer:
         self.bare_model = self.model
         self.ema: Any = None
         if args.ema_decay is not None:
-            if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            if self.is_sharded:
                 raise ValueError("`ema_decay` does not go with sharded weights (FSDP, DeepSpeed).")
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
             self.ema.to(self.accelerator.device)
@@ -129,6 +128,11 @@ class Trainer:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config["train_micro_batch_size_per_gpu"] = args.batch_size
         self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has all weights."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     # The run
 
@@ -266,10 +270,13 @@ class Trainer:
         return self.progress.step / self.steps_per_epoch
 
     def _save_model(self, name: str) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        weights = self.accelerator.get_state_dict(self.model)
+        model = self.bare_model
         if self.ema is not None:
             weights = self.ema.module.state_dict()
+        elif self.is_sharded:
+            weights = self.accelerator.get_state_dict(self.model)
+        else:
+            weights = model.state_dict()
         if self.accelerator.is_main_process:
             metrics = self.metrics
             replace_files(self.output_dir / name, lambda folder: self.save_model(model, weights, folder, metrics))

@@ -101,7 +101,14 @@ def _pyplot() -> Any:
 
 
 def model_card(
-    *, model_name: str, pipeline_tag: str, dataset_name: str, split: str, results: dict[str, float], **facts: Any
+    *,
+    model_name: str,
+    pipeline_tag: str,
+    dataset_name: str,
+    split: str,
+    results: dict[str, float],
+    base_model: str | None = None,
+    **facts: Any,
 ) -> ModelCard:
     r"""
     Card of a trained model with its results as `model-index`.
@@ -111,6 +118,7 @@ def model_card(
         pipeline_tag (`str`): `video-classification` or `image-classification`.
         dataset_name, split (`str`): What `results` were measured on.
         results (`dict[str, float]`): Metrics.
+        base_model (`str`, *optional*): Id on the Hub of the model that training started from.
         facts: What else the template shows.
 
     Returns:
@@ -132,6 +140,7 @@ def model_card(
         model_name=model_name,
         library_name="transformers",
         pipeline_tag=pipeline_tag,
+        base_model=base_model,
         tags=["videomamba", "mamba"],
         eval_results=evaluations,
     )
