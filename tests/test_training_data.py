@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -126,6 +127,30 @@ def test_images(tmp_path):
         assert torch.equal(tested, expected) and TestViews(image_processor).shape == (1, 3, 32, 32)
     transform = training_transform(image_processor, AugmentationArguments(auto_augment=True, min_crop_area=0.5))
     assert TrainingViews(image_processor, transform, 2)(example, 0).shape == (2, 3, 32, 32)
+
+
+def test_files_that_are_elsewhere(tmp_path, video):
+    PILImage.fromarray(moving_square(1)[0]).save(tmp_path / "x.png")
+    for kind, path in (("video", video), ("image", tmp_path / "x.png")):
+        with fsspec.open(f"memory://{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+        here = decode_clips({kind: {"path": str(path), "bytes": None}}, 4)
+        there = decode_clips({kind: {"path": f"memory://{path.name}", "bytes": None}}, 4)
+        assert torch.equal(here[0], there[0])
+    with pytest.raises(FileNotFoundError):
+        decode_clips({"video": {"path": "memory://nothing.mp4", "bytes": None}}, 4)
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    picture = PILImage.fromarray(moving_square(1, size=16)[0][:8])
+    exif = picture.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    picture.save(tmp_path / "x.png", exif=exif)
+    (turned,) = decode_clips({"image": {"path": str(tmp_path / "x.png"), "bytes": None}}, 1)
+    assert turned.shape == (1, 3, 16, 8)
+    PILImage.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(BrokenImageError, match="more than 8 bits"):
+        decode_clips({"image": {"path": str(tmp_path / "deep.png"), "bytes": None}}, 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])

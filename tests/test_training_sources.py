@@ -81,6 +81,12 @@ def test_numbers_to_predict(tmp_path):
     assert load_split(str(tmp_path), "test").features["label"].names == [str(i) for i in range(8)]
 
 
+def test_a_list_of_addresses(tmp_path):
+    (tmp_path / "train.csv").write_text("https://example.org/x.mp4,0\n/data/y.mp4,0\n")
+    paths = [path for path, _ in rows(load_split(str(tmp_path), "train"))]
+    assert paths == ["https://example.org/x.mp4", "/data/y.mp4"]
+
+
 def test_a_list_of_images(tmp_path):
     (tmp_path / "train.csv").write_text("path,label\nx.PNG,a\n")
     assert media_kind(load_split(str(tmp_path), "train")) == "image"

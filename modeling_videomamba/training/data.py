@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from datasets import IterableDataset, Value
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import get_worker_info
-from torchvision.transforms.v2 import functional as tvF
 from transformers.video_utils import VideoMetadata
 
-from ..image_processing_videomamba import VideoMambaImageProcessor
+from ..image_processing_videomamba import VideoMambaImageProcessor, rgb_tensor
 from ..video_decoding import BrokenVideoError, read_frames, read_metadata
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .sources import Split
@@ -57,7 +57,7 @@ def decode_image(image: dict[str, Any]) -> torch.Tensor:
     source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     try:
         with Image.open(source) as opened:
-            return tvF.pil_to_tensor(opened.convert("RGB")).unsqueeze(0)
+            return rgb_tensor(image["path"], ImageOps.exif_transpose(opened)).unsqueeze(0)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -83,8 +83,9 @@ def decode_clips(
     Raises:
         `BrokenVideoError`, `BrokenImageError`, `OSError`: if the file can't be read.
     """
+    media = _fetched(example["image" if "image" in example else "video"])
     if "image" in example:
-        return [decode_image(example["image"])]
+        return [decode_image(media)]
 
     def indices(metadata: VideoMetadata) -> np.ndarray:
         first, last = 0, metadata.total_num_frames
@@ -93,8 +94,16 @@ def decode_clips(
             last = max(min(round(example["end"] * metadata.fps), last), first + 1)
         return first + sample_frame_indices(last - first, num_frames, num_clips, generator).flatten()
 
-    frames, _ = read_frames(example["video"], indices)
+    frames, _ = read_frames(media, indices)
     return list(frames.chunk(num_clips))
+
+
+def _fetched(media: dict[str, Any]) -> dict[str, Any]:
+    """With the bytes of a file that is elsewhere: streams of the Hub give addresses, also of files in archives."""
+    if media["bytes"] is not None or "://" not in media["path"]:
+        return media
+    with fsspec.open(media["path"], "rb") as file:
+        return {"path": media["path"], "bytes": file.read()}
 
 
 @dataclass
@@ -344,7 +353,7 @@ def cut_into_windows(split: Split, seconds: float, stride_seconds: float) -> Spl
         cut: dict[str, list[Any]] = {name: [] for name in [*rows, "start", "end", "source"]}
         for row in range(len(rows["video"])):
             try:
-                duration = read_metadata(rows["video"][row]).duration or seconds
+                duration = read_metadata(_fetched(rows["video"][row])).duration or seconds
             except BROKEN:  # reported when its window is read
                 duration = seconds
             count = 1 + max(0, int((duration - seconds) // stride_seconds))

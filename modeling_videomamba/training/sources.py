@@ -30,7 +30,8 @@ def load_split(
             for `val` and `test`, of `path,label`; a folder of `webdataset` shards (`train-*.tar`, labels as `cls` or as
             `label` in `json`); the id of a data set on the Hub.
         split (`str`): `"train"`, `"validation"` or `"test"`, or another split of a data set on the Hub.
-        data_root (`Path`, *optional*): What the paths of a list are relative to, by default the folder of the list.
+        data_root (`Path`, *optional*):
+            What the paths of a list are relative to, by default the folder of the list. Addresses (`https://...`) stay.
         streaming (`bool`, defaults to `False`): Whether to read shards as they come, without a copy on disk.
         regression (`bool`, defaults to `False`): Whether whole numbers are values to predict rather than classes.
         label_names (`list[str]`, *optional*):
@@ -98,7 +99,8 @@ def _load_list(paths: list[Path], split: str, streaming: bool, root: str) -> Spl
 
 
 def _as_media(example: dict[str, Any], kind: str, root: str) -> dict[str, Any]:
-    return {kind: {"path": str(Path(root) / example["path"]), "bytes": None}}
+    path = example["path"]
+    return {kind: {"path": path if "://" in path else str(Path(root) / path), "bytes": None}}
 
 
 def _known(split: Split) -> Split:
