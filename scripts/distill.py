@@ -6,33 +6,15 @@ TEACHER is a directory or a Hub id; everything else is as in finetune.py. The st
 to those of the teacher, which keeps a large model from overfitting. OUTPUT/best and OUTPUT/last are plain classifiers.
 """
 
-import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
-from modeling_videomamba.training.arguments import DataArguments, RunArguments, parse_arguments
-from modeling_videomamba.training.augmentation import AugmentationArguments
-from modeling_videomamba.training.classification import Arguments
-from modeling_videomamba.training.diagnosis import NonFiniteError
+from modeling_videomamba.training.classification import parse, run_or_exit
 from modeling_videomamba.training.distillation import DistillationArguments, DistillationRun
-from modeling_videomamba.training.models import ModelArguments
-from modeling_videomamba.training.optimization import OptimizationArguments
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 def main() -> None:
-    classes = (DataArguments, ModelArguments, AugmentationArguments, OptimizationArguments, RunArguments)
-    *groups, distillation = parse_arguments(__doc__ or "", RECIPES, *classes, DistillationArguments)
-    try:
-        run = DistillationRun(Arguments(*groups), distillation)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
-    try:
-        run.train()
-    except NonFiniteError as error:
-        sys.exit(f"error: {error}")
+    args, distillation = parse(__doc__ or "", Path(__file__).parent / "recipes", DistillationArguments)
+    run_or_exit(lambda: DistillationRun(args, distillation))
 
 
 if __name__ == "__main__":

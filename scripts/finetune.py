@@ -8,33 +8,15 @@ set on the Hub; MODEL is a directory or a Hub id, also of an image model, which 
 values are those of a published run. OUTPUT/best and OUTPUT/last are the models.
 """
 
-import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
-from modeling_videomamba.training.arguments import DataArguments, RunArguments, parse_arguments
-from modeling_videomamba.training.augmentation import AugmentationArguments
-from modeling_videomamba.training.classification import Arguments, ClassificationRun
-from modeling_videomamba.training.diagnosis import NonFiniteError
-from modeling_videomamba.training.models import ModelArguments
-from modeling_videomamba.training.optimization import OptimizationArguments
-
-RECIPES = Path(__file__).parent / "recipes"
+from modeling_videomamba.training.classification import ClassificationRun, parse, run_or_exit
 
 
 def main() -> None:
-    classes = (DataArguments, ModelArguments, AugmentationArguments, OptimizationArguments, RunArguments)
-    args = Arguments(*parse_arguments(__doc__ or "", RECIPES, *classes))
-    try:
-        # a distillation head gets no gradient here, which several processes don't bear
-        run = ClassificationRun(args, teacher_hidden_size=None)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
-    try:
-        run.train()
-    except NonFiniteError as error:
-        sys.exit(f"error: {error}")
+    (args,) = parse(__doc__ or "", Path(__file__).parent / "recipes")
+    # a distillation head gets no gradient here, which several processes don't bear
+    run_or_exit(lambda: ClassificationRun(args, teacher_hidden_size=None))
 
 
 if __name__ == "__main__":

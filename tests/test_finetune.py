@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,6 +20,11 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification, AutoModelForVideoClassification, pipeline
 
 from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForVideoClassification
+from modeling_videomamba.training import classification
+from modeling_videomamba.training.arguments import DataArguments, RunArguments
+from modeling_videomamba.training.augmentation import AugmentationArguments
+from modeling_videomamba.training.models import ModelArguments
+from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.conftest import NANO, moving_square, tiny_config, write_video
 from tests.launching import ENVIRONMENT, SCRIPTS, launch, launched, run, words, write_broken_videos
 
@@ -336,3 +342,33 @@ def test_finetuning_explains_what_it_lacks(digits, tmp_path):
     (tmp_path / "model" / "arguments.json").write_text(json.dumps({"epochs": 3}))
     fails("has a run in it: pass --resume or another folder", "--data", data, *TINY_CONFIG)
     fails("goes on with the arguments of the run, but:", "--data", data, *TINY_CONFIG, "--resume")
+
+
+def test_the_best_model_is_uploaded(images, tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, exist_ok):
+            assert not calls and exist_ok  # before anything is computed
+            calls.append(repo_id)
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir() if path.suffix != ".py")))
+
+    monkeypatch.setattr(classification, "HfApi", Api)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(num_frames=None).to_dict()))
+    args = classification.Arguments(
+        DataArguments(str(images), num_workers=0),
+        ModelArguments(config=tmp_path / "config.json"),
+        AugmentationArguments(),
+        OptimizationArguments(epochs=1, batch_size=40),
+        RunArguments(tmp_path / "model", report_to="none", push_to_hub="org/model"),
+    )
+    classification.ClassificationRun(args).train()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert calls == ["org/model", ("org/model", files)]
+    card = ModelCard.load(tmp_path / "model" / "best" / "README.md")
+    assert 'pipeline("image-classification", model="org/model"' in card.text

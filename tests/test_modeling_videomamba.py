@@ -1,6 +1,8 @@
 """The models: parity with the original implementation, and what Transformers' common model tests cover."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ from modeling_videomamba.modeling_videomamba import (
     resize_spatial_positions,
     resize_temporal_positions,
 )
-from modeling_videomamba.training.losses import distillation_loss
+from modeling_videomamba.training.distillation import DistillationArguments, DistillationRun
+from modeling_videomamba.training.losses import classification_loss, distillation_loss
 from tests.conftest import load_golden, needs_kernel, strip_prefix, tiny_config
 from tests.models import MODEL_CLASSES, assert_equal, build, main_output, video
 
@@ -97,6 +100,21 @@ def test_self_distillation_is_that_of_the_original(tmp_path):
     distance = distillation_loss(features, teacher_features).mean()
     torch.testing.assert_close(distance, tensors["output.loss_distillation"][0], rtol=0, atol=1e-4)
     (outputs.loss + distance).backward()
+    assert_same_gradients(student, tensors)
+
+    # and so is what scripts/distill.py minimises
+    labels = F.one_hot(tensors["input.labels"], student.config.num_labels).float()
+    run = SimpleNamespace(
+        mix=lambda batch: (pixel_values, labels),
+        loss=classification_loss,
+        teacher=teacher,
+        accelerator=SimpleNamespace(autocast=nullcontext),
+        distillation=DistillationArguments("teacher"),
+    )
+    student.zero_grad()
+    losses = DistillationRun.objective(run, student, {})
+    torch.testing.assert_close(losses["loss"].mean(), outputs.loss + distance)
+    losses["loss"].mean().backward()
     assert_same_gradients(student, tensors)
 
 

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .arguments import DataArguments, RunArguments
+from .arguments import DataArguments, RunArguments, parse_arguments
 from .augmentation import AugmentationArguments, Mixing, training_transform
 from .checkpoints import replace_files
 from .data import (
@@ -29,6 +30,7 @@ from .data import (
     iterate,
     test_batches,
 )
+from .diagnosis import NonFiniteError
 from .evaluation import Predictions, compute_metrics, predict
 from .loop import Batch, Trainer, make_accelerator
 from .losses import classification_loss, regression_loss
@@ -306,3 +308,22 @@ class ClassificationRun:
 def _without_folders(word: str) -> str:
     """Absolute paths are nobody's business."""
     return Path(word).name if Path(word).is_absolute() else word
+
+
+def parse(description: str, recipes: Path, *more: Any) -> tuple[Any, ...]:
+    """[`Arguments`] and instances of the dataclasses `more` from a recipe and the command line."""
+    classes = (DataArguments, ModelArguments, AugmentationArguments, OptimizationArguments, RunArguments)
+    groups = parse_arguments(description, recipes, *classes, *more)
+    return Arguments(*groups[: len(classes)]), *groups[len(classes) :]
+
+
+def run_or_exit(make_run: Callable[[], ClassificationRun]) -> None:
+    """Trains; what is wrong with the arguments, or with the numbers, ends the process with a message."""
+    try:
+        run = make_run()
+    except (OSError, ValueError, StrictDataclassError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        run.train()
+    except NonFiniteError as error:
+        sys.exit(f"error: {error}")

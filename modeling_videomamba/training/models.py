@@ -107,7 +107,7 @@ def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMa
 
 
 def load_processor(args: ModelArguments, model: Classifier, kind: str) -> Processor:
-    """The processor of a model; mean, standard deviation and interpolation are those of the checkpoint, if any."""
+    """The processor of a model; mean and standard deviation are those of the checkpoint, if it has a processor."""
     processor_class = VideoMambaImageProcessor if kind == "image" else VideoMambaVideoProcessor
     processor = processor_class.for_model(model.config)
     if args.model is None:
@@ -116,6 +116,9 @@ def load_processor(args: ModelArguments, model: Classifier, kind: str) -> Proces
         saved = processor_class.from_pretrained(args.model)
     except OSError:
         return processor
-    for name in ("image_mean", "image_std", "resample", "rescale_factor"):
+    kept = ["image_mean", "image_std", "rescale_factor"]
+    if (VideoMambaConfig.from_pretrained(args.model).num_frames is None) == (kind == "image"):
+        kept.append("resample")  # images are resized otherwise than videos
+    for name in kept:
         setattr(processor, name, getattr(saved, name))
     return processor
