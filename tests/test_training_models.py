@@ -76,11 +76,20 @@ def test_an_image_model_is_inflated_for_videos(tmp_path):
         load_model(args, "image", NAMES)
 
 
+def test_what_a_token_spans_does_not_change(tmp_path):
+    save(tmp_path)
+    assert load_model(ModelArguments(str(tmp_path), tubelet_size=1), "video", NAMES).config.tubelet_size == 1
+    with pytest.raises(ValueError, match="--tubelet-size 2: .* has 1"):
+        load_model(ModelArguments(str(tmp_path), tubelet_size=2), "video", NAMES)
+
+
 def test_models_from_scratch(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     model = load_model(ModelArguments(config=tmp_path / "config.json", num_frames=2, image_size=64), "video", NAMES)
     assert (model.config.num_frames, model.config.image_size, model.num_labels) == (2, 64, 3)
     model = load_model(ModelArguments(config=tmp_path / "config.json"), "image", None, drop_path_rate=0.1)
     assert (model.config.num_frames, model.num_labels, model.config.drop_path_rate) == (None, 1, 0.1)
+    model = load_model(ModelArguments(config=tmp_path / "config.json", tubelet_size=2), "video", NAMES)
+    assert model.config.tubelet_size == 2
     with torch.device("meta"):
         assert load_model(ModelArguments(size="small"), "image", NAMES).config.hidden_size == 384

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.logging import get_logger
+from torch import nn
 
 from ..configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig
 from ..image_processing_videomamba import VideoMambaImageProcessor
@@ -29,9 +29,7 @@ class ModelArguments:
     size: str | None = field(default=None, metadata={"help": "train from scratch: tiny, small, middle or base"})
     num_frames: int | None = field(default=None, metadata={"help": "frames of a clip, if others than the model's"})
     image_size: int | None = field(default=None, metadata={"help": "pixels of a side, if others than the model's"})
-    tubelet_size: int = field(
-        default=1, metadata={"help": "frames of a token, when an image model becomes one of videos"}
-    )
+    tubelet_size: int | None = field(default=None, metadata={"help": "frames of a token, where it is not the model's"})
     drop_path_rate: float | None = field(
         default=None, metadata={"help": "stochastic depth, if another than the model's"}
     )
@@ -78,17 +76,17 @@ def load_model(args: ModelArguments, kind: str, label_names: list[str] | None, *
     fresh = {name.split(".")[0] for name in info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}}
     if before.id2label != changes["id2label"]:
         fresh.add("classifier")
-        with torch.no_grad():
-            model._init_weights(model.classifier)
+        nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+        nn.init.zeros_(model.classifier.bias)
     if fresh:
-        names = f"{len(labels)} classes" if label_names else "one value"
-        logger.warning(
-            f"fresh weights in {', '.join(sorted(fresh))}: the head is for {names}, that of {args.model} is not"
-        )
+        names = f"these {len(labels)} classes" if label_names else "values"
+        logger.warning(f"fresh weights in {', '.join(sorted(fresh))}: {args.model} has none that fit {names}")
     if kind == "image":
         return model.resize_position_embeddings(image_size=args.image_size)
     if model.config.num_frames is None:
-        model.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames, args.tubelet_size)
+        model.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames, args.tubelet_size or 1)
+    elif args.tubelet_size not in (None, model.config.tubelet_size):
+        raise ValueError(f"--tubelet-size {args.tubelet_size}: {args.model} has {model.config.tubelet_size}")
     return model.resize_position_embeddings(image_size=args.image_size, num_frames=args.num_frames)
 
 
@@ -103,6 +101,8 @@ def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMa
         fields["num_frames"] = None
     elif args.num_frames is not None:
         fields["num_frames"] = args.num_frames
+    if args.tubelet_size is not None:
+        fields["tubelet_size"] = args.tubelet_size
     return VideoMambaConfig(**fields)
 
 
