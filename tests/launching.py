@@ -24,9 +24,9 @@ def run(*command, folder=ROOT):
 
 def launched(script, processes, *options):
     """The command that launches a script."""
-    kind = ("--cpu",) if processes == 1 else ("--multi_gpu", "--main_process_port", 0)  # MULTI_CPU without GPUs
+    kind = ("--cpu", "--num_processes", 1) if processes == 1 else ("--config_file", SCRIPTS / "launch" / "cpu.yaml")
     accelerate = Path(sys.executable).with_name("accelerate")
-    return words(accelerate, "launch", "--num_processes", processes, *kind, SCRIPTS / script, *options)
+    return words(accelerate, "launch", *kind, SCRIPTS / script, *options)
 
 
 def launch(script, processes, *options):

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 
 from make_recipes import make_recipes
+from modeling_videomamba.modeling_videomamba import VideoMambaLayer
 from modeling_videomamba.training.arguments import DataArguments, RunArguments, parse_arguments
 from modeling_videomamba.training.augmentation import AugmentationArguments
 from modeling_videomamba.training.models import ModelArguments
@@ -115,3 +118,13 @@ def test_unknown_options_are_refused(monkeypatch):
 def test_label_names_are_lines(tmp_path):
     (tmp_path / "names").write_text("a b\nc\n")
     assert DataArguments("x", label_file=Path(tmp_path / "names")).label_names() == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cpu", "MULTI_CPU"), ("ddp", "MULTI_GPU"), ("fsdp", "FSDP"), ("deepspeed", "DEEPSPEED")]
+)
+def test_configurations_of_accelerate(name, kind):
+    config = load_config_from_file(str(ROOT / "scripts" / "launch" / f"{name}.yaml"))
+    assert config.distributed_type == DistributedType[kind]
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == VideoMambaLayer.__name__
