@@ -166,9 +166,9 @@ def main() -> None:
         args, data = parser.parse_args_into_dataclasses(words)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
     lines = PredictionLines(args.output_dir)
     try:
+        accelerator = start_accelerator(mixed_precision=args.mixed_precision)
         with accelerator.main_process_first():
             model, processor, split = load(args, data)
         if accelerator.is_main_process:

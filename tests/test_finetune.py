@@ -78,6 +78,7 @@ def test_two_processes_train_as_one_does(digits, tmp_path):
         assert text.count("epoch 1: accuracy") == 1 and "waited for data" in text and "loss=" in text
         assert "5 broken files" in text and all(name in text for name in broken)
         found = summary(output)
+        assert json.loads((output / "arguments.json").read_text("utf-8"))["processes"] == processes
         assert set(found["broken"]) == set(broken) and found["evaluated"] == 33 and found["skipped_steps"] == 0
         for name in ("curves.png", "confusion_matrix.png"):
             with Image.open(output / name) as picture:

@@ -121,7 +121,7 @@ def test_label_names_are_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("cpu", "MULTI_CPU"), ("ddp", "MULTI_GPU"), ("fsdp", "FSDP"), ("deepspeed", "DEEPSPEED")]
+    ("name", "kind"), [("cpu", "MULTI_GPU"), ("ddp", "MULTI_GPU"), ("fsdp", "FSDP"), ("deepspeed", "DEEPSPEED")]
 )
 def test_configurations_of_accelerate(name, kind):
     config = load_config_from_file(str(ROOT / "scripts" / "launch" / f"{name}.yaml"))

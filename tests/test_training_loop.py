@@ -4,13 +4,14 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
-from modeling_videomamba.training import checkpoints
+from modeling_videomamba.training import checkpoints, loop
 from modeling_videomamba.training.arguments import RunArguments
 from modeling_videomamba.training.checkpoints import last_checkpoint, replace_files, save_checkpoint
 from modeling_videomamba.training.diagnosis import NonFiniteError
@@ -26,6 +27,13 @@ def fresh_accelerator(monkeypatch):
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(loop, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
+    with pytest.raises(ValueError, match="2 processes were launched.*ACCELERATE_USE_CPU=true"):
+        make_accelerator(RunArguments(tmp_path), OptimizationArguments())
 
 
 def keep(step, loss):

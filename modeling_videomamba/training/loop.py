@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -36,10 +37,25 @@ Batch = dict[str, Any]
 Objective = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
 
 
+def start_accelerator(**options: Any) -> Accelerator:
+    """
+    `Accelerator(**options)`. Raises `ValueError` where several processes were launched that don't know of each other,
+    as those on a CPU don't by themselves: each would do all of the work, and write over that of the others.
+    """
+    accelerator = Accelerator(**options)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but each is by itself: several on a CPU need ACCELERATE_USE_CPU=true "
+            "in the environment"
+        )
+    return accelerator
+
+
 def make_accelerator(run: RunArguments, optimization: OptimizationArguments) -> Accelerator:
     """An accelerator for a run, which then is on its way: its folder exists, its seeds are set."""
     report_to = None if run.report_to == "none" else run.report_to
-    accelerator = Accelerator(
+    accelerator = start_accelerator(
         mixed_precision=optimization.mixed_precision,
         dynamo_backend=DynamoBackend.INDUCTOR if optimization.torch_compile else None,
         log_with=report_to,
