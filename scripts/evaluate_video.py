@@ -25,6 +25,7 @@ from modeling_videomamba import VideoMambaForVideoClassification
 from modeling_videomamba.training.arguments import DataArguments
 from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, iterate, test_batches
 from modeling_videomamba.training.evaluation import Predictions, compute_metrics, is_regression, predict_batch
+from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
 
