@@ -247,14 +247,13 @@ def test_twenty_kills_change_nothing(digits, tmp_path):
     options += ("--save-steps", 4, "--report-to", "none", "--drop-path-rate", 0.1, "--mixup", 0.5, "--resume")
     command = (sys.executable, SCRIPTS / "finetune.py", *options, "--output-dir")
     assert_finished(run(*command, tmp_path / "whole"))
-    rng, kills = random.Random(0), 0
+    rng, kills, states = random.Random(0), 0, tmp_path / "killed" / "states"
     while kills < 20:
         process = start(*command, tmp_path / "killed")
-        states = tmp_path / "killed" / "states"
         before = {path.name for path in states.glob("step-*")}
         # at any moment: while it starts, or some time after it has got further than the run before it
         if kills % 4:
-            wait_until(lambda: {path.name for path in states.glob("step-*")} - before, process)  # noqa: B023
+            wait_until(lambda before=before: {path.name for path in states.glob("step-*")} - before, process)
             time.sleep(rng.uniform(0, 0.5))
         else:
             time.sleep(rng.uniform(1, 6))
