@@ -5,6 +5,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForPreTraining,
     AutoModelForVideoClassification,
     AutoVideoProcessor,
 )
@@ -17,6 +18,7 @@ from .modeling_videomamba import (
     VideoMambaForVideoClassification,
     VideoMambaModel,
 )
+from .modeling_videomamba_pretraining import VideoMambaForMaskedPreTraining
 from .selective_scan import selective_scan, selective_scan_backends
 from .video_decoding import BrokenVideoError
 from .video_processing_videomamba import VideoMambaVideoProcessor
@@ -25,6 +27,7 @@ AutoConfig.register("videomamba", VideoMambaConfig)
 AutoModel.register(VideoMambaConfig, VideoMambaModel)
 AutoModelForImageClassification.register(VideoMambaConfig, VideoMambaForImageClassification)
 AutoModelForVideoClassification.register(VideoMambaConfig, VideoMambaForVideoClassification)
+AutoModelForPreTraining.register(VideoMambaConfig, VideoMambaForMaskedPreTraining)
 AutoImageProcessor.register(VideoMambaConfig, image_processor_classes={"torchvision": VideoMambaImageProcessor})
 AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor)
 
@@ -33,6 +36,7 @@ VideoMambaConfig.register_for_auto_class()
 VideoMambaModel.register_for_auto_class()
 VideoMambaForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 VideoMambaForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
+VideoMambaForMaskedPreTraining.register_for_auto_class("AutoModelForPreTraining")
 VideoMambaImageProcessor.register_for_auto_class()
 VideoMambaVideoProcessor.register_for_auto_class()
 
@@ -41,6 +45,7 @@ __all__ = [
     "BrokenVideoError",
     "VideoMambaConfig",
     "VideoMambaForImageClassification",
+    "VideoMambaForMaskedPreTraining",
     "VideoMambaForVideoClassification",
     "VideoMambaImageProcessor",
     "VideoMambaModel",

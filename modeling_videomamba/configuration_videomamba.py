@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers.configuration_utils import PreTrainedConfig
 
 ScanOrder = Literal["spatial_first", "temporal_first", "spatiotemporal_v1", "spatiotemporal_v2"]
+AlignmentLoss = Literal["l2", "mse", "smooth_l1"]
 
 # The sizes of the paper (table 1) and of its released weights.
 VIDEOMAMBA_SIZES = {
@@ -75,6 +76,14 @@ class VideoMambaConfig(PreTrainedConfig):
         teacher_hidden_size (`int`, *optional*):
             Width of the features of the teacher in self-distillation (section 3.3). When given, the classification
             models have a distillation head and return `distillation_features`.
+        alignment_size (`int`, defaults to 512):
+            Width of the features of the CLIP teacher of masked pretraining (section 3.3), after its projection.
+        num_aligned_layers (`int`, defaults to 1):
+            Layers whose features masked pretraining aligns with as many of the teacher, from the last one down.
+        alignment_interval (`int`, defaults to 1):
+            Layers from one aligned layer to the next.
+        alignment_loss (`str`, defaults to `"l2"`):
+            Distance of the aligned features, both l2-normalised: `"l2"` (`2 - 2 cos`), `"mse"` or `"smooth_l1"`.
         problem_type (`str`, *optional*):
             Loss of the classification models: `"single_label_classification"`, `"multi_label_classification"` or
             `"regression"`. Without it the labels and `num_labels` decide.
@@ -115,6 +124,10 @@ class VideoMambaConfig(PreTrainedConfig):
     layer_norm_epsilon: float = positive(default=1e-5)
     initializer_range: float = positive(default=0.02)
     teacher_hidden_size: int | None = None
+    alignment_size: int = positive(default=512)
+    num_aligned_layers: int = positive(default=1)
+    alignment_interval: int = positive(default=1)
+    alignment_loss: AlignmentLoss = "l2"
     # declared again because Transformers itself does not check it
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
 
@@ -142,6 +155,12 @@ class VideoMambaConfig(PreTrainedConfig):
         height, width = self.input_size
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def aligned_layers(self) -> list[int]:
+        """Indices of the layers that masked pretraining aligns, in order of depth."""
+        last = self.num_hidden_layers - 1
+        return [last - i * self.alignment_interval for i in reversed(range(self.num_aligned_layers))]
+
     def validate_image_size(self):
         """`image_size` is one or two multiples of `patch_size`."""
         sizes = [self.image_size] * 2 if isinstance(self.image_size, int) else list(self.image_size)
@@ -166,6 +185,14 @@ class VideoMambaConfig(PreTrainedConfig):
         if self.time_step_min > self.time_step_max:
             raise ValueError(
                 f"`time_step_min` must not be above `time_step_max` ({self.time_step_max}), got {self.time_step_min}."
+            )
+
+    def validate_aligned_layers(self):
+        """There are as many layers as are aligned."""
+        if self.aligned_layers[0] < 0:
+            raise ValueError(
+                f"`num_hidden_layers` ({self.num_hidden_layers}) is too small for `num_aligned_layers` "
+                f"{self.num_aligned_layers} with `alignment_interval` {self.alignment_interval}."
             )
 
     def validate_teacher_hidden_size(self):

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.modeling_utils import PreTrainedModel
+
 from .configuration_videomamba import VideoMambaConfig
+from .conversion_clip import build_clip, is_clip_visual_encoder, rename_clip
 from .image_processing_videomamba import VideoMambaImageProcessor
 from .modeling_videomamba import (
     VideoMambaForImageClassification,
@@ -20,6 +24,7 @@ from .modeling_videomamba import (
     VideoMambaModel,
     VideoMambaPreTrainedModel,
 )
+from .modeling_videomamba_pretraining import VideoMambaForMaskedPreTraining
 from .video_processing_videomamba import VideoMambaVideoProcessor
 
 StateDict = dict[str, torch.Tensor]
@@ -35,14 +40,14 @@ REQUIRED = {
     "layers.0.mixer.conv1d.weight": (3,),
     "layers.0.mixer.dt_proj.weight": (2,),
     "layers.0.mixer.A_b_log": (2,),
-    "norm_f.weight": (1,),
 }
 
 # From the original's names to those of `VideoMambaForVideoClassification`, applied in turn.
 RENAMING = (
     (r"^head\.", "classifier."),
     (r"^distill_head\.", "distillation_head."),
-    (r"^norm_f\.", "videomamba.norm."),
+    (r"^clip_decoder\.", "alignment_decoders."),
+    (r"^norm(_f)?\.", "videomamba.norm."),
     (r"^cls_token$", "videomamba.embeddings.cls_token"),
     (r"^pos_embed$", "videomamba.embeddings.position_embeddings"),
     (r"^temporal_pos_embedding$", "videomamba.embeddings.temporal_position_embeddings"),
@@ -69,8 +74,8 @@ class CheckpointError(ValueError):
 class ConvertedCheckpoint:
     """A model, its processor, and what the checkpoint was recognised as."""
 
-    model: VideoMambaPreTrainedModel
-    processor: VideoMambaImageProcessor | VideoMambaVideoProcessor
+    model: PreTrainedModel
+    processor: VideoMambaImageProcessor | VideoMambaVideoProcessor | BaseImageProcessor
     kind: str
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -79,31 +84,54 @@ class ConvertedCheckpoint:
         self.processor.save_pretrained(directory)
 
 
-def convert_checkpoint(path: str | os.PathLike, labels: Sequence[str] | None = None) -> ConvertedCheckpoint:
+def convert_checkpoint(
+    path: str | os.PathLike,
+    labels: Sequence[str] | None = None,
+    *,
+    alignment_interval: int = 1,
+    num_attention_heads: int | None = None,
+) -> ConvertedCheckpoint:
     r"""
-    Reads a checkpoint of the original release: an image model, a self-distilled student or a video model. Every value
-    of the configuration comes from the shapes of the tensors.
+    Reads a checkpoint of the original release: an image model, a self-distilled student, a video model, a model of
+    masked pretraining, or the visual encoder of CLIP that taught it. Every other value of the configuration comes from
+    the shapes of the tensors.
 
     Args:
         path (`str` or `os.PathLike`): The `.pth` file, read with `weights_only=True`.
         labels (`Sequence[str]`, *optional*): Class names in the order of the head.
+        alignment_interval (`int`, defaults to 1): Of masked pretraining that aligned several layers.
+        num_attention_heads (`int`, *optional*): Of a visual encoder of CLIP; by default heads have 64 channels.
 
     Raises:
         `FileNotFoundError`: if there is no such file.
-        `CheckpointError`: if it is no VideoMamba checkpoint, of a kind without a model class yet, has tensors that the
-            model has no place for, lacks some, or has another number of classes than `labels`.
+        `CheckpointError`: if it is no checkpoint of a known kind, has tensors that the model has no place for, lacks
+            some, or an argument doesn't fit it.
     """
     state_dict = load_state_dict(path)
+    if is_clip_visual_encoder(state_dict):
+        return _convert_clip(state_dict, num_attention_heads)
     kind = recognise(state_dict)
-    config = infer_config(state_dict)
+    config = infer_config(state_dict, alignment_interval)
     _set_labels(config, state_dict, labels)
+    is_video = kind in ("video", "masked-pretraining")
     model_class: type[VideoMambaPreTrainedModel] = VideoMambaModel
-    if "head.weight" in state_dict:
-        model_class = VideoMambaForVideoClassification if kind == "video" else VideoMambaForImageClassification
+    if kind == "masked-pretraining":
+        model_class = VideoMambaForMaskedPreTraining
+    elif "head.weight" in state_dict:
+        model_class = VideoMambaForVideoClassification if is_video else VideoMambaForImageClassification
     model = model_class(config)
-    _load(model, {rename(name): tensor for name, tensor in state_dict.items()})
-    processor_class = VideoMambaVideoProcessor if kind == "video" else VideoMambaImageProcessor
+    _load(model, _renamed(state_dict, model))
+    processor_class = VideoMambaVideoProcessor if is_video else VideoMambaImageProcessor
     return ConvertedCheckpoint(model.eval(), processor_class.for_model(config), kind)
+
+
+def _convert_clip(state_dict: StateDict, num_attention_heads: int | None) -> ConvertedCheckpoint:
+    try:
+        model, processor = build_clip(state_dict, num_attention_heads)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    _load(model, rename_clip(state_dict))
+    return ConvertedCheckpoint(model.eval(), processor, "CLIP visual encoder")
 
 
 def load_state_dict(path: str | os.PathLike) -> StateDict:
@@ -133,25 +161,25 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
 
 
 def recognise(state_dict: StateDict) -> str:
-    """`"image"`, `"student"` or `"video"`; a `CheckpointError` for any other."""
+    """`"image"`, `"student"`, `"video"` or `"masked-pretraining"`; a `CheckpointError` for any other."""
     prefixes = {name.split(".")[0] for name in state_dict}
     if prefixes & {"vision_encoder", "text_encoder"}:
         raise CheckpointError("This is a video-text checkpoint; this version has no model class for it yet.")
-    if "clip_decoder" in prefixes:
-        raise CheckpointError("This is a masked-pretraining checkpoint; this version has no model class for it yet.")
     missing = [name for name in REQUIRED if name not in state_dict]
     if missing:
         raise CheckpointError(f"This is not a VideoMamba checkpoint: it lacks {_listing(missing)}.")
     for name, dimensions in REQUIRED.items():
         if state_dict[name].ndim not in dimensions:
             raise CheckpointError(f"This is not a VideoMamba checkpoint: `{name}` is {tuple(state_dict[name].shape)}.")
+    if "clip_decoder" in prefixes:
+        return "masked-pretraining"
     if "distill_head" in prefixes:
         return "student"
     is_video = "temporal_pos_embedding" in state_dict or state_dict["patch_embed.proj.weight"].ndim == 5
     return "video" if is_video else "image"
 
 
-def infer_config(state_dict: StateDict) -> VideoMambaConfig:
+def infer_config(state_dict: StateDict, alignment_interval: int = 1) -> VideoMambaConfig:
     """The configuration that the shapes of the tensors imply."""
     kernel = state_dict["patch_embed.proj.weight"]
     tubelet_size = kernel.shape[2] if kernel.ndim == 5 else 1
@@ -164,7 +192,13 @@ def infer_config(state_dict: StateDict) -> VideoMambaConfig:
     mixer, names = "layers.0.mixer.", "\n".join(state_dict)
     channels, state_size = state_dict[mixer + "A_b_log"].shape
     distillation_head = state_dict.get("distill_head.1.weight")
+    decoders = [tensor for name, tensor in state_dict.items() if re.fullmatch(r"clip_decoder\.\d+\.head\.weight", name)]
+    alignment: dict[str, Any] = {}
+    if decoders:
+        alignment = {"num_aligned_layers": len(decoders), "alignment_interval": alignment_interval}
+        alignment["alignment_size"] = len(decoders[0])
     return VideoMambaConfig(
+        **alignment,
         image_size=grid * kernel.shape[-1],
         patch_size=kernel.shape[-1],
         num_channels=kernel.shape[1],
@@ -234,12 +268,19 @@ def _set_labels(config: VideoMambaConfig, state_dict: StateDict, labels: Sequenc
     config.label2id = {label: index for index, label in enumerate(labels)}
 
 
-def _load(model: VideoMambaPreTrainedModel, state_dict: StateDict) -> None:
-    kernel = "videomamba.embeddings.patch_embeddings.projection.weight"
-    if state_dict[kernel].ndim == 4:
-        state_dict[kernel] = state_dict[kernel].unsqueeze(2)
-    if isinstance(model, VideoMambaModel):
-        state_dict = {name.removeprefix("videomamba."): tensor for name, tensor in state_dict.items()}
+def _renamed(state_dict: StateDict, model: VideoMambaPreTrainedModel) -> StateDict:
+    """The tensors under the names and in the shapes of `model`."""
+    prefix = f"{model.base_model_prefix}." if isinstance(model, VideoMambaModel) else ""
+    renamed = {rename(name).removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    if len(renamed) < len(state_dict):
+        raise CheckpointError("The checkpoint does not fit: two of its tensors have one place in the model.")
+    kernel = rename("patch_embed.proj.weight").removeprefix(prefix)
+    if renamed[kernel].ndim == 4:
+        renamed[kernel] = renamed[kernel].unsqueeze(2)
+    return renamed
+
+
+def _load(model: PreTrainedModel, state_dict: StateDict) -> None:
     expected = model.state_dict()
     problems = []
     if unused := sorted(set(state_dict) - set(expected)):

@@ -101,9 +101,38 @@ def resize_temporal_positions(position_embeddings: torch.Tensor, length: int) ->
 
 
 def temporal_first(num_steps: int, num_patches: int, device: torch.device) -> torch.Tensor:
-    """Permutation `(1 + num_steps * num_patches,)` from spatial-first to temporal-first order; class token first."""
+    """Permutation `(1, 1 + num_steps * num_patches)` from spatial-first to temporal-first order; class token first."""
     patches = torch.arange(1, 1 + num_steps * num_patches, device=device).view(num_steps, num_patches)
-    return F.pad(patches.T.flatten(), (1, 0))
+    return F.pad(patches.T.flatten(), (1, 0)).unsqueeze(0)
+
+
+def take_tokens(sequence: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Of `(batch, length, ...)` those tokens that `indices`, `(batch, count)` or `(1, count)`, name."""
+    if len(indices) == 1:  # the same of all samples
+        return sequence[:, indices[0]]
+    return torch.take_along_dim(sequence, indices.view(*indices.shape, *[1] * (sequence.ndim - 2)), dim=1)
+
+
+def visible_tokens(bool_masked_pos: torch.Tensor, batch: int, num_patches: int) -> torch.Tensor:
+    r"""
+    Indices `(batch, 1 + visible)` of the class token and of the patch tokens that are not masked, in their order.
+
+    Raises:
+        `ValueError`: if `bool_masked_pos` is not boolean and `(batch, num_patches)`, or hides more of one sample than of
+            another.
+    """
+    if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != (batch, num_patches):
+        raise ValueError(
+            f"`bool_masked_pos` must be boolean and of shape (batch, T'P) = {(batch, num_patches)}, got "
+            f"{bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}."
+        )
+    counts = bool_masked_pos.sum(dim=1).unique().tolist()
+    if len(counts) != 1:
+        raise ValueError(
+            f"`bool_masked_pos` must hide the same number of tokens of each sample, got {counts[0]} to {counts[-1]}."
+        )
+    visible = F.pad(~bool_masked_pos, (1, 0), value=True)
+    return visible.nonzero()[:, 1].view(batch, -1)
 
 
 class VideoMambaRMSNorm(nn.Module):
@@ -368,7 +397,9 @@ class VideoMambaMixer(nn.Module):
         self.out_proj = VideoMambaOutputProjection(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
-        """`(batch, length, D)` to the same; `permutation` `(length,)` gives the temporal-first order."""
+        """
+        `(batch, length, D)` to the same; `permutation` `(batch, length)` or `(1, length)` gives the temporal-first order.
+        """
         if isinstance(self.in_proj, VideoMambaInputProjection):  # apart, so that nobody has to join their gradients
             x, z = self.in_proj(hidden_states, name="x"), self.in_proj(hidden_states, name="z")
         else:  # wrapped by an adapter
@@ -377,8 +408,8 @@ class VideoMambaMixer(nn.Module):
         for order, scan in zip(self.orders, self.scans, strict=True):
             gate = z if scan is self.scans[-1] else None
             if order == "temporal" and permutation is not None:
-                sequences = [None if s is None else s[:, permutation] for s in (x, y, gate)]
-                y = scan(*sequences)[:, permutation.argsort()]
+                sequences = [None if s is None else take_tokens(s, permutation) for s in (x, y, gate)]
+                y = take_tokens(scan(*sequences), permutation.argsort(dim=1))
             else:
                 y = scan(x, y, gate)
         return self.out_proj(y.to(z.dtype))
@@ -479,7 +510,9 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("video", "image")
     supports_gradient_checkpointing = True
+    _auto_map = AUTO_MAP
     _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"^alignment_decoders\."]  # of masked pretraining
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -522,7 +555,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         if self._auto_class is not None:  # Transformers alone would map the saved class only
-            self.config.auto_map = dict(AUTO_MAP)
+            self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, **kwargs)
 
     def resize_position_embeddings(
@@ -607,7 +640,10 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
@@ -615,23 +651,33 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
                 `(batch, channels, height, width)` for images):
                 Normalised pixels. `frames` is a multiple of `tubelet_size`, `height` and `width` are multiples of
                 `patch_size`.
+            bool_masked_pos (`torch.Tensor` of shape `(batch, T'P)`, boolean, *optional*):
+                `True` for the patch tokens that are hidden: only the class token and the others enter the layers. The
+                same number of each sample.
             output_hidden_states (`bool`, *optional*, defaults to `config.output_hidden_states`):
                 Whether to return the residual stream after the embeddings and after every layer.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(batch, 1 + T'P, D)` after the final norm, the class
             token first, then the patches of frame 0, of frame 1, ...; `pooler_output` `(batch, D)`, its class token;
-            `hidden_states`, `num_hidden_layers + 1` float32 tensors `(batch, 1 + T'P, D)` before the final norm.
+            `hidden_states`, `num_hidden_layers + 1` float32 tensors `(batch, 1 + T'P, D)` before the final norm. With
+            `bool_masked_pos` the length is `1 + visible`.
 
         Raises:
-            `ValueError`: if the shape of `pixel_values` does not fit.
+            `ValueError`: if the shape of `pixel_values` or `bool_masked_pos` does not fit.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         tokens, num_steps = self.embeddings(pixel_values)
-        permutation = None
+        num_patches, permutation = tokens.shape[1] - 1, None
         if self.uses_temporal_order:
-            permutation = temporal_first(num_steps, (tokens.shape[1] - 1) // num_steps, tokens.device)
+            permutation = temporal_first(num_steps, num_patches // num_steps, tokens.device)
+        if bool_masked_pos is not None:
+            visible = visible_tokens(bool_masked_pos, len(tokens), num_patches)
+            tokens = take_tokens(tokens, visible)
+            if permutation is not None:
+                places = permutation.argsort(dim=1).expand(len(tokens), -1)
+                permutation = take_tokens(places, visible).argsort(dim=1)
 
         hidden_states = tokens.float()
         del tokens

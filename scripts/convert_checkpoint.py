@@ -2,12 +2,15 @@
 
     python scripts/convert_checkpoint.py videomamba_t16_k400_f8_res224.pth videomamba-ti-k400 --labels kinetics400
 
-The kind of model (image, self-distilled student, video) and every value of its configuration are read off the tensors.
+The kind of model (image, self-distilled student, video, masked pretraining, CLIP visual encoder) and every value of its
+configuration are read off the tensors, but for those that have an option here.
 """
 
 import argparse
 import sys
 from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
 
 from modeling_videomamba.conversion import KNOWN_LABELS, convert_checkpoint, load_labels
 
@@ -17,11 +20,22 @@ def main() -> None:
     parser.add_argument("input", type=Path, help="the .pth file")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--labels", help=f"class names: a file, or one of {', '.join(KNOWN_LABELS)}")
+    parser.add_argument(
+        "--alignment-interval", type=int, default=1, help="layers between those that masked pretraining aligned"
+    )
+    parser.add_argument(
+        "--num-attention-heads", type=int, help="of a CLIP visual encoder; by default heads have 64 channels"
+    )
     args = parser.parse_args()
     try:
         labels = None if args.labels is None else load_labels(args.labels)
-        converted = convert_checkpoint(args.input, labels)
-    except (OSError, ValueError) as error:
+        converted = convert_checkpoint(
+            args.input,
+            labels,
+            alignment_interval=args.alignment_interval,
+            num_attention_heads=args.num_attention_heads,
+        )
+    except (OSError, ValueError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
     converted.save_pretrained(args.output_dir)
     tensors = converted.model.state_dict()
