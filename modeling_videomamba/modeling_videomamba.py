@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -118,8 +118,8 @@ def visible_tokens(bool_masked_pos: torch.Tensor, batch: int, num_patches: int) 
     Indices `(batch, 1 + visible)` of the class token and of the patch tokens that are not masked, in their order.
 
     Raises:
-        `ValueError`: if `bool_masked_pos` is not boolean and `(batch, num_patches)`, or hides more of one sample than of
-            another.
+        `ValueError`: if `bool_masked_pos` is not boolean and `(batch, num_patches)`, or hides more of one sample than
+            of another.
     """
     if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != (batch, num_patches):
         raise ValueError(
@@ -398,7 +398,8 @@ class VideoMambaMixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, permutation: torch.Tensor | None = None) -> torch.Tensor:
         """
-        `(batch, length, D)` to the same; `permutation` `(batch, length)` or `(1, length)` gives the temporal-first order.
+        `(batch, length, D)` to the same; `permutation`, `(batch, length)` or `(1, length)`, gives the temporal-first
+        order.
         """
         if isinstance(self.in_proj, VideoMambaInputProjection):  # apart, so that nobody has to join their gradients
             x, z = self.in_proj(hidden_states, name="x"), self.in_proj(hidden_states, name="z")
@@ -668,6 +669,43 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        depth = self.config.num_hidden_layers
+        streams = self.residual_streams(
+            pixel_values, bool_masked_pos, range(depth + 1) if output_hidden_states else (depth,)
+        )
+        last_hidden_state = self.norm(streams[depth])
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[:, 0],
+            hidden_states=tuple(streams.values()) if output_hidden_states else None,
+        )
+
+    def residual_streams(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None, wanted: Collection[int]
+    ) -> dict[int, torch.Tensor]:
+        """
+        The residual stream `(batch, length, D)`, float32, before each of the layers `wanted`, or after all of them
+        under `num_hidden_layers`. No layer is run that it doesn't take. Arguments and errors are those of `forward`.
+        """
+        hidden_states, permutation = self._tokens(pixel_values, bool_masked_pos)
+        workspace = self._workspace(hidden_states) if permutation is None else None
+        streams: dict[int, torch.Tensor] = {}
+        source: nn.Module = self.embeddings
+        for index in range(max(wanted) + 1):
+            if index in wanted:
+                streams[index] = hidden_states
+            if index == max(wanted):
+                break
+            if workspace is not None:  # what nobody else holds it may write over
+                workspace.stream = None if index in wanted or is_watched(source) else hidden_states
+            source = self.layers[index]
+            hidden_states = source(hidden_states, permutation, workspace)
+        return streams
+
+    def _tokens(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The first residual stream, and the permutation to the temporal-first order where a scan takes it."""
         tokens, num_steps = self.embeddings(pixel_values)
         num_patches, permutation = tokens.shape[1] - 1, None
         if self.uses_temporal_order:
@@ -678,27 +716,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
             if permutation is not None:
                 places = permutation.argsort(dim=1).expand(len(tokens), -1)
                 permutation = take_tokens(places, visible).argsort(dim=1)
-
-        hidden_states = tokens.float()
-        del tokens
-        workspace = self._workspace(hidden_states) if permutation is None else None
-        all_hidden_states = (hidden_states,) if output_hidden_states else ()
-        source: nn.Module = self.embeddings
-        for layer in self.layers:
-            if workspace is not None and not (output_hidden_states or is_watched(source)):
-                workspace.stream = hidden_states
-            hidden_states = layer(hidden_states, permutation, workspace)
-            source = layer
-            if output_hidden_states:
-                all_hidden_states += (hidden_states,)
-
-        del workspace
-        last_hidden_state = self.norm(hidden_states)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state,
-            pooler_output=last_hidden_state[:, 0],
-            hidden_states=all_hidden_states if output_hidden_states else None,
-        )
+        return tokens.float(), permutation
 
     def _workspace(self, hidden_states: torch.Tensor) -> VideoMambaWorkspace | None:
         """For inference in pieces, where that is possible."""

@@ -1,4 +1,4 @@
-"""PyTorch VideoMamba for masked pretraining: the features of visible tokens are aligned with those of a CLIP teacher."""
+"""PyTorch VideoMamba for masked pretraining: features of visible tokens are aligned with those of a CLIP teacher."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class VideoMambaForMaskedPreTrainingOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned when `teacher_features` is given):
             Mean of [`alignment_loss`].
         aligned_features (`torch.Tensor` of shape `(num_aligned_layers, batch, 1 + visible, alignment_size)`):
-            Features of the class token and of the visible tokens, l2-normalised, of the aligned layers in order of depth.
+            Features of the class token and of the visible tokens, l2-normalised, the aligned layers in order of depth.
         hidden_states (`tuple(torch.Tensor)`, *optional*):
             As in [`VideoMambaModel.forward`].
     """
@@ -32,9 +32,7 @@ class VideoMambaForMaskedPreTrainingOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-def alignment_loss(
-    aligned_features: torch.Tensor, teacher_features: torch.Tensor, kind: str = "l2"
-) -> torch.Tensor:
+def alignment_loss(aligned_features: torch.Tensor, teacher_features: torch.Tensor, kind: str = "l2") -> torch.Tensor:
     r"""
     Distance of the features of the student from those of the teacher, mean over layers and tokens.
 
@@ -156,22 +154,27 @@ class VideoMambaForMaskedPreTraining(VideoMambaPreTrainedModel):
         torch.Size([1, 2, 315, 512])
         ```
         """
-        outputs = self.videomamba(pixel_values, bool_masked_pos, output_hidden_states=True, return_dict=True)
-        *streams, _ = outputs.hidden_states
+        config, last = self.config, self.config.num_hidden_layers - 1
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        # of an earlier layer the stream after it, of the last one that before it
+        places = [layer if layer == last else layer + 1 for layer in config.aligned_layers]
+        streams = self.videomamba.residual_streams(
+            pixel_values, bool_masked_pos, range(last + 2) if output_hidden_states else places
+        )
         batch, num_patches = bool_masked_pos.shape
-        positions = sinusoidal_positions(1 + num_patches, self.config.hidden_size, bool_masked_pos.device)
+        positions = sinusoidal_positions(1 + num_patches, config.hidden_size, bool_masked_pos.device)
         positions = positions[visible_tokens(bool_masked_pos, batch, num_patches)]
-        last = self.config.num_hidden_layers - 1
-        features = [
-            decoder((streams[i] if i == last else self.videomamba.norm(streams[i + 1])) + positions)
-            for i, decoder in zip(self.config.aligned_layers, self.alignment_decoders, strict=True)
-        ]
+        features = []
+        for layer, place, decoder in zip(config.aligned_layers, places, self.alignment_decoders, strict=True):
+            stream = streams[place] if layer == last else self.videomamba.norm(streams[place])
+            features.append(decoder(stream + positions))
         aligned_features, loss = torch.stack(features), None
         if teacher_features is not None:
-            loss = alignment_loss(aligned_features, teacher_features, self.config.alignment_loss).mean()
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            loss = alignment_loss(aligned_features, teacher_features, config.alignment_loss).mean()
+        hidden_states = tuple(streams.values()) if output_hidden_states else None
         return VideoMambaForMaskedPreTrainingOutput(
-            loss=loss, aligned_features=aligned_features, hidden_states=outputs.hidden_states if keep else None
+            loss=loss, aligned_features=aligned_features, hidden_states=hidden_states
         )
 
     def freeze_unaligned(self) -> None:

@@ -8,8 +8,9 @@ to those of the teacher, which keeps a large model from overfitting. OUTPUT/best
 
 from pathlib import Path
 
-from modeling_videomamba.training.classification import parse, run_or_exit
+from modeling_videomamba.training.classification import parse
 from modeling_videomamba.training.distillation import DistillationArguments, DistillationRun
+from modeling_videomamba.training.run import run_or_exit
 
 
 def main() -> None:

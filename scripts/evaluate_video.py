@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ from rich.table import Table
 from transformers import AutoImageProcessor, AutoVideoProcessor, HfArgumentParser
 
 from modeling_videomamba import VideoMambaForVideoClassification
-from modeling_videomamba.training.arguments import DataArguments
+from modeling_videomamba.training.arguments import LabelledDataArguments, differences
 from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, iterate, test_batches
-from modeling_videomamba.training.evaluation import Predictions, compute_metrics, is_regression, predict_batch
+from modeling_videomamba.training.evaluation import (
+    Predictions,
+    class_scores,
+    compute_metrics,
+    is_regression,
+    predict_batch,
+)
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
@@ -82,17 +89,14 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Predictions of another model or of other views are not mixed with those of this run."""
     path = folder / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text("utf-8"))
-        changed = [
-            f"{name} {before.get(name)} -> {value}" for name, value in settings.items() if before.get(name) != value
-        ]
+        changed = differences(json.loads(path.read_text("utf-8")), settings)
         if changed:
             raise ValueError(f"--output-dir {folder} has predictions of another run: {', '.join(changed)}")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2), "utf-8")
 
 
-def load(args: Arguments, data: DataArguments) -> tuple[Any, Any, Split]:
+def load(args: Arguments, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
     """Model, processor and split, which has the labels of the model."""
     if data.streaming:
         raise ValueError("--streaming is for training: which videos have been tested must be known")
@@ -118,9 +122,10 @@ def predict_split(
     accelerator: Accelerator, model: Any, batches: Iterator[dict[str, Any]], part: Path, bar: Any
 ) -> None:
     """Appends a line for each example of this process."""
+    score = partial(class_scores, model, regression=is_regression(model))
     with part.open("a", encoding="utf-8") as file:
         for batch in batches:
-            found = {i: (scores, label) for i, scores, label in predict_batch(accelerator, model, batch)}
+            found = {i: (scores, label) for i, scores, label in predict_batch(accelerator, score, batch)}
             reasons = dict(batch["broken"])
             for index, name in zip(batch["indices"].tolist(), batch["names"], strict=False):  # once for all views
                 line: dict[str, Any] = {"index": index, "video": name}
@@ -160,7 +165,7 @@ def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: P
 
 
 def main() -> None:
-    parser = HfArgumentParser((Arguments, DataArguments), description=__doc__)
+    parser = HfArgumentParser((Arguments, LabelledDataArguments), description=__doc__)
     positional = sys.argv[1:2] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else []
     try:
         words = [*(["--model"] if positional else []), *sys.argv[1:]]

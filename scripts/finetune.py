@@ -10,7 +10,8 @@ values are those of a published run. OUTPUT/best and OUTPUT/last are the models.
 
 from pathlib import Path
 
-from modeling_videomamba.training.classification import ClassificationRun, parse, run_or_exit
+from modeling_videomamba.training.classification import ClassificationRun, parse
+from modeling_videomamba.training.run import run_or_exit
 
 
 def main() -> None:

@@ -20,9 +20,10 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification, AutoModelForVideoClassification, pipeline
 
 from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForVideoClassification
-from modeling_videomamba.training import classification
-from modeling_videomamba.training.arguments import DataArguments, RunArguments
-from modeling_videomamba.training.augmentation import AugmentationArguments
+from modeling_videomamba.training import run as run_module
+from modeling_videomamba.training.arguments import LabelledDataArguments, RunArguments
+from modeling_videomamba.training.augmentation import LabelledAugmentationArguments
+from modeling_videomamba.training.classification import ClassificationRun, LabelledArguments
 from modeling_videomamba.training.models import ModelArguments
 from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.conftest import NANO, moving_square, tiny_config, write_video
@@ -355,17 +356,17 @@ def test_the_best_model_is_uploaded(images, tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path):
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir() if path.suffix != ".py")))
 
-    monkeypatch.setattr(classification, "HfApi", Api)
+    monkeypatch.setattr(run_module, "HfApi", Api)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(num_frames=None).to_dict()))
-    args = classification.Arguments(
-        DataArguments(str(images), num_workers=0),
+    args = LabelledArguments(
+        LabelledDataArguments(str(images), num_workers=0),
         ModelArguments(config=tmp_path / "config.json"),
-        AugmentationArguments(),
+        LabelledAugmentationArguments(),
         OptimizationArguments(epochs=1, batch_size=40),
         RunArguments(tmp_path / "model", report_to="none", push_to_hub="org/model"),
     )
-    classification.ClassificationRun(args).train()
+    ClassificationRun(args).train()
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]

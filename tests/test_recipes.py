@@ -10,14 +10,14 @@ from accelerate.utils import DistributedType
 
 from make_recipes import make_recipes
 from modeling_videomamba.modeling_videomamba import VideoMambaLayer
-from modeling_videomamba.training.arguments import DataArguments, RunArguments, parse_arguments
-from modeling_videomamba.training.augmentation import AugmentationArguments
+from modeling_videomamba.training.arguments import LabelledDataArguments, RunArguments, parse_arguments
+from modeling_videomamba.training.augmentation import LabelledAugmentationArguments
 from modeling_videomamba.training.models import ModelArguments
 from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.conftest import GOLDEN, ROOT
 
 RECIPES = ROOT / "scripts" / "recipes"
-CLASSES = (DataArguments, ModelArguments, AugmentationArguments, OptimizationArguments, RunArguments)
+CLASSES = (LabelledDataArguments, ModelArguments, LabelledAugmentationArguments, OptimizationArguments, RunArguments)
 PUBLISHED = json.loads((GOLDEN / "recipes.json").read_text("utf-8"))
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -117,7 +117,7 @@ def test_unknown_options_are_refused(monkeypatch):
 
 def test_label_names_are_lines(tmp_path):
     (tmp_path / "names").write_text("a b\nc\n")
-    assert DataArguments("x", label_file=Path(tmp_path / "names")).label_names() == ["a b", "c"]
+    assert LabelledDataArguments("x", label_file=Path(tmp_path / "names")).label_names() == ["a b", "c"]
 
 
 @pytest.mark.parametrize(

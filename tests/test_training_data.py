@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
-from modeling_videomamba.training.augmentation import AugmentationArguments, Mixing, RandAugment, training_transform
+from modeling_videomamba.training.augmentation import (
+    LabelledAugmentationArguments,
+    Mixing,
+    RandAugment,
+    training_transform,
+)
 from modeling_videomamba.training.data import (
     BrokenImageError,
     Examples,
@@ -89,7 +94,9 @@ def test_each_example_is_tested_once(indices, batch_size, world):
 
 
 def test_views_follow_from_the_seed(video):
-    args = AugmentationArguments(flip=True, min_crop_area=0.3, rand_augment_ops=2, random_erasing=0.5, num_sample=3)
+    args = LabelledAugmentationArguments(
+        flip=True, min_crop_area=0.3, rand_augment_ops=2, random_erasing=0.5, num_sample=3
+    )
     views = TrainingViews(processor(), training_transform(processor(), args), 3)
     example = {"video": {"path": str(video), "bytes": None}}
     state = torch.get_rng_state()
@@ -103,7 +110,7 @@ def test_views_follow_from_the_seed(video):
 def test_without_augmentation_training_differs_from_testing_by_its_frames_alone(tmp_path):
     path = write_video(tmp_path / "still.mp4", np.repeat(moving_square(1), 12, axis=0))
     example = {"video": {"path": str(path), "bytes": None}}
-    assert training_transform(processor(), AugmentationArguments()) is None
+    assert training_transform(processor(), LabelledAugmentationArguments()) is None
     training = TrainingViews(processor(), num_sample=2)(example, 0)
     testing = TestViews(processor())(example, 0)
     torch.testing.assert_close(training, testing.expand(2, -1, -1, -1, -1), atol=0.05, rtol=0)
@@ -125,7 +132,7 @@ def test_images(tmp_path):
         tested = TestViews(image_processor)(source, 0)
         expected = image_processor(PILImage.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"]
         assert torch.equal(tested, expected) and TestViews(image_processor).shape == (1, 3, 32, 32)
-    transform = training_transform(image_processor, AugmentationArguments(auto_augment=True, min_crop_area=0.5))
+    transform = training_transform(image_processor, LabelledAugmentationArguments(auto_augment=True, min_crop_area=0.5))
     assert TrainingViews(image_processor, transform, 2)(example, 0).shape == (2, 3, 32, 32)
 
 
@@ -244,7 +251,7 @@ def test_a_stream_goes_on_where_it_was(workers, skip):
 @given(st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
 def test_all_frames_of_a_clip_change_alike(seed):
-    args = AugmentationArguments(flip=True, min_crop_area=0.08, rand_augment_ops=4, random_erasing=0.5)
+    args = LabelledAugmentationArguments(flip=True, min_crop_area=0.08, rand_augment_ops=4, random_erasing=0.5)
     transform = training_transform(processor(), args)
     frame = torch.from_numpy(moving_square(1)).permute(0, 3, 1, 2)
     torch.manual_seed(seed)
@@ -257,7 +264,7 @@ def test_left_stays_left_without_flips():
     frames = torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
     frames[..., :24] = 255
     for flip in (False, True):
-        transform = training_transform(processor(), AugmentationArguments(flip=flip, min_crop_area=0.9))
+        transform = training_transform(processor(), LabelledAugmentationArguments(flip=flip, min_crop_area=0.9))
         torch.manual_seed(0)
         left = [bool((view := transform(frames))[..., 0].mean() > view[..., -1].mean()) for _ in range(20)]
         assert all(left) != flip
@@ -292,7 +299,7 @@ def test_mixtures(shape, on):
     labels = torch.tensor([0, 1, 2, 3, 4, 1])
     pixel_values = labels.float().reshape(6, *[1] * (len(shape) - 1)).expand(shape).clone()
     valid = torch.tensor([True, True, False, True, True, True])
-    mixed, targets = Mixing(AugmentationArguments(label_smoothing=0.1, **on), 5)(pixel_values, labels, valid)
+    mixed, targets = Mixing(LabelledAugmentationArguments(label_smoothing=0.1, **on), 5)(pixel_values, labels, valid)
     torch.testing.assert_close(targets.sum(-1), torch.ones(6))
     assert torch.equal(mixed[2], pixel_values[2])  # a broken row is in no mixture
     torch.testing.assert_close(targets[2], torch.tensor([0.02, 0.02, 0.92, 0.02, 0.02]))
@@ -307,7 +314,7 @@ def test_mixtures(shape, on):
 def test_targets_without_mixing():
     labels = torch.tensor([1, 0])
     pixel_values = torch.randn(2, 3, 8, 8)
-    same, targets = Mixing(AugmentationArguments(), 3)(pixel_values, labels, torch.ones(2, dtype=torch.bool))
+    same, targets = Mixing(LabelledAugmentationArguments(), 3)(pixel_values, labels, torch.ones(2, dtype=torch.bool))
     assert torch.equal(same, pixel_values) and torch.equal(targets, torch.tensor([[0.0, 1, 0], [1, 0, 0]]))
 
 
@@ -320,4 +327,4 @@ def test_targets_without_mixing():
 )
 def test_wrong_augmentation_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        AugmentationArguments(**wrong)
+        LabelledAugmentationArguments(**wrong)

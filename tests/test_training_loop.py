@@ -72,6 +72,7 @@ def make_trainer(folder, *, rows=4, steps=6, spoil=keep, resume=False, save_step
         evaluate=lambda model: ({"accuracy": 0.5}, {}),
         save_model=save_model,
         metric="accuracy",
+        minimize=False,
         run=run,
         optimization=optimization,
         views_per_step=rows * optimization.gradient_accumulation_steps,

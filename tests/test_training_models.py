@@ -10,7 +10,7 @@ from modeling_videomamba import (
     VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
 )
-from modeling_videomamba.training.models import ModelArguments, load_model, load_processor
+from modeling_videomamba.training.models import ModelArguments, load_classifier, load_processor
 from tests.conftest import tiny_config
 from tests.models import build
 
@@ -34,10 +34,10 @@ def save(folder, model_class=VideoMambaForVideoClassification, names=NAMES, **ch
 
 def test_the_head_is_kept_for_the_same_labels_and_fresh_for_others(tmp_path):
     saved = save(tmp_path)
-    same = load_model(ModelArguments(str(tmp_path)), "video", NAMES)
+    same = load_classifier(ModelArguments(str(tmp_path)), "video", NAMES)
     assert torch.equal(same.classifier.weight, saved.classifier.weight)
     for names in (["x", "y", "z"], ["c", "b", "a"], ["a", "b"], None):
-        other = load_model(ModelArguments(str(tmp_path)), "video", names)
+        other = load_classifier(ModelArguments(str(tmp_path)), "video", names)
         assert len(other.classifier.weight) == len(names or "1")
         assert other.config.problem_type == ("single_label_classification" if names else "regression")
         rows = min(len(other.classifier.weight), 3)
@@ -52,7 +52,7 @@ def test_frames_and_resolution_change_with_their_position_embeddings(tmp_path):
         saved.videomamba.embeddings.temporal_position_embeddings.normal_()
     saved.save_pretrained(tmp_path)
     args = ModelArguments(str(tmp_path), num_frames=8, image_size=64, drop_path_rate=0.3)
-    model = load_model(args, "video", NAMES)
+    model = load_classifier(args, "video", NAMES)
     expected = VideoMambaForVideoClassification.from_pretrained(tmp_path).resize_position_embeddings(64, 8)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -65,31 +65,33 @@ def test_an_image_model_is_inflated_for_videos(tmp_path):
     save(tmp_path, VideoMambaForImageClassification, num_frames=None)
     VideoMambaImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
     args = ModelArguments(str(tmp_path), num_frames=4, tubelet_size=2)
-    model = load_model(args, "video", NAMES)
+    model = load_classifier(args, "video", NAMES)
     assert (model.config.num_frames, model.config.tubelet_size) == (4, 2)
     processor = load_processor(args, model, "video")
     assert isinstance(processor, VideoMambaVideoProcessor) and list(processor.image_mean) == [0.1, 0.2, 0.3]
     assert processor.resample == VideoMambaVideoProcessor.resample  # not that of images
-    image = load_model(ModelArguments(str(tmp_path), image_size=64), "image", NAMES)
+    image = load_classifier(ModelArguments(str(tmp_path), image_size=64), "image", NAMES)
     assert isinstance(image, VideoMambaForImageClassification) and image.config.image_size == 64
     with pytest.raises(ValueError, match="the data are images"):
-        load_model(args, "image", NAMES)
+        load_classifier(args, "image", NAMES)
 
 
 def test_what_a_token_spans_does_not_change(tmp_path):
     save(tmp_path)
-    assert load_model(ModelArguments(str(tmp_path), tubelet_size=1), "video", NAMES).config.tubelet_size == 1
+    assert load_classifier(ModelArguments(str(tmp_path), tubelet_size=1), "video", NAMES).config.tubelet_size == 1
     with pytest.raises(ValueError, match="--tubelet-size 2: .* has 1"):
-        load_model(ModelArguments(str(tmp_path), tubelet_size=2), "video", NAMES)
+        load_classifier(ModelArguments(str(tmp_path), tubelet_size=2), "video", NAMES)
 
 
 def test_models_from_scratch(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
-    model = load_model(ModelArguments(config=tmp_path / "config.json", num_frames=2, image_size=64), "video", NAMES)
+    model = load_classifier(
+        ModelArguments(config=tmp_path / "config.json", num_frames=2, image_size=64), "video", NAMES
+    )
     assert (model.config.num_frames, model.config.image_size, model.num_labels) == (2, 64, 3)
-    model = load_model(ModelArguments(config=tmp_path / "config.json"), "image", None, drop_path_rate=0.1)
+    model = load_classifier(ModelArguments(config=tmp_path / "config.json"), "image", None, drop_path_rate=0.1)
     assert (model.config.num_frames, model.num_labels, model.config.drop_path_rate) == (None, 1, 0.1)
-    model = load_model(ModelArguments(config=tmp_path / "config.json", tubelet_size=2), "video", NAMES)
+    model = load_classifier(ModelArguments(config=tmp_path / "config.json", tubelet_size=2), "video", NAMES)
     assert model.config.tubelet_size == 2
     with torch.device("meta"):
-        assert load_model(ModelArguments(size="small"), "image", NAMES).config.hidden_size == 384
+        assert load_classifier(ModelArguments(size="small"), "image", NAMES).config.hidden_size == 384

@@ -14,15 +14,13 @@ STARTS = {"model", "config", "size"}  # of which one is given
 
 @dataclass
 class DataArguments:
-    """Labelled videos or images."""
+    """Videos or images."""
 
     data: str = field(
         metadata={"help": "folder in the videofolder or imagefolder layout, of lists or of tar shards, or Hub id"}
     )
     data_root: Path | None = field(default=None, metadata={"help": "what the paths of lists are relative to"})
     streaming: bool = field(default=False, metadata={"help": "read the training shards as they come"})
-    label_file: Path | None = field(default=None, metadata={"help": "names of the classes, one a line, in order"})
-    regression: bool = field(default=False, metadata={"help": "whole numbers are values to predict, not classes"})
     clip_seconds: float | None = field(default=None, metadata={"help": "cut videos into windows of so many seconds"})
     clip_stride_seconds: float = field(default=16.0, metadata={"help": "one window each so many seconds"})
     on_broken_video: str = field(default="raise", metadata={"help": "skip or raise", "choices": ["skip", "raise"]})
@@ -35,6 +33,14 @@ class DataArguments:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
         if self.num_workers < 0:
             raise ValueError(f"--num-workers must not be negative, got {self.num_workers}")
+
+
+@dataclass
+class LabelledDataArguments(DataArguments):
+    """Labelled videos or images."""
+
+    label_file: Path | None = field(default=None, metadata={"help": "names of the classes, one a line, in order"})
+    regression: bool = field(default=False, metadata={"help": "whole numbers are values to predict, not classes"})
 
     def label_names(self) -> list[str] | None:
         """Names of `label_file`."""
@@ -62,6 +68,11 @@ class RunArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`name old -> new` for each value of `now` that isn't as it was."""
+    return [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
 
 
 def parse_arguments(description: str, recipes: Path, *classes: Any) -> tuple[Any, ...]:

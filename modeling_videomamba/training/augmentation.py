@@ -1,6 +1,8 @@
 """Augmentation of the released runs with torchvision, the same for all frames of a clip."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,16 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .data import Processor
+
+
+def check_fields(args: Any, between_0_and_1: Iterable[str] = (), not_negative: Iterable[str] = ()) -> None:
+    """Raises `ValueError` for a field that is out of range; `None` is in any."""
+    for name in between_0_and_1:
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(args, name)}.")
+    for name in not_negative:
+        if getattr(args, name) < 0:
+            raise ValueError(f"`{name}` must not be negative, got {getattr(args, name)}.")
 
 
 @dataclass
@@ -24,21 +36,13 @@ class AugmentationArguments:
     rand_augment_std: float = field(default=0.5, metadata={"help": "standard deviation of their magnitudes"})
     auto_augment: bool = field(default=False, metadata={"help": "AutoAugment with its policy for ImageNet"})
     random_erasing: float = field(default=0.0, metadata={"help": "probability that a box becomes noise"})
-    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup, 0 for none"})
-    cutmix: float = field(default=0.0, metadata={"help": "alpha of cutmix, 0 for none; with mixup: one of them"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of the label spread over all classes"})
     num_sample: int = field(
         default=1, metadata={"help": "augmented views of each decoded clip (repeated augmentation)"}
     )
 
     def __post_init__(self):
-        for name in ("random_erasing", "label_smoothing", "min_crop_area"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
-        for name in ("rand_augment_ops", "rand_augment_std", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        check_fields(self, between_0_and_1=("random_erasing", "min_crop_area"))
+        check_fields(self, not_negative=("rand_augment_ops", "rand_augment_std"))
         if not 0 <= self.rand_augment_magnitude <= 10:
             raise ValueError(f"`rand_augment_magnitude` must be between 0 and 10, got {self.rand_augment_magnitude}.")
         if self.rand_augment_ops and self.auto_augment:
@@ -52,6 +56,19 @@ class AugmentationArguments:
         return bool(
             self.flip or self.min_crop_area or self.rand_augment_ops or self.auto_augment or self.random_erasing
         )
+
+
+@dataclass
+class LabelledAugmentationArguments(AugmentationArguments):
+    """Random changes of training examples and of their labels."""
+
+    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup, 0 for none"})
+    cutmix: float = field(default=0.0, metadata={"help": "alpha of cutmix, 0 for none; with mixup: one of them"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "share of the label spread over all classes"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, between_0_and_1=("label_smoothing",), not_negative=("mixup", "cutmix"))
 
 
 class RandAugment(nn.Module):
@@ -120,11 +137,11 @@ class Mixing:
     Mixup or cutmix of a batch, each with probability 1/2 where both are on, and the targets that belong to it.
 
     Args:
-        args ([`AugmentationArguments`]): `mixup`, `cutmix` and `label_smoothing`.
+        args ([`LabelledAugmentationArguments`]): `mixup`, `cutmix` and `label_smoothing`.
         num_classes (`int`): Classes of the targets.
     """
 
-    def __init__(self, args: AugmentationArguments, num_classes: int):
+    def __init__(self, args: LabelledAugmentationArguments, num_classes: int):
         self.smoothing, self.num_classes = args.label_smoothing, num_classes
         self.choices: list[nn.Module] = []
         if args.mixup:

@@ -172,9 +172,9 @@ def _process(processor: Processor, clips: list[torch.Tensor], num_crops: int = 1
 
 class Examples(torch.utils.data.Dataset):
     """
-    Examples of a split by their keys `(epoch, index)`: `pixel_values` of all views, `label`, `index`, `name` and
-    `valid`. A negative index stands for nothing, and a broken file is not `valid`: both are zeros, so that batches keep
-    their size.
+    Examples of a split by their keys `(epoch, index)`: `pixel_values` of all views, `label` (0 where there is none),
+    `index`, `name` and `valid`. A negative index stands for nothing, and a broken file is not `valid`: both are zeros,
+    so that batches keep their size.
 
     Args:
         split: Of [`load_split`].
@@ -199,7 +199,7 @@ class Examples(torch.utils.data.Dataset):
         if example is None:
             return item
         media = example["image" if "image" in example else "video"]
-        item |= {"label": example["label"], "name": media["path"] or f"example {index}"}
+        item |= {"label": example.get("label", 0), "name": media["path"] or f"example {index}"}
         try:
             item["pixel_values"] = self.views(example, derive_seed(self.seed, epoch, index))
             item["valid"] = True

@@ -1,7 +1,7 @@
 """Self-distillation (paper, section 3.3): a smaller trained model teaches a larger one."""
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration_videomamba import VideoMambaConfig
 from ..modeling_videomamba import VideoMambaModel
-from .classification import Arguments, ClassificationRun
+from .classification import ClassificationRun, LabelledArguments
 from .loop import Batch
 from .losses import distillation_loss
 
@@ -34,14 +34,14 @@ class DistillationRun(ClassificationRun):
     a teacher, which sees the same pixels. What is saved is a plain classifier without the distillation head.
 
     Args:
-        args ([`Arguments`]): Of the run.
+        args ([`LabelledArguments`]): Of the run.
         distillation ([`DistillationArguments`]): The teacher.
 
     Raises:
         `OSError`, `ValueError`: as [`ClassificationRun`], and if the teacher cuts its input into other tokens.
     """
 
-    def __init__(self, args: Arguments, distillation: DistillationArguments):
+    def __init__(self, args: LabelledArguments, distillation: DistillationArguments):
         self.distillation = distillation
         config = VideoMambaConfig.from_pretrained(distillation.teacher)
         super().__init__(args, teacher_hidden_size=config.hidden_size)
@@ -52,8 +52,8 @@ class DistillationRun(ClassificationRun):
         self.teacher = VideoMambaModel.from_pretrained(distillation.teacher).eval().requires_grad_(False)
         self.teacher.to(self.accelerator.device)
 
-    def recorded(self) -> dict[str, Any]:
-        return {**super().recorded(), **asdict(self.distillation)}
+    def argument_groups(self) -> list[Any]:
+        return [*super().argument_groups(), self.distillation]
 
     def objective(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Loss of the task, distance from the teacher, and their sum."""

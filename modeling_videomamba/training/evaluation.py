@@ -1,6 +1,6 @@
 """Scores of a model for every example of a split exactly once, on any number of processes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,17 +38,21 @@ def is_regression(model: PreTrainedModel) -> bool:
     return model.config.problem_type == "regression"
 
 
+def class_scores(model: nn.Module, pixel_values: torch.Tensor, regression: bool) -> torch.Tensor:
+    """Probabilities of the classes, or the values of a regressor, `(rows, num_labels)`."""
+    logits = model(pixel_values).logits.float()
+    return logits if regression else logits.softmax(-1)
+
+
 def predict_batch(
-    accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]
+    accelerator: Accelerator, score: Callable[[torch.Tensor], torch.Tensor], batch: dict[str, Any]
 ) -> list[tuple[int, torch.Tensor, float]]:
     r"""
-    Index, scores and label of each example of a batch that is `valid`: probabilities, or values for regression, mean
-    over the views of the example.
+    Index, scores and label of each example of a batch that is `valid`. `score` makes scores `(rows, size)` of pixels;
+    those of the views of an example are averaged.
     """
     with torch.no_grad(), accelerator.autocast():
-        logits = model(send_to_device(batch["pixel_values"], accelerator.device)).logits
-    regression = is_regression(accelerator.unwrap_model(model))
-    scores = (logits.float() if regression else logits.float().softmax(-1)).cpu()
+        scores = score(send_to_device(batch["pixel_values"], accelerator.device)).cpu()
     predictions = []
     for index in batch["indices"][batch["valid"]].unique().tolist():
         rows = batch["indices"] == index
@@ -56,15 +60,20 @@ def predict_batch(
     return predictions
 
 
-def predict(accelerator: Accelerator, model: nn.Module, batches: Iterable[dict[str, Any]]) -> Predictions:
-    """What the model predicts for the examples of `batches` on all processes, known to each of them."""
+def predict(
+    accelerator: Accelerator,
+    model: nn.Module,
+    score: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterable[dict[str, Any]],
+) -> Predictions:
+    """What `score` makes of the examples of `batches` on all processes, known to each of them; `model` is tested."""
     was_training = model.training
     model.eval()
     found: list[tuple[int, torch.Tensor, float]] = []
     broken: list[tuple[str, str]] = []
     for batch in batches:
         broken += batch["broken"]
-        found += predict_batch(accelerator, model, batch)
+        found += predict_batch(accelerator, score, batch)
     model.train(was_training)
     found, broken = gather_object(found), gather_object(broken)
     return Predictions(

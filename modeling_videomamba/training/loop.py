@@ -87,12 +87,14 @@ class Trainer:
         accelerator (`Accelerator`): Of [`make_accelerator`].
         model (`PreTrainedModel`): Not yet prepared.
         objective (`Callable`): From the prepared model and a batch to losses `(rows,)` by name, `"loss"` the one to
-            minimise. Rows that are not `valid` don't count.
+            minimise. Rows that are not `valid` don't count. `batch["seed"]` is for what all processes are to choose
+            alike.
         batches (`Callable`): From the numbers of the first and the last batch of a run to an iterable of them.
         steps_per_epoch (`int`): Steps, each of `gradient_accumulation_steps` batches.
         evaluate (`Callable`): From a model to its metrics and the files that could not be read; on all processes.
         save_model (`Callable`): Writes a model, its weights given, and what belongs to it into a folder.
-        metric (`str`): By which the best model is chosen; one whose name begins with `mse` is to be small.
+        metric (`str`): By which the best model is chosen.
+        minimize (`bool`): Whether that is the one with the smallest.
         run, optimization: Arguments.
         views_per_step (`int`): By which the learning rate is scaled.
     """
@@ -105,6 +107,7 @@ class Trainer:
     evaluate: Callable[[nn.Module], tuple[dict[str, float], dict[str, str]]]
     save_model: Callable[[nn.Module, dict[str, torch.Tensor], Path, dict[str, float]], None]
     metric: str
+    minimize: bool
     run: RunArguments
     optimization: OptimizationArguments
     views_per_step: int
@@ -198,7 +201,9 @@ class Trainer:
             batch = window.wait_for(batches)
             self.progress.broken.update(batch["broken"])
             batch = send_to_device(batch, self.accelerator.device)
-            self._seed(self.progress.step * count + micro)
+            number = self.progress.step * count + micro
+            batch["seed"] = derive_seed(self.run.seed, number)
+            self._seed(number)
             synced = nullcontext() if micro == count - 1 else self.accelerator.no_sync(self.model)
             with synced:
                 losses = self.objective(self.model, batch)
@@ -267,7 +272,7 @@ class Trainer:
         self.metrics, broken = self.evaluate(model)
         self.progress.broken.update(broken)
         value, best = self.metrics[self.metric], self.progress.best
-        better = best is None or (value < best if self.metric.startswith("mse") else value > best)
+        better = best is None or (value < best if self.minimize else value > best)
         if better:
             self.progress.best = value
             self._save_model("best")

@@ -10,7 +10,12 @@ from torch import nn
 
 from ..configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig
 from ..image_processing_videomamba import VideoMambaImageProcessor
-from ..modeling_videomamba import VideoMambaForImageClassification, VideoMambaForVideoClassification
+from ..modeling_videomamba import (
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    VideoMambaPreTrainedModel,
+)
+from ..modeling_videomamba_pretraining import VideoMambaForMaskedPreTraining
 from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .data import Processor
 
@@ -42,10 +47,10 @@ class ModelArguments:
             raise ValueError(f"--size must be one of {', '.join(VIDEOMAMBA_SIZES)}, got {self.size}")
 
 
-def load_model(args: ModelArguments, kind: str, label_names: list[str] | None, **changes: Any) -> Classifier:
+def load_classifier(args: ModelArguments, kind: str, label_names: list[str] | None, **changes: Any) -> Classifier:
     r"""
-    The model to train, with a head for the labels: position embeddings resized to the frames and the resolution that
-    are asked for, an image model inflated for videos. The head is the checkpoint's where its labels are the same.
+    The classifier to train, with a head for the labels: position embeddings resized to the frames and the resolution
+    that are asked for, an image model inflated for videos. The head is the checkpoint's where its labels are the same.
 
     Args:
         args ([`ModelArguments`]): `num_frames` is for videos only.
@@ -56,10 +61,6 @@ def load_model(args: ModelArguments, kind: str, label_names: list[str] | None, *
     Raises:
         `OSError`, `ValueError`: if there is no such model, or a value does not fit.
     """
-    if kind == "image" and args.num_frames is not None:
-        raise ValueError(f"--num-frames {args.num_frames}: the data are images")
-    if args.drop_path_rate is not None:
-        changes["drop_path_rate"] = args.drop_path_rate
     labels = label_names or ["value"]
     changes |= {
         "id2label": dict(enumerate(labels)),
@@ -67,27 +68,55 @@ def load_model(args: ModelArguments, kind: str, label_names: list[str] | None, *
         "problem_type": "regression" if label_names is None else "single_label_classification",
     }
     model_class = VideoMambaForImageClassification if kind == "image" else VideoMambaForVideoClassification
-    if args.model is None:
-        return model_class(_config(args, kind, changes))
-    before = VideoMambaConfig.from_pretrained(args.model)
-    model, info = model_class.from_pretrained(
-        args.model, ignore_mismatched_sizes=True, output_loading_info=True, **changes
-    )
-    fresh = {name.split(".")[0] for name in info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}}
-    if before.id2label != changes["id2label"]:
+    model, fresh = _load(model_class, args, kind, changes)
+    if args.model is not None and VideoMambaConfig.from_pretrained(args.model).id2label != changes["id2label"]:
         fresh.add("classifier")
         nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
     if fresh:
         names = f"these {len(labels)} classes" if label_names else "values"
         logger.warning(f"fresh weights in {', '.join(sorted(fresh))}: {args.model} has none that fit {names}")
+    return model
+
+
+def load_pretraining_model(args: ModelArguments, kind: str, **changes: Any) -> VideoMambaForMaskedPreTraining:
+    r"""
+    The model of masked pretraining to train, from scratch or from the weights of any VideoMamba, its position
+    embeddings as with [`load_classifier`].
+
+    Args:
+        args ([`ModelArguments`]): `num_frames` is for videos only.
+        kind (`str`): `"video"` or `"image"`.
+        changes: Other fields of the configuration.
+
+    Raises:
+        `OSError`, `ValueError`: if there is no such model, or a value does not fit.
+    """
+    model, fresh = _load(VideoMambaForMaskedPreTraining, args, kind, changes)
+    if fresh:
+        logger.warning(f"fresh weights in {', '.join(sorted(fresh))}: {args.model} has none that fit the teacher")
+    return model
+
+
+def _load(model_class: Any, args: ModelArguments, kind: str, changes: dict[str, Any]) -> tuple[Any, set[str]]:
+    """A model for data of a kind, and the parts of it for which `args.model`, if that is given, has no weights."""
+    if kind == "image" and args.num_frames is not None:
+        raise ValueError(f"--num-frames {args.num_frames}: the data are images")
+    if args.drop_path_rate is not None:
+        changes["drop_path_rate"] = args.drop_path_rate
+    if args.model is None:
+        return model_class(_config(args, kind, changes)), set()
+    model, info = model_class.from_pretrained(
+        args.model, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+    )
+    fresh = {name.split(".")[0] for name in info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}}
     if kind == "image":
-        return model.resize_position_embeddings(image_size=args.image_size)
+        return model.resize_position_embeddings(image_size=args.image_size), fresh
     if model.config.num_frames is None:
         model.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames, args.tubelet_size or 1)
     elif args.tubelet_size not in (None, model.config.tubelet_size):
         raise ValueError(f"--tubelet-size {args.tubelet_size}: {args.model} has {model.config.tubelet_size}")
-    return model.resize_position_embeddings(image_size=args.image_size, num_frames=args.num_frames)
+    return model.resize_position_embeddings(image_size=args.image_size, num_frames=args.num_frames), fresh
 
 
 def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMambaConfig:
@@ -106,7 +135,7 @@ def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMa
     return VideoMambaConfig(**fields)
 
 
-def load_processor(args: ModelArguments, model: Classifier, kind: str) -> Processor:
+def load_processor(args: ModelArguments, model: VideoMambaPreTrainedModel, kind: str) -> Processor:
     """The processor of a model; mean and standard deviation are those of the checkpoint, if it has a processor."""
     processor_class = VideoMambaImageProcessor if kind == "image" else VideoMambaVideoProcessor
     processor = processor_class.for_model(model.config)

@@ -13,7 +13,12 @@ METRICS = {
     "top5_accuracy": "Top-5 accuracy",
     "mean_class_accuracy": "Mean-class accuracy",
     "mse": "Mean squared error",
+    "knn_accuracy": "Accuracy of the nearest neighbours",
+    "linear_accuracy": "Accuracy of a linear probe",
+    "evaluation_loss": "Distance from the teacher's features",
+    "mean_feature_loss": "Distance of the teacher's mean feature from them",
 }
+LOSSES = ("loss", "evaluation_loss", "mean_feature_loss")
 MAX_NAMED_CLASSES = 40
 
 CARD = """---
@@ -31,10 +36,7 @@ A [VideoMamba](https://huggingface.co/papers/2403.06977) model, trained on `{{ d
 ## Use
 
 ```python
-from transformers import pipeline
-
-classifier = pipeline("{{ pipeline_tag }}", model="{{ model_name }}", trust_remote_code=True)
-classifier("{{ example_file }}")
+{{ use }}
 ```
 
 ## Training
@@ -49,14 +51,14 @@ classifier("{{ example_file }}")
 
 def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     """Loss, learning rate and the metrics of the evaluations against steps, as a picture."""
-    pyplot = _pyplot()
+    plots = pyplot()
     panels = {
-        "loss": [name for name in ("loss", "evaluation_loss") if any(name in record for record in records)],
+        "loss": [name for name in LOSSES if any(name in record for record in records)],
         "learning rate": ["learning_rate"],
         "gradient norm": ["gradient_norm"],
-        "evaluation": [name for name in METRICS if any(name in record for record in records)],
+        "evaluation": [name for name in METRICS if any(name in record for record in records) and name not in LOSSES],
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained")
+    figure, axes = plots.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
@@ -68,30 +70,31 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
         if len(names) > 1:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    plots.close(figure)
 
 
 def draw_confusion_matrix(predictions: Predictions, names: list[str], path: Path) -> None:
     """How often each class (rows, each summing to 1) was taken for which (columns), as a picture."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    pyplot = _pyplot()
+    plots = pyplot()
     labels = [int(label) for label in predictions.labels.values()]
     predicted = [int(predictions.scores[index].argmax()) for index in predictions.labels]
     matrix = confusion_matrix(labels, predicted, labels=range(len(names)), normalize="true")
     named = len(names) <= MAX_NAMED_CLASSES
     size = min(16.0, 3 + 0.4 * len(names))
-    figure, axis = pyplot.subplots(figsize=(size, size), layout="constrained")
+    figure, axis = plots.subplots(figsize=(size, size), layout="constrained")
     display = ConfusionMatrixDisplay(np.nan_to_num(matrix), display_labels=names if named else None)
     display.plot(ax=axis, cmap="Blues", include_values=len(names) <= 12, values_format=".2f", xticks_rotation=90)
     if not named:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    plots.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib for files, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,21 +106,23 @@ def _pyplot() -> Any:
 def model_card(
     *,
     model_name: str,
-    pipeline_tag: str,
+    pipeline_tag: str | None,
     dataset_name: str,
     split: str,
     results: dict[str, float],
+    use: str,
     base_model: str | None = None,
     **facts: Any,
 ) -> ModelCard:
     r"""
-    Card of a trained model with its results as `model-index`.
+    Card of a trained model with its results, as `model-index` where it has a task.
 
     Args:
         model_name (`str`): Id on the Hub, or name of the folder.
-        pipeline_tag (`str`): `video-classification` or `image-classification`.
+        pipeline_tag (`str`, *optional*): `video-classification` or `image-classification`.
         dataset_name, split (`str`): What `results` were measured on.
         results (`dict[str, float]`): Metrics.
+        use (`str`): Python code.
         base_model (`str`, *optional*): Id on the Hub of the model that training started from.
         facts: What else the template shows.
 
@@ -135,6 +140,7 @@ def model_card(
             metric_value=value,
         )
         for name, value in results.items()
+        if pipeline_tag is not None
     ]
     data = ModelCardData(
         model_name=model_name,
@@ -142,17 +148,8 @@ def model_card(
         pipeline_tag=pipeline_tag,
         base_model=base_model,
         tags=["videomamba", "mamba"],
-        eval_results=evaluations,
+        eval_results=evaluations or None,
     )
     shown = {METRICS[name]: value for name, value in results.items()}
-    return ModelCard.from_template(
-        data,
-        template_str=CARD,
-        model_name=model_name,
-        pipeline_tag=pipeline_tag,
-        dataset_name=dataset_name,
-        split=split,
-        results=shown,
-        example_file="clip.mp4" if pipeline_tag.startswith("video") else "picture.jpg",
-        **facts,
-    )
+    template = {"model_name": model_name, "dataset_name": dataset_name, "split": split, "results": shown, **facts}
+    return ModelCard.from_template(data, template_str=CARD, use=use.strip(), **template)

@@ -1,4 +1,4 @@
-"""Where labelled videos and images come from: everything that `datasets` loads, under one pair of columns."""
+"""Where videos and images come from: everything that `datasets` loads, under one pair of columns."""
 
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -8,6 +8,7 @@ from PIL import Image as PILImage
 
 LIST_BUILDERS = {".csv": "csv", ".jsonl": "json", ".json": "json"}
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+EVALUATION_SPLITS = ("validation", "test")
 Split: TypeAlias = Dataset | IterableDataset
 
 
@@ -17,11 +18,12 @@ def load_split(
     *,
     data_root: Path | None = None,
     streaming: bool = False,
+    labelled: bool = True,
     regression: bool = False,
     label_names: list[str] | None = None,
 ) -> Split:
     r"""
-    One split of labelled videos or images, undecoded.
+    One split of videos or images, undecoded.
 
     Args:
         data (`str`):
@@ -33,13 +35,14 @@ def load_split(
         data_root (`Path`, *optional*):
             What the paths of a list are relative to, by default the folder of the list. Addresses (`https://...`) stay.
         streaming (`bool`, defaults to `False`): Whether to read shards as they come, without a copy on disk.
+        labelled (`bool`, defaults to `True`): Whether labels are wanted; without, the data needn't have any.
         regression (`bool`, defaults to `False`): Whether whole numbers are values to predict rather than classes.
         label_names (`list[str]`, *optional*):
             Names of the classes, in order. Without them they are those of the data set, else the labels found in it.
 
     Returns:
-        `Dataset` or `IterableDataset`: with a column `video` or `image` (a dictionary with `path` and `bytes`), and a
-        column `label`: a `ClassLabel`, or floating point for regression.
+        `Dataset` or `IterableDataset`: with a column `video` or `image` (a dictionary with `path` and `bytes`), and, if
+        `labelled`, a column `label`: a `ClassLabel`, or floating point for regression.
 
     Raises:
         `FileNotFoundError`, `ValueError`: if there is no such data or split, it lacks a column, or a label is not one
@@ -48,21 +51,29 @@ def load_split(
     name = f"split {split!r} of {data}"
     lists = _lists(data, split)
     if lists:
-        loaded = _load_list(lists, split, streaming, str(data_root or data))
+        loaded = _load_list(lists, split, streaming, str(data_root or data), labelled)
     elif data_root is not None:
         raise ValueError(f"`data_root` is for lists of files: {data} has no {split}.csv or {split}.jsonl.")
     else:
         loaded = _known(load_dataset(data, split=split, streaming=streaming))
-    return _with_labels(_with_media(loaded, name), name, regression, label_names)
+    loaded = _with_media(loaded, name)
+    if not labelled:
+        return loaded.select_columns([media_kind(loaded)])
+    return _with_labels(loaded, name, regression, label_names)
 
 
 def find_evaluation_split(data: str) -> str:
     """The split to evaluate on: `"validation"`, else `"test"`. Raises `ValueError` where there is neither."""
-    names = [split for split in LIST_NAMES if _lists(data, split)] or get_dataset_split_names(data)
-    for name in ("validation", "test"):
+    names = split_names(data)
+    for name in EVALUATION_SPLITS:
         if name in names:
             return name
     raise ValueError(f"{data} must have a split validation or test, got {', '.join(names)}.")
+
+
+def split_names(data: str) -> list[str]:
+    """The splits that there are."""
+    return [split for split in LIST_NAMES if _lists(data, split)] or get_dataset_split_names(data)
 
 
 def media_kind(split: Split) -> str:
@@ -75,21 +86,23 @@ def _lists(data: str, split: str) -> list[Path]:
     return [path for name in names if (path := Path(data) / name).is_file()]
 
 
-def _load_list(paths: list[Path], split: str, streaming: bool, root: str) -> Split:
+def _load_list(paths: list[Path], split: str, streaming: bool, root: str, labelled: bool) -> Split:
     if len(paths) > 1:
         raise ValueError(f"Split {split!r} must be one list of files, got {', '.join(map(str, paths))}.")
     builder, options = LIST_BUILDERS[paths[0].suffix], {}
     if builder == "csv":
         with paths[0].open(encoding="utf-8-sig") as file:
             header = [name.strip() for name in file.readline().split(",")]
-        if "label" not in header:  # as in the lists of the original release
-            options = {"names": ["path", "label"], "header": None}
+        wanted = ["path", "label"] if labelled else ["path"]
+        if wanted[-1] not in header:  # as in the lists of the original release
+            options = {"names": ["path", "label"][: max(len(header), len(wanted))], "header": None}
     loaded = _known(
         load_dataset(builder, data_files={split: str(paths[0])}, split=split, streaming=streaming, **options)
     )
-    missing = {"path", "label"} - set(loaded.features)
-    if missing:
-        raise ValueError(f"{paths[0]} must have the columns `path` and `label`, got {', '.join(loaded.features)}.")
+    wanted = ["path", "label"] if labelled else ["path"]
+    if set(wanted) - set(loaded.features):
+        columns = " and ".join(f"`{name}`" for name in wanted)
+        raise ValueError(f"{paths[0]} must have the columns {columns}, got {', '.join(loaded.features)}.")
     first = next(iter(loaded))["path"]
     kind = "image" if Path(first).suffix.lower() in PILImage.registered_extensions() else "video"
     features = loaded.features.copy()

@@ -1,0 +1,286 @@
+"""Masked pretraining against a CLIP teacher (UMT; paper, section 3.3): from arguments to a published model."""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import CLIPVisionConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from ..configuration_videomamba import AlignmentLoss
+from ..modeling_videomamba_pretraining import alignment_loss, take_visible
+from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
+from .evaluation import Predictions, predict
+from .loop import Batch
+from .masks import MaskType, make_masks, token_grid
+from .models import load_pretraining_model
+from .pictures import Picture, draw_alignment, restore_pixels
+from .probes import clip_features, probe_accuracy
+from .reports import model_card
+from .run import Arguments, TrainingRun
+from .sources import EVALUATION_SPLITS, Split, find_evaluation_split, load_split, media_kind, split_names
+from .teacher import load_teacher
+from .teacher_cache import TeacherCache, digest
+
+NUM_PICTURES = 4
+CARD_USE = """
+from transformers import AutoModelForVideoClassification
+
+# a head for your labels is fresh: train it, for instance with scripts/finetune.py
+model = AutoModelForVideoClassification.from_pretrained("{model_name}", num_labels=174, trust_remote_code=True)
+"""
+
+
+@dataclass
+class PretrainingArguments:
+    """The teacher, the masks, and how the model is judged on its way."""
+
+    teacher: str = field(metadata={"help": "directory or Hub id of a CLIP model"})
+    mask_type: MaskType = field(default="attention", metadata={"help": "which tokens are hidden"})
+    mask_ratio: float = field(default=0.8, metadata={"help": "share of the tokens that is hidden"})
+    alignment_loss: AlignmentLoss = field(default="l2", metadata={"help": "distance of features"})
+    num_aligned_layers: int = field(default=1, metadata={"help": "layers aligned with as many of the teacher"})
+    alignment_interval: int = field(default=1, metadata={"help": "layers from one aligned layer to the next"})
+    teacher_cache: Path | None = field(
+        default=None,
+        metadata={"help": "folder for the teacher's features; clips then are the same in every epoch"},
+    )
+    evaluation_examples: int = field(default=256, metadata={"help": "at most so many, on which the loss is evaluated"})
+    probe_data: str | None = field(
+        default=None, metadata={"help": "labelled data like those of finetune.py, to probe the features with"}
+    )
+    probe: Literal["knn", "linear"] = field(default="knn", metadata={"help": "classifier on the frozen features"})
+
+    def __post_init__(self):
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"`mask_ratio` must be at least 0 and below 1, got {self.mask_ratio}.")
+        for name in ("num_aligned_layers", "alignment_interval", "evaluation_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+class PretrainingRun(TrainingRun):
+    r"""
+    A run of masked pretraining: the features of the visible tokens of a clip are aligned with those that a frozen CLIP
+    model gives to the same tokens of the whole clip.
+
+    Args:
+        args ([`Arguments`]): Of the run; the data need no labels.
+        pretraining ([`PretrainingArguments`]): The teacher and the masks.
+
+    Raises:
+        `OSError`, `ValueError`: for data, models or values that don't fit.
+    """
+
+    def __init__(self, args: Arguments, pretraining: PretrainingArguments):
+        self.pretraining = pretraining
+        self.metric, self.minimize = "evaluation_loss", True
+        if pretraining.probe_data is not None:
+            self.metric, self.minimize = f"{pretraining.probe}_accuracy", False
+        if pretraining.teacher_cache is not None and not self._clips_stay_the_same(args):
+            raise ValueError("--teacher-cache is for clips that stay the same: without augmentation and --streaming")
+        super().__init__(args)
+        self.teacher = load_teacher(pretraining.teacher, self.model.config, self.processor)
+        self.teacher.to(self.accelerator.device)
+        self.pictures: list[Picture] = []
+        self.cache: TeacherCache | None = None
+        if pretraining.teacher_cache is not None:
+            self.cache = TeacherCache(pretraining.teacher_cache, self._teach, self._cache_identity())
+
+    @staticmethod
+    def _clips_stay_the_same(args: Arguments) -> bool:
+        augmentation = args.augmentation
+        return not (augmentation.changes_pixels or augmentation.num_sample > 1 or args.data.streaming)
+
+    def argument_groups(self) -> list[Any]:
+        return [*super().argument_groups(), self.pretraining]
+
+    # Data and models
+
+    def load_data(self) -> None:
+        data, probe_data = self.args.data, self.pretraining.probe_data
+        options: dict[str, Any] = {"data_root": data.data_root, "labelled": False}
+        self.train_split = load_split(data.data, "train", streaming=data.streaming, **options)
+        self.kind = media_kind(self.train_split)
+        held_out = [name for name in EVALUATION_SPLITS if name in split_names(data.data)]
+        if not held_out and data.streaming:
+            raise ValueError(f"--streaming: {data.data} must have a split validation or test to evaluate on")
+        self.evaluation_name, self.evaluation_split = "train", self.train_split
+        if held_out:
+            self.evaluation_name = held_out[0]
+            self.evaluation_split = load_split(data.data, self.evaluation_name, **options)
+        if data.clip_seconds is not None:
+            cut = partial(cut_into_windows, seconds=data.clip_seconds, stride_seconds=data.clip_stride_seconds)
+            self.train_split, self.evaluation_split = cut(self.train_split), cut(self.evaluation_split)
+        self.probe_splits = []
+        if probe_data is not None:
+            train = load_split(probe_data, "train")
+            names = train.features["label"].names
+            self.probe_splits = [train, load_split(probe_data, find_evaluation_split(probe_data), label_names=names)]
+        for split in (self.evaluation_split, *self.probe_splits):
+            if media_kind(split) != self.kind:
+                raise ValueError(f"the training data are {self.kind}s, others that the run reads are not")
+
+    def load_model(self) -> PreTrainedModel:
+        args = self.pretraining
+        model = load_pretraining_model(
+            self.args.model,
+            self.kind,
+            alignment_size=CLIPVisionConfig.from_pretrained(args.teacher).projection_dim,
+            alignment_loss=args.alignment_loss,
+            num_aligned_layers=args.num_aligned_layers,
+            alignment_interval=args.alignment_interval,
+        )
+        model.freeze_unaligned()
+        return model
+
+    def _cache_identity(self) -> dict[str, Any]:
+        data, config = self.args.data, self.model.config
+        return {
+            "teacher": digest(self.teacher),
+            "data": data.data,
+            "clip_seconds": data.clip_seconds,
+            "clip_stride_seconds": data.clip_stride_seconds,
+            "num_frames": getattr(self.processor, "num_frames", None),
+            "image_size": list(config.input_size),
+            "patch_size": config.patch_size,
+            "tubelet_size": config.tubelet_size,
+            "layers": self.teacher.layers,
+            "attention": self.pretraining.mask_type == "attention",
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+
+    # What the loop asks for
+
+    def training_views(self) -> TrainingViews | TestViews:
+        return super().training_views() if self.cache is None else TestViews(self.processor)
+
+    def objective(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Distance of the features of the visible tokens from the teacher's."""
+        pixel_values = batch["pixel_values"]
+        features, attention = self._teach(pixel_values) if self.cache is None else self.cache(batch)
+        hidden = self._masks(self._noise(pixel_values, batch["seed"]), attention)
+        aligned = model(pixel_values, hidden).aligned_features
+        return {"loss": alignment_loss(aligned, take_visible(features, hidden), self.pretraining.alignment_loss)}
+
+    def _noise(self, pixel_values: torch.Tensor, seed: int) -> torch.Tensor:
+        """Of the batch of this process, as part of those of the batches of all: several have the masks of one."""
+        device, rows = self.accelerator.device, len(pixel_values)
+        generator = torch.Generator(device).manual_seed(seed)
+        grid = token_grid(self.model.config, pixel_values)
+        noise = torch.rand(self.accelerator.num_processes * rows, *grid, generator=generator, device=device)
+        return noise.split(rows)[self.accelerator.process_index]
+
+    def _masks(self, noise: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
+        return make_masks(noise, self.pretraining.mask_type, self.pretraining.mask_ratio, attention)
+
+    def _teach(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with self.accelerator.autocast():
+            return self.teacher(pixel_values, output_attention=self.pretraining.mask_type == "attention")
+
+    # Evaluation
+
+    def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
+        """
+        The distance of the features of the visible tokens from the teacher's (`2 - 2 cos`, whatever the run minimises),
+        that of the teacher's mean feature, and the accuracy of the probe.
+        """
+        was_training = model.training
+        model.eval()
+        metrics, broken = self._distances(model)
+        if self.probe_splits:
+            found = [self._encode(model, split) for split in self.probe_splits]
+            metrics[self.metric] = probe_accuracy(self.pretraining.probe, *found)
+            broken |= found[0].broken | found[1].broken
+        model.train(was_training)
+        return metrics, broken
+
+    def _encode(self, model: nn.Module, split: Split) -> Predictions:
+        def score(pixel_values: torch.Tensor) -> torch.Tensor:
+            return clip_features(model, pixel_values, math.prod(token_grid(self.model.config, pixel_values)))
+
+        return predict(self.accelerator, model, score, self.batches_once(split, TestViews(self.processor)))
+
+    @torch.no_grad()
+    def _distances(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
+        config, device, broken = self.model.config, self.accelerator.device, {}
+        count, total = torch.zeros(2, dtype=torch.float64, device=device)
+        means = torch.zeros(config.num_aligned_layers, config.alignment_size, dtype=torch.float64, device=device)
+        chosen = (
+            np.linspace(0, len(self.evaluation_split) - 1, self.pretraining.evaluation_examples).round().astype(int)
+        )
+        batches = self.batches_once(self.evaluation_split, TestViews(self.processor), np.unique(chosen).tolist())
+        for number, batch in enumerate(batches):
+            broken.update(batch["broken"])
+            batch = send_to_device(batch, device)
+            pixel_values, valid = batch["pixel_values"], batch["valid"]
+            features, attention = self._teach(pixel_values)
+            hidden = self._masks(self._noise_by_clip(pixel_values, batch["indices"]), attention)
+            if number == 0:
+                self.pictures = self._picture(model, batch, hidden, features)
+            with self.accelerator.autocast():
+                aligned = model(pixel_values, hidden).aligned_features
+            visible = take_visible(features, hidden)
+            total += (alignment_loss(aligned, visible) * valid).sum()
+            means += visible[:, valid].mean(2).double().sum(1)
+            count += valid.sum()
+        sums = self.accelerator.reduce(torch.cat([total.view(1), count.view(1), means.flatten()]))
+        if sums[1] == 0:
+            raise ValueError(f"No example of the {self.evaluation_name} split could be read to evaluate on.")
+        loss, means = sums[0] / sums[1], sums[2:].view_as(means) / sums[1]
+        self.evaluated = int(sums[1])
+        # of unit vectors, the one nearest to all of the teacher's features has the direction of their mean
+        baseline = (2 - 2 * means.norm(dim=-1)).mean()
+        return {"evaluation_loss": loss.item(), "mean_feature_loss": baseline.item()}, broken
+
+    def _noise_by_clip(self, pixel_values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The same for a clip in every evaluation, whatever the batch that it is in."""
+        grid, noise = token_grid(self.model.config, pixel_values), []
+        for index in indices.tolist():
+            generator = torch.Generator().manual_seed(derive_seed(self.args.run.seed, index + 1))
+            noise.append(torch.rand(grid, generator=generator))
+        return torch.stack(noise).to(pixel_values.device)
+
+    def _picture(self, model: nn.Module, batch: Batch, hidden: torch.Tensor, features: torch.Tensor) -> list[Picture]:
+        """Frames, masks and similarities of a few clips nothing of which is hidden from the student."""
+        rows = batch["valid"].nonzero().flatten()[:NUM_PICTURES]
+        pixel_values, hidden = batch["pixel_values"][:NUM_PICTURES], hidden[:NUM_PICTURES]
+        with self.accelerator.autocast():
+            aligned = model(pixel_values, torch.zeros_like(hidden)).aligned_features[-1]
+        similarity = (aligned * features[-1, :NUM_PICTURES]).sum(-1)[:, 1:]
+        grid = token_grid(self.model.config, pixel_values)
+        shown = restore_pixels(pixel_values, self.processor)
+        return [
+            Picture(shown[row].cpu(), hidden[row].view(grid).cpu(), similarity[row].view(grid).float().cpu())
+            for row in rows.tolist()
+            if row < NUM_PICTURES
+        ]
+
+    # What it leaves
+
+    def report(self) -> dict[str, Any]:
+        draw_alignment(self.pictures, self.args.run.output_dir / "alignment.png")
+        metrics = self.trainer.metrics
+        print(
+            f"distance from the teacher {metrics['evaluation_loss']:.4f}, that of its mean feature "
+            f"{metrics['mean_feature_loss']:.4f}, on {self.evaluated} examples ({self.evaluation_name} split)"
+        )
+        return {"evaluated": self.evaluated}
+
+    def card(self, metrics: dict[str, float]) -> ModelCard:
+        facts = self.card_facts()
+        return model_card(
+            pipeline_tag=None,
+            split=self.evaluation_name,
+            examples=self.evaluated,
+            results=metrics,
+            use=CARD_USE.format(model_name=facts["model_name"]),
+            **facts,
+        )

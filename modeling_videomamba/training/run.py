@@ -1,0 +1,303 @@
+"""What all runs of training share: their data, their batches, the loop, and what they leave."""
+
+import json
+import shlex
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .arguments import DataArguments, RunArguments, differences
+from .augmentation import AugmentationArguments, training_transform
+from .checkpoints import replace_files
+from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, iterate, test_batches
+from .diagnosis import NonFiniteError
+from .loop import Batch, Trainer, make_accelerator
+from .models import ModelArguments, load_processor
+from .optimization import OptimizationArguments
+from .reports import draw_curves
+from .sources import Split
+
+ARGUMENTS_FILE = "arguments.json"
+# what may differ from one part of a run to the next
+FREE = {"resume", "output_dir", "num_workers", "log_steps", "save_steps", "report_to", "push_to_hub"}
+
+
+@dataclass
+class Arguments:
+    """What every run is told."""
+
+    data: DataArguments
+    model: ModelArguments
+    augmentation: AugmentationArguments
+    optimization: OptimizationArguments
+    run: RunArguments
+
+
+class TrainingRun(ABC):
+    r"""
+    A run of training, from arguments to a published model. What is trained, on what and how it is judged is up to its
+    subclasses.
+
+    Args:
+        args ([`Arguments`]): Of the run.
+
+    Raises:
+        `OSError`, `ValueError`: for data, a model or values that don't fit.
+    """
+
+    train_split: Split
+    kind: str  # of the data: "video" or "image"
+    metric: str  # by which the best model is chosen
+    minimize = False
+
+    def __init__(self, args: Arguments):
+        self.args = args
+        logging.disable_progress_bar()  # of loading and saving weights, which would break into the loop's own
+        self.accelerator = make_accelerator(args.run, args.optimization)
+        if self.accelerator.is_main_process:
+            self._check_output_dir()
+            if args.run.push_to_hub is not None:  # now rather than after days
+                HfApi().create_repo(args.run.push_to_hub, exist_ok=True)
+        with self.accelerator.main_process_first():  # the others find what it has put into the cache
+            self.load_data()
+        self.model = self.load_model()
+        self.processor = load_processor(args.model, self.model, self.kind)
+        self.trainer = Trainer(
+            accelerator=self.accelerator,
+            model=self.model,
+            objective=self.objective,
+            batches=self.batches,
+            steps_per_epoch=self._steps_per_epoch(),
+            evaluate=self.evaluate,
+            save_model=self.save_model,
+            metric=self.metric,
+            minimize=self.minimize,
+            run=args.run,
+            optimization=args.optimization,
+            views_per_step=self.views_per_step,
+        )
+
+    # What a subclass does
+
+    @abstractmethod
+    def load_data(self) -> None:
+        """Sets `train_split`, `kind`, and what else the run reads."""
+
+    @abstractmethod
+    def load_model(self) -> PreTrainedModel:
+        """The model to train."""
+
+    @abstractmethod
+    def objective(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Losses `(rows,)` by name, `"loss"` the one to minimise."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
+        """Metrics, and the files that could not be read."""
+
+    @abstractmethod
+    def card(self, metrics: dict[str, float]) -> ModelCard:
+        """The card of the model as it is now."""
+
+    def argument_groups(self) -> list[Any]:
+        """Dataclasses of all arguments of the run."""
+        args = self.args
+        return [args.data, args.model, args.augmentation, args.optimization, args.run]
+
+    def training_views(self) -> TrainingViews | TestViews:
+        """What the model sees of a training example."""
+        augmentation = self.args.augmentation
+        return TrainingViews(self.processor, training_transform(self.processor, augmentation), augmentation.num_sample)
+
+    def report(self) -> dict[str, Any]:
+        """Draws what the run leaves besides its curves, and returns what its summary says besides."""
+        return {}
+
+    # The arguments of the run
+
+    def recorded(self) -> dict[str, Any]:
+        """The arguments that decide what the run computes."""
+        values = {
+            name: value for group in self.argument_groups() for name, value in asdict(group).items() if name not in FREE
+        }
+        values["processes"] = self.accelerator.num_processes
+        if self.args.data.streaming:  # each worker has shards of its own
+            values["num_workers"] = self.args.data.num_workers
+        return json.loads(json.dumps(values, default=str))
+
+    def _check_output_dir(self) -> None:
+        """A folder with a run in it is not written over, and a run goes on with the arguments that it began with."""
+        run = self.args.run
+        path = run.output_dir / ARGUMENTS_FILE
+        if not path.exists():
+            return
+        if not run.resume:
+            raise ValueError(f"--output-dir {run.output_dir} has a run in it: pass --resume or another folder")
+        changed = differences(json.loads(path.read_text("utf-8")), self.recorded())
+        if changed:
+            raise ValueError(f"--resume goes on with the arguments of the run, but: {', '.join(changed)}")
+
+    # Batches
+
+    def batches(self, start: int, end: int) -> Iterable[Batch]:
+        """The training batches of this process from number `start` on."""
+        args, accelerator = self.args, self.accelerator
+        examples = self._examples(self.train_split, self.training_views())
+        if self.streaming:
+            return self._stream(examples, start)
+        sampler = TrainingBatches(
+            len(examples),
+            args.optimization.batch_size,
+            seed=args.run.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            start=start,
+            end=end,
+        )
+        return iterate(examples, args.data.num_workers, batch_sampler=sampler, pin_memory=self._pins_memory)
+
+    def _stream(self, examples: Examples, start: int) -> Iterable[Batch]:
+        accelerator = self.accelerator
+        examples.split = split_dataset_by_node(examples.split, accelerator.process_index, accelerator.num_processes)
+        workers = min(self.args.data.num_workers, examples.split.num_shards)
+        seen = start - start % max(workers, 1)  # the rest have been seen too, but belong to some workers
+        size = self.args.optimization.batch_size
+        stream = StreamedExamples(examples, size, seen)
+        batches = iterate(stream, workers, batch_size=size, pin_memory=self._pins_memory)
+        for number, batch in enumerate(batches, start=seen):
+            if number >= start:
+                yield batch
+
+    def _examples(self, split: Split, views: TrainingViews | TestViews) -> Examples:
+        skip = self.args.data.on_broken_video == "skip"
+        return Examples(split, views, skip_broken=skip, seed=self.args.run.seed)
+
+    def batches_once(self, split: Split, views: TestViews, indices: list[int] | None = None) -> Iterator[Batch]:
+        """Those examples of a split that `indices` names, or all, once on all processes together."""
+        keys = test_batches(
+            list(range(len(split))) if indices is None else indices,
+            self.args.optimization.batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        examples = self._examples(split, views)
+        return iterate(examples, self.args.data.num_workers, batch_sampler=keys, pin_memory=self._pins_memory)
+
+    @property
+    def _pins_memory(self) -> bool:
+        return self.accelerator.device.type == "cuda"
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the training data are a stream."""
+        return isinstance(self.train_split, IterableDataset)
+
+    @property
+    def views_per_step(self) -> int:
+        """Views that all processes see in a step."""
+        args = self.args.optimization
+        count = args.batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return count * self.args.augmentation.num_sample
+
+    def _steps_per_epoch(self) -> int:
+        args = self.args
+        if self.streaming:
+            if args.run.steps_per_epoch is None:
+                raise ValueError("--streaming needs --steps-per-epoch: the length of a stream is not known")
+            return args.run.steps_per_epoch
+        if args.run.steps_per_epoch is not None:
+            raise ValueError("--steps-per-epoch is for --streaming")
+        examples = self.views_per_step // args.augmentation.num_sample
+        if len(self.train_split) < examples:
+            raise ValueError(f"fewer training examples ({len(self.train_split)}) than one step takes ({examples})")
+        return len(self.train_split) // examples
+
+    # The run
+
+    def train(self) -> None:
+        """Trains, and writes what belongs to the model: `best`, `last`, pictures, `summary.json`."""
+        if self.accelerator.is_main_process:
+            replace_files(
+                self.args.run.output_dir,
+                lambda folder: (folder / ARGUMENTS_FILE).write_text(json.dumps(self.recorded(), indent=2), "utf-8"),
+            )
+        self.trainer.train()
+        self.trainer.save_last()
+        if self.accelerator.is_main_process:
+            self._report()
+        self.accelerator.end_training()
+
+    def save_model(
+        self, model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path, metrics: dict[str, float]
+    ) -> None:
+        """Writes model, processor and card."""
+        model.save_pretrained(folder, state_dict=weights)
+        self.processor.save_pretrained(folder)
+        self.card(metrics).save(folder / "README.md")
+
+    def card_facts(self) -> dict[str, Any]:
+        """What the card of any run says of its training."""
+        args, progress, start = self.args, self.trainer.progress, self.args.model.model
+        broken = len(progress.broken)
+        return {
+            "model_name": args.run.push_to_hub or args.run.output_dir.name,
+            "dataset_name": Path(args.data.data).name,
+            "start": f"from `{Path(start).name}`" if start is not None else "from scratch",
+            "base_model": start if start is not None and not Path(start).exists() else None,
+            "steps": progress.step,
+            "views_per_step": self.views_per_step,
+            "processes": self.accelerator.num_processes,
+            "seed": args.run.seed,
+            "broken": f"; {broken} broken files were left out" if broken else "",
+            "command": shlex.join(_without_folders(word) for word in sys.argv),
+        }
+
+    def _report(self) -> None:
+        output_dir, trainer = self.args.run.output_dir, self.trainer
+        progress, window = trainer.progress, trainer.window
+        draw_curves(trainer.records(), output_dir / "curves.png")
+        summary = {
+            "steps": progress.step,
+            "metrics": trainer.metrics,
+            "best": progress.best,
+            "skipped_steps": progress.skipped,
+            "data_wait": window.waited_in_all / max(window.seconds_in_all, 1e-9),
+            "broken": progress.broken,
+            **self.report(),
+        }
+        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2), "utf-8")
+        print(f"saved {output_dir / 'best'} ({trainer.metric} {progress.best:.4f}) and {output_dir / 'last'}")
+        print(f"waited for data {summary['data_wait']:.1%} of the time; {progress.skipped} steps skipped, not finite")
+        print(f"{len(progress.broken)} broken files" + "".join(f"\n  {reason}" for reason in progress.broken.values()))
+        if self.args.run.push_to_hub is not None:
+            HfApi().upload_folder(repo_id=self.args.run.push_to_hub, folder_path=output_dir / "best")
+            print(f"uploaded to {self.args.run.push_to_hub}")
+
+
+def _without_folders(word: str) -> str:
+    """Absolute paths are nobody's business."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
+def run_or_exit(make_run: Callable[[], TrainingRun]) -> None:
+    """Trains; what is wrong with the arguments, or with the numbers, ends the process with a message."""
+    try:
+        run = make_run()
+    except (OSError, ValueError, StrictDataclassError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        run.train()
+    except NonFiniteError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,36 @@
+"""Pretrains VideoMamba on videos or images without labels: masked, against a CLIP teacher (UMT; paper, section 3.3).
+
+    accelerate launch scripts/pretrain_umt.py --data CLIPS --teacher openai/clip-vit-base-patch16 --size middle \\
+        --output-dir OUTPUT
+
+Most tokens of a clip are hidden from the model, which learns to give the others the features that CLIP gives them in
+the whole clip. CLIPS is what finetune.py takes; labels are not used. OUTPUT/best and OUTPUT/last are what finetune.py
+starts from: --model OUTPUT/best. With --recipe the values are those of a published run.
+"""
+
+from pathlib import Path
+
+from modeling_videomamba.training.arguments import DataArguments, RunArguments, parse_arguments
+from modeling_videomamba.training.augmentation import AugmentationArguments
+from modeling_videomamba.training.models import ModelArguments
+from modeling_videomamba.training.optimization import OptimizationArguments
+from modeling_videomamba.training.pretraining import PretrainingArguments, PretrainingRun
+from modeling_videomamba.training.run import Arguments, run_or_exit
+
+CLASSES = (
+    DataArguments,
+    ModelArguments,
+    AugmentationArguments,
+    OptimizationArguments,
+    RunArguments,
+    PretrainingArguments,
+)
+
+
+def main() -> None:
+    *groups, pretraining = parse_arguments(__doc__ or "", Path(__file__).parent / "recipes" / "umt", *CLASSES)
+    run_or_exit(lambda: PretrainingRun(Arguments(*groups), pretraining))
+
+
+if __name__ == "__main__":
+    main()
