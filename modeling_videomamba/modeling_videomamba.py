@@ -126,13 +126,13 @@ def visible_tokens(bool_masked_pos: torch.Tensor, batch: int, num_patches: int) 
             f"`bool_masked_pos` must be boolean and of shape (batch, T'P) = {(batch, num_patches)}, got "
             f"{bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}."
         )
-    counts = bool_masked_pos.sum(dim=1).unique().tolist()
-    if len(counts) != 1:
+    counts = bool_masked_pos.sum(dim=1).unique().tolist() or [0]
+    if len(counts) > 1:
         raise ValueError(
             f"`bool_masked_pos` must hide the same number of tokens of each sample, got {counts[0]} to {counts[-1]}."
         )
     visible = F.pad(~bool_masked_pos, (1, 0), value=True)
-    return visible.nonzero()[:, 1].view(batch, -1)
+    return visible.nonzero()[:, 1].view(batch, 1 + num_patches - counts[0])
 
 
 class VideoMambaRMSNorm(nn.Module):

@@ -7,9 +7,15 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, CLIPVisionModelWithProjection
 
-from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForVideoClassification, VideoMambaModel
+from modeling_videomamba import (
+    VideoMambaForImageClassification,
+    VideoMambaForMaskedPreTraining,
+    VideoMambaForVideoClassification,
+    VideoMambaModel,
+)
 from modeling_videomamba.conversion import CheckpointError, convert_checkpoint, load_labels
 from tests.conftest import ROOT, load_golden, strip_prefix
 
@@ -18,6 +24,8 @@ KINDS = {
     "video_classification_tubelet": ("state_dict.", "video"),
     "image_classification": ("state_dict.", "image"),
     "self_distillation": ("student.", "student"),
+    "masked_pretraining": ("state_dict.", "masked-pretraining"),
+    "masked_pretraining_multilayer": ("state_dict.", "masked-pretraining"),
 }
 
 
@@ -42,8 +50,13 @@ def test_kind_and_configuration_come_from_the_tensors(tmp_path, name):
     assert config.image_size == args["img_size"] and config.patch_size == args["patch_size"]
     assert config.hidden_size == args["embed_dim"] and config.num_hidden_layers == args["depth"]
     assert config.num_frames == args.get("num_frames") and config.tubelet_size == args.get("kernel_size", 1)
-    assert config.num_labels == args["num_classes"]
     assert config.teacher_hidden_size == args.get("teacher_embed_dim")
+    if converted.kind == "masked-pretraining":
+        assert type(converted.model) is VideoMambaForMaskedPreTraining
+        names = ("num_aligned_layers", "alignment_size")
+        assert [getattr(config, name) for name in names] == [args["clip_return_layer"], args["clip_output_dim"]]
+        return
+    assert config.num_labels == args["num_classes"]
     assert (config.state_size, config.conv_kernel, config.expand) == (16, 4, 2)
     is_video = converted.kind == "video"
     assert type(converted.model) is (VideoMambaForVideoClassification if is_video else VideoMambaForImageClassification)
@@ -106,12 +119,67 @@ def test_another_model_is_refused_by_what_is_missing(tmp_path):
         convert_checkpoint(save(tmp_path, {"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("clip_decoder.0.head.weight", "masked-pretraining"), ("text_encoder.cls.bias", "video-text")]
-)
-def test_kinds_without_a_model_class_yet_are_named(tmp_path, name, kind):
-    with pytest.raises(CheckpointError, match=kind):
-        convert_checkpoint(save(tmp_path, {**original(), name: torch.zeros(3)}))
+def test_a_kind_without_a_model_class_yet_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="video-text"):
+        convert_checkpoint(save(tmp_path, {**original(), "text_encoder.cls.bias": torch.zeros(3)}))
+
+
+def test_layers_between_aligned_ones_are_an_argument(tmp_path):
+    path = save(tmp_path, original("masked_pretraining_multilayer"))
+    assert convert_checkpoint(path, alignment_interval=3).model.config.aligned_layers == [0, 3]
+    with pytest.raises(StrictDataclassError, match="too small for `num_aligned_layers` 2 with `alignment_interval` 4"):
+        convert_checkpoint(path, alignment_interval=4)
+
+
+def test_a_decoder_too_many_or_too_few_is_named(tmp_path):
+    state_dict = original("masked_pretraining_multilayer")
+    del state_dict["clip_decoder.1.head.bias"]
+    with pytest.raises(CheckpointError, match=r"lacks: `alignment_decoders\.1\.head\.bias`"):
+        convert_checkpoint(save(tmp_path, state_dict))
+    state_dict = {**original("masked_pretraining"), "clip_decoder.0.mask_token": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"no place for: `alignment_decoders\.0\.mask_token`"):
+        convert_checkpoint(save(tmp_path, state_dict))
+    state_dict = {**original("masked_pretraining"), "norm_f.weight": torch.zeros(48)}
+    with pytest.raises(CheckpointError, match="two of its tensors have one place"):
+        convert_checkpoint(save(tmp_path, state_dict))
+
+
+# CLIP's visual encoders
+
+
+def clip_state_dict():
+    return strip_prefix(load_golden("clip_teacher")[0], "state_dict.")
+
+
+def test_a_visual_encoder_of_clip(tmp_path):
+    state_dict = clip_state_dict()
+    converted = convert_checkpoint(save(tmp_path, state_dict), num_attention_heads=4)
+    config = converted.model.config
+    assert (config.image_size, config.patch_size, config.num_hidden_layers, config.projection_dim) == (64, 16, 3, 24)
+    assert converted.kind == "CLIP visual encoder" and dict(converted.processor.crop_size) == {
+        "height": 64,
+        "width": 64,
+    }
+    half = {name: tensor.half() for name, tensor in state_dict.items()}  # as they are distributed
+    half["conv1.weight"] = half["conv1.weight"].squeeze(2)
+    other = convert_checkpoint(save(tmp_path, half), num_attention_heads=4).model
+    assert other.dtype == torch.float32
+    for name, tensor in converted.model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=2e-3, atol=1e-4)
+    converted.save_pretrained(tmp_path / "clip")
+    assert CLIPVisionModelWithProjection.from_pretrained(tmp_path / "clip").config.num_attention_heads == 4
+    assert convert_checkpoint(save(tmp_path, state_dict)).model.config.num_attention_heads == 1  # of 64 channels
+
+
+def test_a_visual_encoder_that_does_not_fit_is_refused(tmp_path):
+    state_dict = clip_state_dict()
+    with pytest.raises(CheckpointError, match="`num_attention_heads` must divide the width 64, got 5"):
+        convert_checkpoint(save(tmp_path, state_dict), num_attention_heads=5)
+    with pytest.raises(CheckpointError, match="no place for: `extra`"):
+        convert_checkpoint(save(tmp_path, {**state_dict, "extra": torch.zeros(1)}))
+    del state_dict["transformer.resblocks.1.attn.in_proj_bias"]
+    with pytest.raises(CheckpointError, match=r"lacks.*layers\.1\.self_attn\.k_proj\.bias"):
+        convert_checkpoint(save(tmp_path, state_dict))
 
 
 class Malicious:
@@ -193,3 +261,9 @@ def test_the_script(tmp_path):
     result = run_script(path, tmp_path / "out2", "--labels", "kinetics400")
     assert result.returncode == 1 and result.stderr.startswith("error: `labels` has 400 names")
     assert not (tmp_path / "out2").exists()
+    save(tmp_path, clip_state_dict())
+    result = run_script(path, tmp_path / "clip", "--num-attention-heads", 4)
+    assert "CLIP visual encoder checkpoint" in result.stdout and "CLIPImageProcessor" in result.stdout, result.stderr
+    save(tmp_path, original("masked_pretraining_multilayer"))
+    result = run_script(path, tmp_path / "out3", "--alignment-interval", 4)
+    assert result.returncode == 1 and "alignment_interval" in result.stderr and "Traceback" not in result.stderr
