@@ -1,10 +1,10 @@
-"""Writes the recipes of finetune.py and distill.py from the hyper-parameters of the released runs.
+"""Writes the recipes of the training scripts from the hyper-parameters of the released runs.
 
     python scripts/make_recipes.py PUBLISHED.json
 
 PUBLISHED.json has the arguments of the original programs (`tests/golden/recipes.json`). Each recipe gives them under
 our names and says, in its first lines, what to start from and on how many GPUs the run was made; learning rates are
-scaled to the batch of the run at hand.
+scaled to the batch of the run at hand. Those of pretrain_umt.py are in a folder of their own, `umt`.
 """
 
 import argparse
@@ -25,9 +25,15 @@ PROGRAMS = {
     "run_with_submitit_distill.py": "image",
     "run_class_finetuning.py": "video",
     "run_regression_finetuning.py": "video",
+    "run_videomamba_pretraining.py": "umt",
 }
+CLIP_MODELS = {"clip_b16": "CLIP B/16, openai/clip-vit-base-patch16"}
+CROP_AREA = 0.66**2  # the smallest of the original's crops
 # Fields of these runs contradict the runs that they belong to: the size by their folder, and the frames by their name.
-MISTAKES = {
+# Masked pretraining has an epoch more in its files than in the paper, for the sake of a last checkpoint.
+MISTAKES: dict[str, dict[str, Any]] = {
+    "video_sm/k400/videomamba_middle_mask/mask_pretrain": {"epochs": "800"},
+    "video_sm/ssv2/videomamba_middle_mask/mask_pretrain": {"epochs": "800"},
     "video_sm/k400/videomamba_tiny/f64x224to384": {"model": "videomamba_tiny"},
     "video_sm/ssv2/videomamba_tiny/f16x224to288": {"model": "videomamba_tiny", "num_frames": "16"},
 }
@@ -36,6 +42,8 @@ MISTAKES = {
 def recipe_name(run: str) -> str:
     """`k400-mask-middle-f8x224` for `video_sm/k400/videomamba_middle_mask/f8x224`."""
     _, *parts = run.split("/")
+    if parts[-1] == "mask_pretrain":
+        return f"umt/{parts[0]}-middle-f8x224"
     name = "-".join(parts).replace("exp_distill-", "distilled-")
     name = re.sub(r"videomamba_(\w+?)_mask", r"mask-\1", name).replace("videomamba_", "").replace("_", "-")
     return name if run.startswith("video") else f"in1k-{name}"
@@ -114,10 +122,31 @@ def video_recipe(run: str, args: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def pretraining_recipe(args: dict[str, Any]) -> dict[str, Any]:
+    """Masked pretraining. The original's warm-up begins at zero, whatever its argument says."""
+    values: dict[str, Any] = {
+        "size": "middle",
+        "num_frames": int(args["num_frames"]),
+        "tubelet_size": int(args["tubelet_size"]),
+        "image_size": int(args["input_size"]),
+        "drop_path_rate": float(args["drop_path"]),
+        "mask_type": args["mask_type"],
+        "mask_ratio": float(args["mask_ratio"]),
+        "alignment_loss": args["clip_loss_type"],
+        "num_aligned_layers": int(args["clip_return_layer"]),
+        "alignment_interval": int(args["clip_return_interval"]),
+        "flip": args["flip"] == "True",
+        "min_crop_area": round(CROP_AREA, 4),
+    }
+    return {**values, **optimization({**args, "warmup_lr": 0}), "base_batch_size": VIDEO_BASE}
+
+
 def describe(run: str, args: dict[str, Any]) -> str:
     """The comment at the head of a recipe."""
     size = str(args["model"]).removeprefix("videomamba_")
-    if run.startswith("image"):
+    if run.endswith("mask_pretrain"):
+        start = f"from scratch; --teacher MODEL, {CLIP_MODELS[args['clip_teacher']]}"
+    elif run.startswith("image"):
         start = f"--model MODEL, VideoMamba {size} trained at 224"
         if int(args["input_size"]) == 224:
             start = "from scratch"
@@ -139,16 +168,16 @@ def describe(run: str, args: dict[str, Any]) -> str:
 
 
 def make_recipes(published: dict[str, Any]) -> dict[str, str]:
-    """Text of every recipe by its name; runs of masked pretraining have another script."""
+    """Text of every recipe by its name, `umt/...` for those of masked pretraining."""
     recipes = {}
     for run, entry in published["runs"].items():
-        if entry["program"] not in PROGRAMS:
-            continue
         program = "main.py" if entry["program"] == "run_with_submitit.py" else entry["program"]
         defaults = dict(published["defaults"][program])
         defaults.pop("layer_decay", None)
         args = {**defaults, **entry["args"], **MISTAKES.get(run, {})}
-        if PROGRAMS[entry["program"]] == "image":
+        if PROGRAMS[entry["program"]] == "umt":
+            values = pretraining_recipe(args)
+        elif PROGRAMS[entry["program"]] == "image":
             values = image_recipe(args)
             if int(args["input_size"]) == 224:
                 values = {"size": str(args["model"]).removeprefix("videomamba_"), **values}
@@ -162,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("published", type=Path)
     args = parser.parse_args()
-    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "umt").mkdir(parents=True, exist_ok=True)
     for name, text in make_recipes(json.loads(args.published.read_text("utf-8"))).items():
         (FOLDER / f"{name}.yaml").write_text(text, "utf-8")
 

@@ -8,6 +8,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+import pretrain_umt
 from make_recipes import make_recipes
 from modeling_videomamba.modeling_videomamba import VideoMambaLayer
 from modeling_videomamba.training.arguments import LabelledDataArguments, RunArguments, parse_arguments
@@ -20,6 +21,7 @@ RECIPES = ROOT / "scripts" / "recipes"
 CLASSES = (LabelledDataArguments, ModelArguments, LabelledAugmentationArguments, OptimizationArguments, RunArguments)
 PUBLISHED = json.loads((GOLDEN / "recipes.json").read_text("utf-8"))
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+PRETRAINING_NAMES = sorted(path.stem for path in (RECIPES / "umt").glob("*.yaml"))
 
 
 def parse(monkeypatch, *words, classes=CLASSES, folder=RECIPES):
@@ -29,7 +31,8 @@ def parse(monkeypatch, *words, classes=CLASSES, folder=RECIPES):
 
 def test_the_recipes_are_those_of_the_released_runs():
     made = make_recipes(PUBLISHED)
-    assert sorted(made) == NAMES and len(NAMES) == 62
+    assert set(made) == {*NAMES, *(f"umt/{name}" for name in PRETRAINING_NAMES)} and len(NAMES) == 62
+    assert len(made) == len(PUBLISHED["runs"])
     for name, text in made.items():
         assert (RECIPES / f"{name}.yaml").read_text("utf-8") == text, name
 
@@ -69,6 +72,19 @@ def test_rates_are_those_of_the_released_runs(monkeypatch, name, gpus, views, ra
     names = ("learning_rate", "min_learning_rate", "warmup_learning_rate")
     assert [scale * getattr(optimization, name) for name in names] == pytest.approx(rates, rel=3e-3)
     assert (optimization.epochs, optimization.warmup_epochs) == pytest.approx(epochs)
+
+
+@pytest.mark.parametrize("name", PRETRAINING_NAMES)
+def test_recipes_of_masked_pretraining(monkeypatch, name):
+    words = ["--recipe", name, "--data", "x", "--output-dir", "y", "--teacher", "t"]
+    groups = parse(monkeypatch, *words, classes=pretrain_umt.CLASSES, folder=RECIPES / "umt")
+    _, model, augmentation, optimization, _, pretraining = groups
+    assert (model.size, model.num_frames, model.drop_path_rate) == ("middle", 8, 0.4)
+    assert (pretraining.mask_type, pretraining.mask_ratio, pretraining.num_aligned_layers) == ("attention", 0.8, 1)
+    assert (optimization.epochs, optimization.warmup_epochs, optimization.adam_beta2) == (800, 40, 0.95)
+    views, scale = scaled(optimization, augmentation, 32)
+    assert views == 2048 and scale * optimization.learning_rate == pytest.approx(1.2e-3)
+    assert augmentation.flip and optimization.mixed_precision == "bf16"
 
 
 def test_the_command_line_goes_before_the_recipe(monkeypatch):

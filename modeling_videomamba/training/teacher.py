@@ -114,8 +114,8 @@ class ClipTeacher(nn.Module):
         split = (self.model.config.num_attention_heads, -1)
         query = layer.self_attn.q_proj(normed[:, :1]).unflatten(-1, split).transpose(1, 2)
         key = layer.self_attn.k_proj(normed).unflatten(-1, split).transpose(1, 2)
-        scores = (query.float() @ key.float().mT) * query.shape[-1] ** -0.5
-        return scores.softmax(-1).mean(dim=1)[:, 0, 1:]
+        scores = query @ key.mT * query.shape[-1] ** -0.5
+        return scores.softmax(-1, dtype=torch.float32).mean(dim=1)[:, 0, 1:]
 
 
 class Renormalization(nn.Module):
