@@ -25,6 +25,7 @@ import transformers
 from modeling_videomamba import (
     VIDEOMAMBA_SIZES,
     VideoMambaConfig,
+    VideoMambaForMaskedPreTraining,
     VideoMambaForVideoClassification,
     VideoMambaModel,
     selective_scan,
@@ -34,7 +35,9 @@ from modeling_videomamba.cpu_library import kernels
 from modeling_videomamba.matrix_product_cpu import matrix_kernels
 from modeling_videomamba.matrix_product_cpu import unusable as matrix_units_unusable
 from modeling_videomamba.modeling_videomamba import SCANS
+from modeling_videomamba.modeling_videomamba_pretraining import take_visible
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
+from modeling_videomamba.training.masks import make_masks
 from modeling_videomamba.training.memory import keep_freed_memory
 
 STATE_SIZE = 16
@@ -336,14 +339,43 @@ def prepare_training(
 def measure_training(frames: int, image_size: int, batch: int, **timing: Any) -> Result:
     """A step of training and inference on the same clips, in turn."""
     inference, step, _ = prepare_training(frames, image_size, batch)
-    first = first_call(step)
+    return compare({"inference": inference, "step": step}, **timing)
+
+
+def compare(functions: dict[str, Callable[[], None]], **timing: Any) -> Result:
+    """Two functions in turn, and the ratio of the second's time to the first's; memory is that of the second."""
+    one, other = functions.values()
+    first = first_call(other)
     start = time.perf_counter()
-    inference()
-    firsts = [time.perf_counter() - start, first["first_seconds"]]
-    timed = time_rounds([inference, step], firsts, **timing)
+    one()
+    timed = time_rounds([one, other], [time.perf_counter() - start, first["first_seconds"]], **timing)
     ratios = {f"ratio_of_{key}": timed[1][f"{key}_seconds"] / timed[0][f"{key}_seconds"] for key in ("min", "median")}
-    pairs = zip(("inference", "step"), timed, strict=True)
+    pairs = zip(functions, timed, strict=True)
     return {**first, **{f"{name}_{key}": value for name, times in pairs for key, value in times.items()}, **ratios}
+
+
+def measure_masked_training(frames: int, image_size: int, batch: int, mask_ratio: float, **timing: Any) -> Result:
+    """A step of masked pretraining of VideoMamba-Ti, without its teacher, and one that hides nothing, in turn."""
+    keep_freed_memory()
+    config = VideoMambaConfig(num_frames=frames, image_size=image_size, **VIDEOMAMBA_SIZES["tiny"])
+    model = VideoMambaForMaskedPreTraining(config).train()
+    model.freeze_unaligned()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    clips = torch.randn(batch, frames, 3, image_size, image_size)
+    features = F.normalize(
+        torch.randn(1, batch, 1 + frames * math.prod(config.grid_size), config.alignment_size), dim=-1
+    )
+    noise = torch.rand(batch, frames, *config.grid_size)
+    attention = torch.rand(batch, frames, math.prod(config.grid_size)).softmax(-1)
+
+    def step(ratio: float) -> None:
+        hidden = make_masks(noise, "attention", ratio, attention)
+        model(clips, hidden, teacher_features=take_visible(features, hidden)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    steps = {"unmasked": functools.partial(step, 0.0), "masked": functools.partial(step, mask_ratio)}
+    return compare(steps, **timing)
 
 
 MEASURES: dict[str, Callable[..., Result]] = {
@@ -352,6 +384,7 @@ MEASURES: dict[str, Callable[..., Result]] = {
     "profile": measure_profile,
     "training": measure_training,
     "training profile": measure_training_profile,
+    "masked training": measure_masked_training,
 }
 
 

@@ -119,12 +119,36 @@ def study(args: argparse.Namespace) -> dict[str, list[tuple[float, dict[str, flo
     """Of each seed the accuracy, and what pretraining measured, by type of mask."""
     folder, clips, labels = args.folder, args.folder / "clips", args.folder / "labels"
     if not clips.exists():
-        command = (SCRIPTS / "make_moving_digits.py", clips, "--train-clips", args.train_clips)
-        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+        command: tuple[Any, ...] = (
+            sys.executable,
+            SCRIPTS / "make_moving_digits.py",
+            clips,
+            "--train-clips",
+            args.train_clips,
+        )
+        command += ("--test-clips", args.test_clips)
+        subprocess.run([str(part) for part in command], check=True, capture_output=True)
     write_few_labels(clips, labels, args.labels_per_class)
-    finetuning = ("--data", labels, "--data-root", clips, "--epochs", args.finetuning_epochs, *FINETUNING)
+    finetuning: tuple[Any, ...] = (
+        "--data",
+        labels,
+        "--data-root",
+        clips,
+        "--epochs",
+        args.finetuning_epochs,
+        *FINETUNING,
+    )
     finetuning += ("--evaluation-epochs", args.finetuning_epochs)
-    pretraining = ("--data", clips, "--teacher", folder / "teacher", "--config", NANO, "--epochs", args.epochs)
+    pretraining: tuple[Any, ...] = (
+        "--data",
+        clips,
+        "--teacher",
+        folder / "teacher",
+        "--config",
+        NANO,
+        "--epochs",
+        args.epochs,
+    )
     pretraining += (*PRETRAINING, "--evaluation-epochs", args.epochs)
     results: dict[str, list[tuple[float, dict[str, float]]]] = {mask: [] for mask in (SCRATCH, *args.masks)}
     for seed in track(range(args.seeds), "seeds"):
@@ -145,6 +169,7 @@ def main() -> None:
     parser.add_argument("--masks", nargs="*", default=list(MASK_TYPES), choices=MASK_TYPES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train-clips", type=int, default=2048, help="without labels")
+    parser.add_argument("--test-clips", type=int, default=800)
     parser.add_argument("--labels-per-class", type=int, default=20)
     parser.add_argument("--teacher-steps", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=16, help="of pretraining")

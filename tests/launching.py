@@ -1,12 +1,15 @@
 """Scripts as a user launches them, and data for them."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
 import numpy as np
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 
@@ -31,6 +34,33 @@ def launched(script, processes, *options):
 
 def launch(script, processes, *options):
     return run(*launched(script, processes, *options))
+
+
+def start(*command):
+    return subprocess.Popen(
+        words(*command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
+    )
+
+
+def wait_until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text("utf-8"))
+
+
+def last_weights(folder):
+    return load_file(folder / "last" / "model.safetensors")
+
+
+def assert_finished(result):
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout + result.stderr
 
 
 def write_broken_videos(folder, video):

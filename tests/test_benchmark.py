@@ -23,6 +23,7 @@ CHOSEN = {
     "model TimeSformer-Ti joint 2 frames",
     "profile VideoMamba-Ti 2 frames",
     "training VideoMamba-Ti",
+    "masked training VideoMamba-Ti",
     "profile training VideoMamba-Ti",
 }
 

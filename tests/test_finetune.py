@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -27,7 +26,19 @@ from modeling_videomamba.training.classification import ClassificationRun, Label
 from modeling_videomamba.training.models import ModelArguments
 from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.conftest import NANO, moving_square, tiny_config, write_video
-from tests.launching import ENVIRONMENT, SCRIPTS, launch, launched, run, words, write_broken_videos
+from tests.launching import (
+    ENVIRONMENT,
+    SCRIPTS,
+    assert_finished,
+    last_weights,
+    launch,
+    launched,
+    run,
+    start,
+    summary,
+    wait_until,
+    write_broken_videos,
+)
 
 TINY_CONFIG = ("--config", NANO / "config.json")
 
@@ -53,19 +64,6 @@ def digits(tmp_path_factory):
         *(str(folder / "train" / "left" / name) for name in broken),
         str(folder / "test" / "up" / "bad.mp4"),
     ]
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text("utf-8"))
-
-
-def last_weights(folder):
-    return load_file(folder / "last" / "model.safetensors")
-
-
-def assert_finished(result):
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout + result.stderr
 
 
 def test_two_processes_train_as_one_does(digits, tmp_path):
@@ -196,12 +194,6 @@ def test_regression_on_windows_of_long_videos(tmp_path):
 # Streams, and runs that are stopped
 
 
-def start(*command):
-    return subprocess.Popen(
-        words(*command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
-    )
-
-
 def test_a_stream_on_two_processes_goes_on_after_sigterm(digits, tmp_path):
     data, _ = digits
     clips = sorted(path for path in (data / "train").rglob("0*.mp4"))
@@ -230,14 +222,6 @@ def test_a_stream_on_two_processes_goes_on_after_sigterm(digits, tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in metrics.read_text("utf-8").splitlines() if "loss" in line]
     assert steps == list(range(1, 41))
-
-
-def wait_until(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0].decode()
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.slow

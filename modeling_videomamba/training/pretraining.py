@@ -126,7 +126,7 @@ class PretrainingRun(TrainingRun):
             self.probe_splits = [train, load_split(probe_data, find_evaluation_split(probe_data), label_names=names)]
         for split in (self.evaluation_split, *self.probe_splits):
             if media_kind(split) != self.kind:
-                raise ValueError(f"the training data are {self.kind}s, others that the run reads are not")
+                raise ValueError(f"what the run is tested on must be {self.kind}s, as the training data are")
 
     def load_model(self) -> PreTrainedModel:
         args = self.pretraining
