@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -342,7 +342,7 @@ def measure_training(frames: int, image_size: int, batch: int, **timing: Any) ->
     return compare({"inference": inference, "step": step}, **timing)
 
 
-def compare(functions: dict[str, Callable[[], None]], **timing: Any) -> Result:
+def compare(functions: Mapping[str, Callable[[], None]], **timing: Any) -> Result:
     """Two functions in turn, and the ratio of the second's time to the first's; memory is that of the second."""
     one, other = functions.values()
     first = first_call(other)
@@ -362,11 +362,9 @@ def measure_masked_training(frames: int, image_size: int, batch: int, mask_ratio
     model.freeze_unaligned()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     clips = torch.randn(batch, frames, 3, image_size, image_size)
-    features = F.normalize(
-        torch.randn(1, batch, 1 + frames * math.prod(config.grid_size), config.alignment_size), dim=-1
-    )
-    noise = torch.rand(batch, frames, *config.grid_size)
-    attention = torch.rand(batch, frames, math.prod(config.grid_size)).softmax(-1)
+    patches = math.prod(config.grid_size)
+    features = F.normalize(torch.randn(1, batch, 1 + frames * patches, config.alignment_size), dim=-1)
+    noise, attention = torch.rand(batch, frames, *config.grid_size), torch.rand(batch, frames, patches).softmax(-1)
 
     def step(ratio: float) -> None:
         hidden = make_masks(noise, "attention", ratio, attention)

@@ -119,7 +119,7 @@ TABLES = {
         "Masked pretraining of VideoMamba-Ti, without the teacher",
         ("frames", "batch", "mask_ratio"),
         ("unmasked_min_seconds", "masked_min_seconds", "ratio_of_min", "ratio_of_median", "peak_bytes"),
-        "A step: mask, forward, backward and AdamW, in turn with one that hides nothing; the peak is that of the former.",
+        "A step: mask, forward, backward and AdamW, in turn with one that hides nothing, whose peak isn't shown.",
     ),
     "training profile": (
         "Where the time goes, a step of training",

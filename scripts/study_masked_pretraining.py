@@ -119,37 +119,14 @@ def study(args: argparse.Namespace) -> dict[str, list[tuple[float, dict[str, flo
     """Of each seed the accuracy, and what pretraining measured, by type of mask."""
     folder, clips, labels = args.folder, args.folder / "clips", args.folder / "labels"
     if not clips.exists():
-        command: tuple[Any, ...] = (
-            sys.executable,
-            SCRIPTS / "make_moving_digits.py",
-            clips,
-            "--train-clips",
-            args.train_clips,
-        )
-        command += ("--test-clips", args.test_clips)
+        command = [sys.executable, SCRIPTS / "make_moving_digits.py", clips]
+        command += ["--train-clips", args.train_clips, "--test-clips", args.test_clips]
         subprocess.run([str(part) for part in command], check=True, capture_output=True)
     write_few_labels(clips, labels, args.labels_per_class)
-    finetuning: tuple[Any, ...] = (
-        "--data",
-        labels,
-        "--data-root",
-        clips,
-        "--epochs",
-        args.finetuning_epochs,
-        *FINETUNING,
-    )
-    finetuning += ("--evaluation-epochs", args.finetuning_epochs)
-    pretraining: tuple[Any, ...] = (
-        "--data",
-        clips,
-        "--teacher",
-        folder / "teacher",
-        "--config",
-        NANO,
-        "--epochs",
-        args.epochs,
-    )
-    pretraining += (*PRETRAINING, "--evaluation-epochs", args.epochs)
+    finetuning = ["--data", labels, "--data-root", clips, "--epochs", args.finetuning_epochs, *FINETUNING]
+    finetuning += ["--evaluation-epochs", args.finetuning_epochs]
+    pretraining = ["--data", clips, "--teacher", folder / "teacher", "--config", NANO, "--epochs", args.epochs]
+    pretraining += ["--evaluation-epochs", args.epochs, *PRETRAINING]
     results: dict[str, list[tuple[float, dict[str, float]]]] = {mask: [] for mask in (SCRATCH, *args.masks)}
     for seed in track(range(args.seeds), "seeds"):
         found = launch("finetune.py", folder / f"scratch-{seed}", "--config", NANO, "--seed", seed, *finetuning)
