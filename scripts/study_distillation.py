@@ -44,7 +44,8 @@ def write_images(folder: Path, train_images: int) -> None:
 
 def train(script: str, output: Path, *options: Any) -> float:
     """Accuracy after the last step."""
-    command = ["accelerate", "launch", "--num_processes", "1", SCRIPTS / script, "--output-dir", output, *options]
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1")
+    command = [*launcher, SCRIPTS / script, "--output-dir", output, *options]
     if not (output / "summary.json").exists():
         subprocess.run([str(part) for part in command], check=True, capture_output=True)
     return json.loads((output / "summary.json").read_text("utf-8"))["metrics"]["accuracy"]

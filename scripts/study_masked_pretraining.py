@@ -109,7 +109,8 @@ def write_few_labels(clips: Path, folder: Path, per_class: int) -> None:
 
 def launch(script: str, output: Path, *options: Any) -> dict[str, Any]:
     """The summary of a run, which is made if it isn't there."""
-    command = ["accelerate", "launch", "--num_processes", "1", SCRIPTS / script, "--output-dir", output, "--resume"]
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1")
+    command = [*launcher, SCRIPTS / script, "--output-dir", output, "--resume"]
     if not (output / "summary.json").exists():
         subprocess.run([str(part) for part in (*command, *options)], check=True, capture_output=True)
     return json.loads((output / "summary.json").read_text("utf-8"))
