@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import PartialState
 from sklearn.datasets import make_blobs
-from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
 from transformers.models.clip import CLIPConfig
 
 from modeling_videomamba import VideoMambaVideoProcessor
@@ -148,6 +154,15 @@ def test_pixels_are_normalised_as_the_teacher_wants(tmp_path, caplog):
     torch.testing.assert_close(
         features[:, 0], expected_features(whole, (raw[0] - own_mean) / own_std, [2]), rtol=1e-3, atol=1e-4
     )
+
+
+def test_a_model_without_projection_is_no_teacher(tmp_path):
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(tmp_path)
+    processor = VideoMambaVideoProcessor.for_model(student())
+    with pytest.raises(
+        ValueError, match=r"is no CLIP vision model with a projection: it lacks visual_projection\.weight"
+    ):
+        load_teacher(str(tmp_path), student(), processor)
 
 
 # The cache

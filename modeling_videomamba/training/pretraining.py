@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers import CLIPVisionConfig
@@ -90,6 +90,7 @@ class PretrainingRun(TrainingRun):
         self.teacher = load_teacher(pretraining.teacher, self.model.config, self.processor)
         self.teacher.to(self.accelerator.device)
         self.pictures: list[Picture] = []
+        self.evaluated = 0
         self.cache: TeacherCache | None = None
         if pretraining.teacher_cache is not None:
             self.cache = TeacherCache(pretraining.teacher_cache, self._teach, self._cache_identity())
@@ -197,7 +198,9 @@ class PretrainingRun(TrainingRun):
         metrics, broken = self._distances(model)
         if self.probe_splits:
             found = [self._encode(model, split) for split in self.probe_splits]
-            metrics[self.metric] = probe_accuracy(self.pretraining.probe, *found)
+            # once, as the processes decide together which model is the best
+            accuracy = [probe_accuracy(self.pretraining.probe, *found) if self.accelerator.is_main_process else 0.0]
+            metrics[self.metric] = broadcast_object_list(accuracy)[0]
             broken |= found[0].broken | found[1].broken
         model.train(was_training)
         return metrics, broken
@@ -213,10 +216,9 @@ class PretrainingRun(TrainingRun):
         config, device, broken = self.model.config, self.accelerator.device, {}
         count, total = torch.zeros(2, dtype=torch.float64, device=device)
         means = torch.zeros(config.num_aligned_layers, config.alignment_size, dtype=torch.float64, device=device)
-        chosen = (
-            np.linspace(0, len(self.evaluation_split) - 1, self.pretraining.evaluation_examples).round().astype(int)
-        )
-        batches = self.batches_once(self.evaluation_split, TestViews(self.processor), np.unique(chosen).tolist())
+        last, wanted = len(self.evaluation_split) - 1, self.pretraining.evaluation_examples
+        indices = np.unique(np.linspace(0, last, wanted).round().astype(int)).tolist()
+        batches = self.batches_once(self.evaluation_split, TestViews(self.processor), indices)
         for number, batch in enumerate(batches):
             broken.update(batch["broken"])
             batch = send_to_device(batch, device)
@@ -251,17 +253,14 @@ class PretrainingRun(TrainingRun):
     def _picture(self, model: nn.Module, batch: Batch, hidden: torch.Tensor, features: torch.Tensor) -> list[Picture]:
         """Frames, masks and similarities of a few clips nothing of which is hidden from the student."""
         rows = batch["valid"].nonzero().flatten()[:NUM_PICTURES]
-        pixel_values, hidden = batch["pixel_values"][:NUM_PICTURES], hidden[:NUM_PICTURES]
+        pixel_values, hidden, features = batch["pixel_values"][rows], hidden[rows], features[-1, rows]
         with self.accelerator.autocast():
             aligned = model(pixel_values, torch.zeros_like(hidden)).aligned_features[-1]
-        similarity = (aligned * features[-1, :NUM_PICTURES]).sum(-1)[:, 1:]
         grid = token_grid(self.model.config, pixel_values)
-        shown = restore_pixels(pixel_values, self.processor)
-        return [
-            Picture(shown[row].cpu(), hidden[row].view(grid).cpu(), similarity[row].view(grid).float().cpu())
-            for row in rows.tolist()
-            if row < NUM_PICTURES
-        ]
+        frames = restore_pixels(pixel_values, self.processor)
+        similarity = (aligned.float() * features).sum(-1)[:, 1:].unflatten(1, grid)
+        shown = (frames.cpu(), hidden.unflatten(1, grid).cpu(), similarity.cpu())
+        return [Picture(*clip) for clip in zip(*shown, strict=True)]
 
     # What it leaves
 

@@ -131,6 +131,12 @@ class Renormalization(nn.Module):
         return pixel_values * self.get_buffer("scale") + self.get_buffer("offset")
 
 
+class _VisionModel(CLIPVisionModelWithProjection):
+    """Of a whole CLIP model it takes its part without a report of the rest."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+
+
 def load_teacher(path: str, student: VideoMambaConfig, processor: Processor) -> ClipTeacher:
     r"""
     The teacher for pixels that `processor` has prepared for a student. They are normalised anew as the teacher's own
@@ -143,7 +149,11 @@ def load_teacher(path: str, student: VideoMambaConfig, processor: Processor) -> 
     Raises:
         `OSError`, `ValueError`: if there is no such model, or it does not fit the student.
     """
-    model = CLIPVisionModelWithProjection.from_pretrained(path)
+    model, info = _VisionModel.from_pretrained(path, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{path} is no CLIP vision model with a projection: it lacks {sorted(info['missing_keys'])[0]}"
+        )
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
         after = settings["image_mean"], settings["image_std"]
