@@ -13,6 +13,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForPreTraining,
     AutoModelForVideoClassification,
     AutoVideoProcessor,
     pipeline,
@@ -20,6 +21,7 @@ from transformers import (
 
 from modeling_videomamba import (
     VideoMambaForImageClassification,
+    VideoMambaForMaskedPreTraining,
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
     VideoMambaModel,
@@ -30,11 +32,12 @@ from tests.conftest import ROOT, tiny_config
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """A saved video model and a saved image model."""
+    """A saved video model, a saved image model and one of masked pretraining."""
     folder = tmp_path_factory.mktemp("models")
     for name, model_class, processor_class, num_frames in (
         ("video", VideoMambaForVideoClassification, VideoMambaVideoProcessor, 4),
         ("image", VideoMambaForImageClassification, VideoMambaImageProcessor, None),
+        ("pretraining", VideoMambaForMaskedPreTraining, VideoMambaVideoProcessor, 4),
     ):
         torch.manual_seed(0)
         model = model_class(tiny_config(num_frames=num_frames)).eval()
@@ -70,6 +73,9 @@ def test_auto_classes(directories):
         (AutoModelForImageClassification, "image", VideoMambaForImageClassification),
         (AutoVideoProcessor, "video", VideoMambaVideoProcessor),
         (AutoImageProcessor, "image", VideoMambaImageProcessor),
+        (AutoModel, "pretraining", VideoMambaModel),
+        (AutoModelForPreTraining, "pretraining", VideoMambaForMaskedPreTraining),
+        (AutoModelForVideoClassification, "pretraining", VideoMambaForVideoClassification),
     ):
         assert type(auto_class.from_pretrained(directories / name)) is expected
 
@@ -126,11 +132,12 @@ def test_remote_code_loads_without_the_package(directories, video, picture, tmp_
 import sys
 sys.modules["modeling_videomamba"] = None  # as if it were not installed
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
-    AutoModelForVideoClassification, AutoVideoProcessor, pipeline)
-video_model, image_model, video, picture, out = sys.argv[1:]
+    AutoModelForPreTraining, AutoModelForVideoClassification, AutoVideoProcessor, pipeline)
+video_model, image_model, pretraining_model, video, picture, out = sys.argv[1:]
 for auto_class, source in ((AutoConfig, video_model), (AutoModel, video_model), (AutoModel, image_model),
     (AutoModelForVideoClassification, video_model), (AutoModelForImageClassification, image_model),
-    (AutoVideoProcessor, video_model), (AutoImageProcessor, image_model)):
+    (AutoVideoProcessor, video_model), (AutoImageProcessor, image_model), (AutoModel, pretraining_model),
+    (AutoModelForPreTraining, pretraining_model), (AutoModelForVideoClassification, pretraining_model)):
     loaded = auto_class.from_pretrained(source, trust_remote_code=True)
     assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
 first = pipeline("video-classification", model=video_model, trust_remote_code=True)
@@ -145,6 +152,7 @@ assert scores[0] == scores[1] and len(scores[0]) == 5
         code,
         directories / "video",
         directories / "image",
+        directories / "pretraining",
         video,
         picture,
         tmp_path / "out",

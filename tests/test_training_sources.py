@@ -118,6 +118,37 @@ def test_shards(tmp_path, clip, label, streaming):
     assert examples[4]["video"]["path"].endswith("s11.mp4")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.csv", "path,caption\nx.mp4,a dance\ny.mp4,a song\n"),
+        ("train.csv", "path,label\nx.mp4,3\ny.mp4,0\n"),
+        ("train.csv", "x.mp4\ny.mp4\n"),
+        ("train.csv", "x.mp4,0\ny.mp4,0\n"),  # as in the original release
+        ("train.jsonl", '{"path": "x.mp4"}\n{"path": "y.mp4"}\n'),
+    ],
+)
+def test_lists_without_labels(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    split = load_split(str(tmp_path), "train", labelled=False)
+    assert list(split.features) == ["video"]
+    assert [example["video"]["path"] for example in split] == [str(tmp_path / "x.mp4"), str(tmp_path / "y.mp4")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_and_shards_without_labels(tmp_path, clip, streaming):
+    for name in ("1", "2"):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        (tmp_path / "flat" / f"{name}.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards", clip)
+    for folder, count in (("flat", 2), ("shards", 6)):
+        split = load_split(str(tmp_path / folder), "train", labelled=False, streaming=streaming)
+        assert list(split.features) == ["video"] and len(list(split)) == count
+        with pytest.raises(ValueError, match="must have a split validation or test, got train"):
+            find_evaluation_split(str(tmp_path / folder))
+
+
 def test_what_is_wrong_is_said(tmp_path, videofolder, clip):
     with pytest.raises(ValueError, match="label 'b' in the split 'test'.*1 classes"):
         load_split(str(videofolder), "test", label_names=["a"])
@@ -130,6 +161,9 @@ def test_what_is_wrong_is_said(tmp_path, videofolder, clip):
     (lists / "train.csv").write_text("file,label\nx.mp4,1\n")
     with pytest.raises(ValueError, match="columns `path` and `label`, got file, label"):
         load_split(str(lists), "train")
+    (lists / "train.csv").write_text("file,label,more\nx.mp4,1,2\n")
+    with pytest.raises(ValueError, match="must have the columns `path`, got file, label, more"):
+        load_split(str(lists), "train", labelled=False)
     (lists / "train.csv").write_text("path,label\nx.mp4,5\n")
     with pytest.raises(ValueError, match="label 5 in the split 'train'.*2 classes"):
         load_split(str(lists), "train", label_names=["a", "b"])

@@ -90,16 +90,15 @@ def _load_list(paths: list[Path], split: str, streaming: bool, root: str, labell
     if len(paths) > 1:
         raise ValueError(f"Split {split!r} must be one list of files, got {', '.join(map(str, paths))}.")
     builder, options = LIST_BUILDERS[paths[0].suffix], {}
+    wanted = ["path", "label"] if labelled else ["path"]
     if builder == "csv":
         with paths[0].open(encoding="utf-8-sig") as file:
             header = [name.strip() for name in file.readline().split(",")]
-        wanted = ["path", "label"] if labelled else ["path"]
-        if wanted[-1] not in header:  # as in the lists of the original release
+        if wanted[-1] not in header and len(header) <= 2:  # as in the lists of the original release
             options = {"names": ["path", "label"][: max(len(header), len(wanted))], "header": None}
     loaded = _known(
         load_dataset(builder, data_files={split: str(paths[0])}, split=split, streaming=streaming, **options)
     )
-    wanted = ["path", "label"] if labelled else ["path"]
     if set(wanted) - set(loaded.features):
         columns = " and ".join(f"`{name}`" for name in wanted)
         raise ValueError(f"{paths[0]} must have the columns {columns}, got {', '.join(loaded.features)}.")
