@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 
@@ -61,6 +62,7 @@ RENAMING = (
     (r"\.mixer\.(conv1d|x_proj|dt_proj)\.", r".mixer.scans.0.\1."),
 )
 
+CLIP = "CLIP visual encoder"
 WRAPPERS = ("model", "module")
 KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")
 
@@ -87,7 +89,7 @@ def convert_checkpoint(
     path: str | os.PathLike,
     labels: Sequence[str] | None = None,
     *,
-    alignment_interval: int = 1,
+    alignment_interval: int | None = None,
     num_attention_heads: int | None = None,
 ) -> ConvertedCheckpoint:
     r"""
@@ -98,7 +100,7 @@ def convert_checkpoint(
     Args:
         path (`str` or `os.PathLike`): The `.pth` file, read with `weights_only=True`.
         labels (`Sequence[str]`, *optional*): Class names in the order of the head.
-        alignment_interval (`int`, defaults to 1): Of masked pretraining that aligned several layers.
+        alignment_interval (`int`, *optional*): Of masked pretraining that aligned several layers; by default 1.
         num_attention_heads (`int`, *optional*): Of a visual encoder of CLIP; by default heads have 64 channels.
 
     Raises:
@@ -107,10 +109,18 @@ def convert_checkpoint(
             some, or an argument doesn't fit it.
     """
     state_dict = load_state_dict(path)
-    if is_clip_visual_encoder(state_dict):
-        return _convert_clip(state_dict, num_attention_heads)
     kind = recognise(state_dict)
-    config = infer_config(state_dict, alignment_interval)
+    if alignment_interval is not None and kind != "masked-pretraining":
+        raise CheckpointError(f"`alignment_interval` is for masked pretraining, this is a {kind} checkpoint.")
+    if num_attention_heads is not None and kind != CLIP:
+        raise CheckpointError(f"`num_attention_heads` is for a {CLIP}, this is a {kind} checkpoint.")
+    if kind == CLIP:
+        _set_labels(VideoMambaConfig(), state_dict, labels)  # it has none
+        return _convert_clip(state_dict, num_attention_heads)
+    try:
+        config = infer_config(state_dict, alignment_interval or 1)
+    except StrictDataclassError as error:
+        raise CheckpointError(str(error)) from error
     _set_labels(config, state_dict, labels)
     is_video = kind in ("video", "masked-pretraining")
     model_class: type[VideoMambaPreTrainedModel] = VideoMambaModel
@@ -130,7 +140,7 @@ def _convert_clip(state_dict: StateDict, num_attention_heads: int | None) -> Con
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     _load(model, rename_clip(state_dict))
-    return ConvertedCheckpoint(model.eval(), processor, "CLIP visual encoder")
+    return ConvertedCheckpoint(model.eval(), processor, CLIP)
 
 
 def load_state_dict(path: str | os.PathLike) -> StateDict:
@@ -160,7 +170,9 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
 
 
 def recognise(state_dict: StateDict) -> str:
-    """`"image"`, `"student"`, `"video"` or `"masked-pretraining"`; a `CheckpointError` for any other."""
+    """`"image"`, `"student"`, `"video"`, `"masked-pretraining"` or [`CLIP`]; a `CheckpointError` for any other."""
+    if is_clip_visual_encoder(state_dict):
+        return CLIP
     prefixes = {name.split(".")[0] for name in state_dict}
     if prefixes & {"vision_encoder", "text_encoder"}:
         raise CheckpointError("This is a video-text checkpoint; this version has no model class for it yet.")

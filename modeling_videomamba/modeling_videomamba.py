@@ -513,7 +513,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _auto_map = AUTO_MAP
     _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"^alignment_decoders\."]  # of masked pretraining
+    _keys_to_ignore_on_load_unexpected: list[str] | None = [r"^alignment_decoders\."]  # of masked pretraining
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -66,10 +66,10 @@ def alignment_loss(aligned_features: torch.Tensor, teacher_features: torch.Tenso
 
 def sinusoidal_positions(length: int, size: int, device: torch.device) -> torch.Tensor:
     """The fixed position embeddings `(length, size)` of the Transformer: sines in even columns, cosines in odd ones."""
-    columns = torch.arange(size, dtype=torch.float64, device=device)
-    rates = 10000.0 ** (-2 * (columns // 2) / size)
-    angles = torch.arange(length, dtype=torch.float64, device=device).unsqueeze(1) * rates
-    return torch.where(columns % 2 == 0, angles.sin(), angles.cos()).float()
+    # in float64, which not every device has: positions are large angles
+    rates = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    angles = torch.arange(length, dtype=torch.float64).unsqueeze(1) * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :size].float().to(device)
 
 
 class VideoMambaAlignmentDecoder(nn.Module):
@@ -99,6 +99,8 @@ class VideoMambaForMaskedPreTraining(VideoMambaPreTrainedModel):
         **AUTO_MAP,
         "AutoModelForPreTraining": "modeling_videomamba_pretraining.VideoMambaForMaskedPreTraining",
     }
+
+    _keys_to_ignore_on_load_unexpected = None  # decoders that it has no place for are not passed over
 
     def __init__(self, config: VideoMambaConfig):
         super().__init__(config)

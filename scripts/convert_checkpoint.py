@@ -10,8 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
 from modeling_videomamba.conversion import KNOWN_LABELS, convert_checkpoint, load_labels
 
 
@@ -21,7 +19,9 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--labels", help=f"class names: a file, or one of {', '.join(KNOWN_LABELS)}")
     parser.add_argument(
-        "--alignment-interval", type=int, default=1, help="layers between those that masked pretraining aligned"
+        "--alignment-interval",
+        type=int,
+        help="layers from one to the next that masked pretraining aligned (default: 1)",
     )
     parser.add_argument(
         "--num-attention-heads", type=int, help="of a CLIP visual encoder; by default heads have 64 channels"
@@ -35,7 +35,7 @@ def main() -> None:
             alignment_interval=args.alignment_interval,
             num_attention_heads=args.num_attention_heads,
         )
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     converted.save_pretrained(args.output_dir)
     tensors = converted.model.state_dict()

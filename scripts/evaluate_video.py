@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import AutoImageProcessor, AutoVideoProcessor, HfArgumentParser
 
 from modeling_videomamba import VideoMambaForVideoClassification
-from modeling_videomamba.training.arguments import LabelledDataArguments, differences
+from modeling_videomamba.training.arguments import LabelledDataArguments, check_settings
 from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, iterate, test_batches
 from modeling_videomamba.training.evaluation import (
     Predictions,
@@ -83,17 +83,6 @@ class PredictionLines:
         for path in self.folder.glob("predictions-*.jsonl"):
             path.unlink()
         return lines
-
-
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Predictions of another model or of other views are not mixed with those of this run."""
-    path = folder / "settings.json"
-    if path.exists():
-        changed = differences(json.loads(path.read_text("utf-8")), settings)
-        if changed:
-            raise ValueError(f"--output-dir {folder} has predictions of another run: {', '.join(changed)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2), "utf-8")
 
 
 def load(args: Arguments, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
@@ -181,7 +170,8 @@ def main() -> None:
             settings = {**asdict(args), **asdict(data)}
             free = ("output_dir", "batch_size", "num_workers", "on_broken_video", "streaming")
             settings = {name: str(value) for name, value in settings.items() if name not in free}
-            check_settings(args.output_dir, settings)
+            owner = f"--output-dir {args.output_dir} has predictions of another run"
+            check_settings(args.output_dir / "settings.json", settings, owner)
             lines.merge()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

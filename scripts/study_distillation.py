@@ -21,7 +21,8 @@ from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-SCRIPTS = Path(__file__).parent
+from studies import check_study, train
+
 COMMON = {"image_size": 16, "patch_size": 4, "num_frames": None}
 TEACHER = {**COMMON, "hidden_size": 48, "num_hidden_layers": 4}
 STUDENT = {**COMMON, "hidden_size": 96, "num_hidden_layers": 12}
@@ -42,13 +43,9 @@ def write_images(folder: Path, train_images: int) -> None:
             Image.fromarray(pixels).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC).save(path)
 
 
-def train(script: str, output: Path, *options: Any) -> float:
+def accuracy(script: str, output: Path, *options: Any) -> float:
     """Accuracy after the last step."""
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1")
-    command = [*launcher, SCRIPTS / script, "--output-dir", output, *options]
-    if not (output / "summary.json").exists():
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    return json.loads((output / "summary.json").read_text("utf-8"))["metrics"]["accuracy"]
+    return train(script, output, *options)["metrics"]["accuracy"]
 
 
 def main() -> None:
@@ -58,6 +55,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
+    check_study(args.folder, train_images=args.train_images, epochs=args.epochs)
     write_images(args.folder / "digits", args.train_images)
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         (args.folder / f"{name}.json").write_text(json.dumps(config), "utf-8")
@@ -67,14 +65,14 @@ def main() -> None:
 
     try:
         start = ("--config", args.folder / "teacher.json", "--seed", 100)
-        teacher = train("finetune.py", args.folder / "teacher", *start, *common(3 * args.epochs))
+        teacher = accuracy("finetune.py", args.folder / "teacher", *start, *common(3 * args.epochs))
         results: dict[str, list[float]] = {"with": [], "without": []}
         for seed in track(range(args.seeds), "seeds"):
             options = ("--config", args.folder / "student.json", "--seed", seed, *common(args.epochs))
             student = args.folder / f"student-{seed}"
             distilled = ("--teacher", args.folder / "teacher" / "last", *options)
-            results["with"].append(train("distill.py", student / "distilled", *distilled))
-            results["without"].append(train("finetune.py", student / "alone", *options))
+            results["with"].append(accuracy("distill.py", student / "distilled", *distilled))
+            results["without"].append(accuracy("finetune.py", student / "alone", *options))
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: {error}\n{error.stderr.decode()}")
     print("| self-distillation | mean accuracy | standard deviation | each seed |\n|---|---|---|---|")

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +25,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from make_moving_digits import DIRECTIONS, draw_clip
 from modeling_videomamba.training.masks import MASK_TYPES
+from studies import check_study, run_script, train
 
-SCRIPTS = Path(__file__).parent
-NANO = SCRIPTS.parent / "hub_cards" / "videomamba-nano" / "config.json"
+NANO = Path(__file__).parents[1] / "hub_cards" / "videomamba-nano" / "config.json"
 SCRATCH = "none (from scratch)"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_SIZE = 32
@@ -57,10 +56,10 @@ def train_teacher(folder: Path, steps: int, batch_size: int = 64) -> float:
     """Writes a CLIP that tells the names of digits; returns its zero-shot accuracy on frames of other digits."""
     torch.manual_seed(0)
     data = load_digits()
-    train, test, train_targets, test_targets = train_test_split(
+    digits, test, train_targets, test_targets = train_test_split(
         data.images, data.target, test_size=0.25, random_state=0
     )
-    images, targets = draw_frames(train, train_targets, 800, seed=1)
+    images, targets = draw_frames(digits, train_targets, 800, seed=1)
     vision = {**TRANSFORMER, "image_size": IMAGE_SIZE, "patch_size": 8, "projection_dim": 64}
     model = CLIPModel(
         CLIPConfig(text_config={**TRANSFORMER, **TEXT, "projection_dim": 64}, vision_config=vision, projection_dim=64)
@@ -107,22 +106,14 @@ def write_few_labels(clips: Path, folder: Path, per_class: int) -> None:
                     writer.writerow([path.relative_to(clips).as_posix(), label])
 
 
-def launch(script: str, output: Path, *options: Any) -> dict[str, Any]:
-    """The summary of a run, which is made if it isn't there."""
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1")
-    command = [*launcher, SCRIPTS / script, "--output-dir", output, "--resume"]
-    if not (output / "summary.json").exists():
-        subprocess.run([str(part) for part in (*command, *options)], check=True, capture_output=True)
-    return json.loads((output / "summary.json").read_text("utf-8"))
-
-
 def study(args: argparse.Namespace) -> dict[str, list[tuple[float, dict[str, float]]]]:
     """Of each seed the accuracy, and what pretraining measured, by type of mask."""
     folder, clips, labels = args.folder, args.folder / "clips", args.folder / "labels"
     if not clips.exists():
-        command = [sys.executable, SCRIPTS / "make_moving_digits.py", clips]
-        command += ["--train-clips", args.train_clips, "--test-clips", args.test_clips]
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+        writing = folder / ".clips.writing"
+        counts = ("--train-clips", args.train_clips, "--test-clips", args.test_clips)
+        run_script("make_moving_digits.py", writing, *counts)
+        writing.rename(clips)
     write_few_labels(clips, labels, args.labels_per_class)
     finetuning = ["--data", labels, "--data-root", clips, "--epochs", args.finetuning_epochs, *FINETUNING]
     finetuning += ["--evaluation-epochs", args.finetuning_epochs]
@@ -130,13 +121,13 @@ def study(args: argparse.Namespace) -> dict[str, list[tuple[float, dict[str, flo
     pretraining += ["--evaluation-epochs", args.epochs, *PRETRAINING]
     results: dict[str, list[tuple[float, dict[str, float]]]] = {mask: [] for mask in (SCRATCH, *args.masks)}
     for seed in track(range(args.seeds), "seeds"):
-        found = launch("finetune.py", folder / f"scratch-{seed}", "--config", NANO, "--seed", seed, *finetuning)
+        found = train("finetune.py", folder / f"scratch-{seed}", "--config", NANO, "--seed", seed, *finetuning)
         results[SCRATCH].append((found["metrics"]["accuracy"], {}))
         for mask in args.masks:
             output = folder / f"{mask}-{seed}"
-            pretrained = launch("pretrain_umt.py", output, "--mask-type", mask, "--seed", seed, *pretraining)
+            pretrained = train("pretrain_umt.py", output, "--mask-type", mask, "--seed", seed, *pretraining)
             start = ("--model", output / "last", "--seed", seed)
-            found = launch("finetune.py", folder / f"{mask}-{seed}-finetuned", *start, *finetuning)
+            found = train("finetune.py", folder / f"{mask}-{seed}-finetuned", *start, *finetuning)
             results[mask].append((found["metrics"]["accuracy"], pretrained["metrics"]))
     return results
 
@@ -153,6 +144,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16, help="of pretraining")
     parser.add_argument("--finetuning-epochs", type=int, default=40)
     args = parser.parse_args()
+    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "masks", "seeds")}
+    check_study(args.folder, **settings)
     if not (args.folder / "teacher" / "accuracy.json").exists():
         train_teacher(args.folder / "teacher", args.teacher_steps)
     teacher = json.loads((args.folder / "teacher" / "accuracy.json").read_text("utf-8"))

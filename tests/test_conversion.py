@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionModelWithProjection
 
 from modeling_videomamba import (
@@ -127,8 +126,18 @@ def test_a_kind_without_a_model_class_yet_is_named(tmp_path):
 def test_layers_between_aligned_ones_are_an_argument(tmp_path):
     path = save(tmp_path, original("masked_pretraining_multilayer"))
     assert convert_checkpoint(path, alignment_interval=3).model.config.aligned_layers == [0, 3]
-    with pytest.raises(StrictDataclassError, match="too small for `num_aligned_layers` 2 with `alignment_interval` 4"):
+    with pytest.raises(CheckpointError, match="too small for `num_aligned_layers` 2 with `alignment_interval` 4"):
         convert_checkpoint(path, alignment_interval=4)
+
+
+def test_an_argument_for_another_kind_is_refused(tmp_path):
+    for path, kind in ((original(), "video"), (clip_state_dict(), "CLIP visual encoder")):
+        with pytest.raises(CheckpointError, match=f"`alignment_interval` is for masked pretraining, this is a {kind}"):
+            convert_checkpoint(save(tmp_path, path), alignment_interval=1)
+    with pytest.raises(CheckpointError, match="`num_attention_heads` is for a CLIP visual encoder, this is a video"):
+        convert_checkpoint(save(tmp_path, original()), num_attention_heads=4)
+    with pytest.raises(CheckpointError, match="`labels` has 2 names, the checkpoint has 0 classes"):
+        convert_checkpoint(save(tmp_path, clip_state_dict()), ["a", "b"])
 
 
 def test_a_decoder_too_many_or_too_few_is_named(tmp_path):

@@ -281,7 +281,9 @@ def test_an_evaluation_goes_on_where_it_was(digits, tmp_path):
 
     other = (NANO, "--data", data, "--num-clips", 4, "--output-dir", tmp_path / "one")
     result = run(sys.executable, SCRIPTS / "evaluate_video.py", *other)
-    assert result.returncode == 1 and "predictions of another run: num_clips 2 -> 4" in result.stderr
+    assert (
+        result.returncode == 1 and "predictions of another run, with other settings: num_clips 2 -> 4" in result.stderr
+    )
 
 
 # Where a run starts from, and what is wrong

@@ -6,11 +6,17 @@ from accelerate.state import PartialState
 
 from modeling_videomamba import (
     VideoMambaForImageClassification,
+    VideoMambaForMaskedPreTraining,
     VideoMambaForVideoClassification,
     VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
 )
-from modeling_videomamba.training.models import ModelArguments, load_classifier, load_processor
+from modeling_videomamba.training.models import (
+    ModelArguments,
+    load_classifier,
+    load_pretraining_model,
+    load_processor,
+)
 from tests.conftest import tiny_config
 from tests.models import build
 
@@ -95,3 +101,21 @@ def test_models_from_scratch(tmp_path):
     assert model.config.tubelet_size == 2
     with torch.device("meta"):
         assert load_classifier(ModelArguments(size="small"), "image", NAMES).config.hidden_size == 384
+
+
+def test_decoders_stay_with_their_layers(tmp_path, caplog):
+    saved = build(VideoMambaForMaskedPreTraining, num_aligned_layers=2, alignment_size=24, alignment_loss="mse")
+    saved.save_pretrained(tmp_path)
+    args = ModelArguments(str(tmp_path))
+    model = load_pretraining_model(args, "video", alignment_size=24)
+    assert (model.config.aligned_layers, model.config.alignment_loss) == ([1, 2], "mse") and not caplog.text
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    other = load_pretraining_model(args, "video", alignment_size=24, num_aligned_layers=1)
+    assert "fresh weights in alignment_decoders" in caplog.text and len(other.alignment_decoders) == 1
+    for decoder in saved.alignment_decoders:
+        assert not torch.equal(other.alignment_decoders[0].head.weight, decoder.head.weight)
+    weight = saved.videomamba.layers[0].mixer.in_proj.weight
+    assert torch.equal(other.videomamba.layers[0].mixer.in_proj.weight, weight)
+    wider = load_pretraining_model(args, "video", alignment_size=32)
+    assert wider.alignment_decoders[0].head.out_features == 32

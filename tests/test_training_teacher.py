@@ -16,6 +16,7 @@ from transformers.models.clip import CLIPConfig
 
 from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.conversion import convert_checkpoint
+from modeling_videomamba.training.diagnosis import RunError
 from modeling_videomamba.training.evaluation import Predictions
 from modeling_videomamba.training.probes import clip_features, probe_accuracy
 from modeling_videomamba.training.teacher import ClipTeacher, load_teacher
@@ -145,6 +146,11 @@ def test_pixels_are_normalised_as_the_teacher_wants(tmp_path, caplog):
     assert "has no image processor" in caplog.text
     assert_equal(features[:, 0], expected_features(whole, pixel_values[0], [2]))
 
+    # one width for both towers, also where the vision model's own configuration has another
+    config = CLIPConfig(text_config=text, vision_config={**VISION, "projection_dim": 512}, projection_dim=24)
+    CLIPModel(config).save_pretrained(tmp_path / "other")
+    assert load_teacher(str(tmp_path / "other"), student(), processor).model.visual_projection.out_features == 24
+
     clip_processor = CLIPImageProcessor()
     clip_processor.save_pretrained(tmp_path)
     features, _ = load_teacher(str(tmp_path), student(), processor)(pixel_values)
@@ -210,13 +216,14 @@ def test_what_the_teacher_said_is_not_asked_again(tmp_path, with_attention):
 def test_a_cache_of_something_else_is_refused(tmp_path):
     teacher = ClipTeacher(clip(), student())
     cache = TeacherCache(tmp_path, teacher, {"frames": 8})
-    with pytest.raises(ValueError, match=r"is of another run: frames 8 -> 16"):
+    with pytest.raises(ValueError, match="is of another run, with other settings: frames 8 -> 16"):
         TeacherCache(tmp_path, teacher, {"frames": 16})
     cache(batch_of([1]))
-    with pytest.raises(ValueError, match=r"is of 1\.mp4, but clip 1 is other\.mp4: the data have changed"):
+    with pytest.raises(RunError, match=r"is of 1\.mp4, but clip 1 is other\.mp4: the data have changed"):
         cache({**batch_of([1]), "names": ["other.mp4"]})
     changed = ClipTeacher(clip(), student())
-    assert digest(changed) == digest(teacher)
+    assert digest(changed) == digest(teacher) == digest(teacher)
+    assert digest(teacher, {"num_attention_heads": 4}) != digest(teacher, {"num_attention_heads": 2})
     changed.model.visual_projection.weight.data[0, 0] += 1
     assert digest(changed) != digest(teacher)
 
@@ -237,7 +244,7 @@ def test_probes_tell_groups_apart(probe):
     assert probe_accuracy(probe, *predictions) == 1.0
     shuffled = Predictions(predictions[1].scores, {index: float((index * 7) % 4) for index in predictions[1].labels})
     assert probe_accuracy(probe, predictions[0], shuffled) < 0.6
-    with pytest.raises(ValueError, match="nothing to probe with"):
+    with pytest.raises(RunError, match="nothing to probe with"):
         probe_accuracy(probe, predictions[0], Predictions())
 
 

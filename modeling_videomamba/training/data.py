@@ -1,5 +1,5 @@
 """
-Clips of labelled videos and images: what a model sees of them, and in which order.
+Clips of videos and images: what a model sees of them, and in which order.
 
 A run is one sequence of batches, each a function of the seed and its number: the order of an epoch follows from the
 seed and the epoch, the random choices of an example from these and its index. So a run can go on at any batch.

@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 
-class NonFiniteError(RuntimeError):
+class RunError(RuntimeError):
+    """What ends a run on its way; the message says why."""
+
+
+class NonFiniteError(RunError):
     """Several steps in a row had a loss or a gradient that is not finite; the message names the places."""
 
 

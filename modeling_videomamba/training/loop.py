@@ -202,7 +202,7 @@ class Trainer:
             self.progress.broken.update(batch["broken"])
             batch = send_to_device(batch, self.accelerator.device)
             number = self.progress.step * count + micro
-            batch["seed"] = derive_seed(self.run.seed, number)
+            batch["seed"] = derive_seed(self.run.seed, number, 0)
             self._seed(number)
             synced = nullcontext() if micro == count - 1 else self.accelerator.no_sync(self.model)
             with synced:
@@ -222,7 +222,7 @@ class Trainer:
 
     def _seed(self, batch: int) -> None:
         """The random choices of a step follow from its number, so that a resumed run makes the same."""
-        torch.manual_seed(derive_seed(self.run.seed, batch, self.accelerator.process_index))
+        torch.manual_seed(derive_seed(self.run.seed, batch, 1 + self.accelerator.process_index))  # 0 is for all
 
     def _global_means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Losses over the valid rows of all processes; learns whether any process is to stop."""

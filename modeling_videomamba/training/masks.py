@@ -41,21 +41,21 @@ def make_masks(
         raise ValueError(f"`mask_ratio` must be at least 0 and below 1, got {mask_ratio}.")
     steps, rows, columns = noise.shape[1:]
     if mask_type == "random":
-        return _hide(noise.flatten(1), int(mask_ratio * noise[0].numel()))
+        return _hide(noise.flatten(1), _count(mask_ratio, noise[0].numel()))
     if mask_type == "tube":
-        return _hide(noise[:, 0].flatten(1), int(mask_ratio * rows * columns)).repeat(1, steps)
+        return _hide(noise[:, 0].flatten(1), _count(mask_ratio, rows * columns)).repeat(1, steps)
     if mask_type == "clip_row":
-        hidden = _hide(noise[..., 0].flatten(1), steps * int(mask_ratio * rows))
+        hidden = _hide(noise[..., 0].flatten(1), steps * _count(mask_ratio, rows))
         return hidden.repeat_interleave(columns, dim=1)
     if mask_type == "frame_row":
-        hidden = _hide(noise[..., 0], int(mask_ratio * rows))
+        hidden = _hide(noise[..., 0], _count(mask_ratio, rows))
         return hidden.flatten(1).repeat_interleave(columns, dim=1)
     if attention is None or attention.shape != (*noise.shape[:2], rows * columns):
         found = None if attention is None else tuple(attention.shape)
         raise ValueError(f"`attention` must be of shape {(*noise.shape[:2], rows * columns)}, got {found}.")
     # the tokens whose exponential clocks, at the rate of their attention, ring first: drawn without replacement
     clocks = -torch.log1p(-noise.flatten(2)) / attention.clamp(min=torch.finfo(attention.dtype).tiny)
-    return _hide(clocks, int(mask_ratio * rows * columns)).flatten(1)
+    return _hide(clocks, _count(mask_ratio, rows * columns)).flatten(1)
 
 
 def token_grid(config: VideoMambaConfig, pixel_values: torch.Tensor) -> tuple[int, int, int]:
@@ -63,6 +63,11 @@ def token_grid(config: VideoMambaConfig, pixel_values: torch.Tensor) -> tuple[in
     rows, columns = (side // config.patch_size for side in pixel_values.shape[-2:])
     steps = pixel_values.shape[1] // config.tubelet_size if pixel_values.ndim == 5 else 1
     return steps, rows, columns
+
+
+def _count(mask_ratio: float, number: int) -> int:
+    """Rounded down, but for what a ratio lacks as it is binary: 0.29 of 100 are 29."""
+    return int(mask_ratio * number + 1e-9)
 
 
 def _hide(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -82,7 +82,7 @@ def load_classifier(args: ModelArguments, kind: str, label_names: list[str] | No
 def load_pretraining_model(args: ModelArguments, kind: str, **changes: Any) -> VideoMambaForMaskedPreTraining:
     r"""
     The model of masked pretraining to train, from scratch or from the weights of any VideoMamba, its position
-    embeddings as with [`load_classifier`].
+    embeddings as with [`load_classifier`]. Decoders are those of the checkpoint where it aligns the same layers.
 
     Args:
         args ([`ModelArguments`]): `num_frames` is for videos only.
@@ -93,6 +93,14 @@ def load_pretraining_model(args: ModelArguments, kind: str, **changes: Any) -> V
         `OSError`, `ValueError`: if there is no such model, or a value does not fit.
     """
     model, fresh = _load(VideoMambaForMaskedPreTraining, args, kind, changes)
+    if args.model is not None:
+        before = VideoMambaConfig.from_pretrained(args.model)
+        if before.aligned_layers != model.config.aligned_layers:  # a decoder belongs to its layer
+            fresh.add("alignment_decoders")
+            for decoder in model.alignment_decoders:
+                nn.init.xavier_uniform_(decoder.head.weight)
+                nn.init.zeros_(decoder.head.bias)
+                decoder.norm.reset_parameters()
     if fresh:
         logger.warning(f"fresh weights in {', '.join(sorted(fresh))}: {args.model} has none that fit the teacher")
     return model

@@ -11,12 +11,12 @@ import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import CLIPVisionConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration_videomamba import AlignmentLoss
 from ..modeling_videomamba_pretraining import alignment_loss, take_visible
 from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
+from .diagnosis import RunError
 from .evaluation import Predictions, predict
 from .loop import Batch
 from .masks import MaskType, make_masks, token_grid
@@ -26,15 +26,15 @@ from .probes import clip_features, probe_accuracy
 from .reports import model_card
 from .run import Arguments, TrainingRun
 from .sources import EVALUATION_SPLITS, Split, find_evaluation_split, load_split, media_kind, split_names
-from .teacher import load_teacher
+from .teacher import load_teacher, teacher_config
 from .teacher_cache import TeacherCache, digest
 
 NUM_PICTURES = 4
 CARD_USE = """
-from transformers import AutoModelForVideoClassification
+from transformers import AutoModelFor{kind}Classification
 
 # a head for your labels is fresh: train it, for instance with scripts/finetune.py
-model = AutoModelForVideoClassification.from_pretrained("{model_name}", num_labels=174, trust_remote_code=True)
+model = AutoModelFor{kind}Classification.from_pretrained("{model_name}", num_labels=174, trust_remote_code=True)
 """
 
 
@@ -45,9 +45,15 @@ class PretrainingArguments:
     teacher: str = field(metadata={"help": "directory or Hub id of a CLIP model"})
     mask_type: MaskType = field(default="attention", metadata={"help": "which tokens are hidden"})
     mask_ratio: float = field(default=0.8, metadata={"help": "share of the tokens that is hidden"})
-    alignment_loss: AlignmentLoss = field(default="l2", metadata={"help": "distance of features"})
-    num_aligned_layers: int = field(default=1, metadata={"help": "layers aligned with as many of the teacher"})
-    alignment_interval: int = field(default=1, metadata={"help": "layers from one aligned layer to the next"})
+    alignment_loss: AlignmentLoss | None = field(
+        default=None, metadata={"help": "distance of features; that of the model if left out, l2 for a new one"}
+    )
+    num_aligned_layers: int | None = field(
+        default=None, metadata={"help": "layers aligned with as many of the teacher, if others than the model's (1)"}
+    )
+    alignment_interval: int | None = field(
+        default=None, metadata={"help": "layers from one aligned layer to the next, if not the model's (1)"}
+    )
     teacher_cache: Path | None = field(
         default=None,
         metadata={"help": "folder for the teacher's features; clips then are the same in every epoch"},
@@ -56,13 +62,15 @@ class PretrainingArguments:
     probe_data: str | None = field(
         default=None, metadata={"help": "labelled data like those of finetune.py, to probe the features with"}
     )
+    probe_data_root: Path | None = field(default=None, metadata={"help": "what the paths of its lists are relative to"})
+    probe_examples: int = field(default=5000, metadata={"help": "at most so many of each split"})
     probe: Literal["knn", "linear"] = field(default="knn", metadata={"help": "classifier on the frozen features"})
 
     def __post_init__(self):
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"`mask_ratio` must be at least 0 and below 1, got {self.mask_ratio}.")
-        for name in ("num_aligned_layers", "alignment_interval", "evaluation_examples"):
-            if getattr(self, name) < 1:
+        for name in ("num_aligned_layers", "alignment_interval", "evaluation_examples", "probe_examples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
@@ -106,11 +114,12 @@ class PretrainingRun(TrainingRun):
     # Data and models
 
     def load_data(self) -> None:
-        data, probe_data = self.args.data, self.pretraining.probe_data
+        data = self.args.data
         options: dict[str, Any] = {"data_root": data.data_root, "labelled": False}
         self.train_split = load_split(data.data, "train", streaming=data.streaming, **options)
         self.kind = media_kind(self.train_split)
-        held_out = [name for name in EVALUATION_SPLITS if name in split_names(data.data)]
+        names = split_names(data.data)
+        held_out = [name for name in EVALUATION_SPLITS if name in names]
         if not held_out and data.streaming:
             raise ValueError(f"--streaming: {data.data} must have a split validation or test to evaluate on")
         self.evaluation_name, self.evaluation_split = "train", self.train_split
@@ -120,32 +129,36 @@ class PretrainingRun(TrainingRun):
         if data.clip_seconds is not None:
             cut = partial(cut_into_windows, seconds=data.clip_seconds, stride_seconds=data.clip_stride_seconds)
             self.train_split, self.evaluation_split = cut(self.train_split), cut(self.evaluation_split)
-        self.probe_splits = []
-        if probe_data is not None:
-            train = load_split(probe_data, "train")
-            names = train.features["label"].names
-            self.probe_splits = [train, load_split(probe_data, find_evaluation_split(probe_data), label_names=names)]
+        self.probe_splits = self._load_probe_splits()
         for split in (self.evaluation_split, *self.probe_splits):
             if media_kind(split) != self.kind:
                 raise ValueError(f"what the run is tested on must be {self.kind}s, as the training data are")
 
+    def _load_probe_splits(self) -> list[Split]:
+        args = self.pretraining
+        if args.probe_data is None:
+            return []
+        train = load_split(args.probe_data, "train", data_root=args.probe_data_root)
+        names = getattr(train.features["label"], "names", [])
+        if len(names) < 2:
+            raise ValueError(f"--probe-data {args.probe_data} must have labels of at least two classes")
+        held_out = find_evaluation_split(args.probe_data)
+        test = load_split(args.probe_data, held_out, data_root=args.probe_data_root, label_names=names)
+        return [train, test]
+
     def load_model(self) -> PreTrainedModel:
         args = self.pretraining
-        model = load_pretraining_model(
-            self.args.model,
-            self.kind,
-            alignment_size=CLIPVisionConfig.from_pretrained(args.teacher).projection_dim,
-            alignment_loss=args.alignment_loss,
-            num_aligned_layers=args.num_aligned_layers,
-            alignment_interval=args.alignment_interval,
-        )
+        wanted = {name: getattr(args, name) for name in ("alignment_loss", "num_aligned_layers", "alignment_interval")}
+        changes = {name: value for name, value in wanted.items() if value is not None}
+        changes["alignment_size"] = teacher_config(args.teacher).projection_dim
+        model = load_pretraining_model(self.args.model, self.kind, **changes)
         model.freeze_unaligned()
         return model
 
     def _cache_identity(self) -> dict[str, Any]:
         data, config = self.args.data, self.model.config
         return {
-            "teacher": digest(self.teacher),
+            "teacher": digest(self.teacher, self.teacher.model.config.to_diff_dict(), self.processor.to_dict()),
             "data": data.data,
             "clip_seconds": data.clip_seconds,
             "clip_stride_seconds": data.clip_stride_seconds,
@@ -169,15 +182,17 @@ class PretrainingRun(TrainingRun):
         features, attention = self._teach(pixel_values) if self.cache is None else self.cache(batch)
         hidden = self._masks(self._noise(pixel_values, batch["seed"]), attention)
         aligned = model(pixel_values, hidden).aligned_features
-        return {"loss": alignment_loss(aligned, take_visible(features, hidden), self.pretraining.alignment_loss)}
+        return {"loss": alignment_loss(aligned, take_visible(features, hidden), self.model.config.alignment_loss)}
 
     def _noise(self, pixel_values: torch.Tensor, seed: int) -> torch.Tensor:
         """Of the batch of this process, as part of those of the batches of all: several have the masks of one."""
-        device, rows = self.accelerator.device, len(pixel_values)
-        generator = torch.Generator(device).manual_seed(seed)
+        accelerator, views = self.accelerator, self.args.augmentation.num_sample
+        generator = torch.Generator(accelerator.device).manual_seed(seed)
+        # rows are the first view of every clip, then the second
+        shape = (views, accelerator.num_processes, len(pixel_values) // views)
         grid = token_grid(self.model.config, pixel_values)
-        noise = torch.rand(self.accelerator.num_processes * rows, *grid, generator=generator, device=device)
-        return noise.split(rows)[self.accelerator.process_index]
+        noise = torch.rand(*shape, *grid, generator=generator, device=accelerator.device)
+        return noise[:, accelerator.process_index].flatten(0, 1)
 
     def _masks(self, noise: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
         return make_masks(noise, self.pretraining.mask_type, self.pretraining.mask_ratio, attention)
@@ -209,15 +224,17 @@ class PretrainingRun(TrainingRun):
         def score(pixel_values: torch.Tensor) -> torch.Tensor:
             return clip_features(model, pixel_values, math.prod(token_grid(self.model.config, pixel_values)))
 
-        return predict(self.accelerator, model, score, self.batches_once(split, TestViews(self.processor)))
+        batches = self.batches_once(
+            split, TestViews(self.processor), _spread(len(split), self.pretraining.probe_examples)
+        )
+        return predict(self.accelerator, model, score, batches)
 
     @torch.no_grad()
     def _distances(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
         config, device, broken = self.model.config, self.accelerator.device, {}
         count, total = torch.zeros(2, dtype=torch.float64, device=device)
         means = torch.zeros(config.num_aligned_layers, config.alignment_size, dtype=torch.float64, device=device)
-        last, wanted = len(self.evaluation_split) - 1, self.pretraining.evaluation_examples
-        indices = np.unique(np.linspace(0, last, wanted).round().astype(int)).tolist()
+        indices = _spread(len(self.evaluation_split), self.pretraining.evaluation_examples)
         batches = self.batches_once(self.evaluation_split, TestViews(self.processor), indices)
         for number, batch in enumerate(batches):
             broken.update(batch["broken"])
@@ -235,7 +252,7 @@ class PretrainingRun(TrainingRun):
             count += valid.sum()
         sums = self.accelerator.reduce(torch.cat([total.view(1), count.view(1), means.flatten()]))
         if sums[1] == 0:
-            raise ValueError(f"No example of the {self.evaluation_name} split could be read to evaluate on.")
+            raise RunError(f"No example of the {self.evaluation_name} split could be read to evaluate on.")
         loss, means = sums[0] / sums[1], sums[2:].view_as(means) / sums[1]
         self.evaluated = int(sums[1])
         # of unit vectors, the one nearest to all of the teacher's features has the direction of their mean
@@ -280,6 +297,11 @@ class PretrainingRun(TrainingRun):
             split=self.evaluation_name,
             examples=self.evaluated,
             results=metrics,
-            use=CARD_USE.format(model_name=facts["model_name"]),
+            use=CARD_USE.format(model_name=facts["model_name"], kind=self.kind.capitalize()),
             **facts,
         )
+
+
+def _spread(length: int, wanted: int) -> list[int]:
+    """At most `wanted` indices, from the first to the last of `length`."""
+    return np.unique(np.linspace(0, length - 1, wanted).round().astype(int)).tolist()

@@ -9,6 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 from torch import nn
 
+from .diagnosis import RunError
 from .evaluation import Predictions
 
 NEIGHBORS = 10
@@ -39,10 +40,10 @@ def probe_accuracy(probe: str, train: Predictions, test: Predictions) -> float:
         train, test ([`Predictions`]): Features as `scores`, and `labels`.
 
     Raises:
-        `ValueError`: if one of them is empty.
+        [`RunError`]: if one of them is empty.
     """
     if not train.scores or not test.scores:
-        raise ValueError("There is nothing to probe with: no example of a split could be read.")
+        raise RunError("There is nothing to probe with: no example of a split could be read.")
     features, labels = _arrays(train)
     test_features, test_labels = _arrays(test)
     if probe == "knn":

@@ -22,7 +22,7 @@ from .arguments import DataArguments, RunArguments, differences
 from .augmentation import AugmentationArguments, training_transform
 from .checkpoints import replace_files
 from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, iterate, test_batches
-from .diagnosis import NonFiniteError
+from .diagnosis import RunError
 from .loop import Batch, Trainer, make_accelerator
 from .models import ModelArguments, load_processor
 from .optimization import OptimizationArguments
@@ -122,7 +122,7 @@ class TrainingRun(ABC):
         return TrainingViews(self.processor, training_transform(self.processor, augmentation), augmentation.num_sample)
 
     def report(self) -> dict[str, Any]:
-        """Draws what the run leaves besides its curves, and returns what its summary says besides."""
+        """Draws and prints what the run leaves besides its curves, and returns what its summary says besides."""
         return {}
 
     # The arguments of the run
@@ -299,5 +299,5 @@ def run_or_exit(make_run: Callable[[], TrainingRun]) -> None:
         sys.exit(f"error: {error}")
     try:
         run.train()
-    except NonFiniteError as error:
+    except RunError as error:
         sys.exit(f"error: {error}")

@@ -94,7 +94,7 @@ def _load_list(paths: list[Path], split: str, streaming: bool, root: str, labell
     if builder == "csv":
         with paths[0].open(encoding="utf-8-sig") as file:
             header = [name.strip() for name in file.readline().split(",")]
-        if wanted[-1] not in header and len(header) <= 2:  # as in the lists of the original release
+        if Path(header[0]).suffix and len(header) <= 2:  # as in the lists of the original release
             options = {"names": ["path", "label"][: max(len(header), len(wanted))], "header": None}
     loaded = _known(
         load_dataset(builder, data_files={split: str(paths[0])}, split=split, streaming=streaming, **options)

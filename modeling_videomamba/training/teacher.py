@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
 from torch import nn
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..configuration_videomamba import VideoMambaConfig
@@ -137,6 +137,15 @@ class _VisionModel(CLIPVisionModelWithProjection):
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
 
 
+def teacher_config(path: str) -> CLIPVisionConfig:
+    """Of the vision model of a CLIP. Raises `OSError` where there is none."""
+    config = CLIPVisionConfig.from_pretrained(path)
+    values, _ = CLIPVisionConfig.get_config_dict(path)
+    if "vision_config" in values:  # a whole CLIP has one width for both towers, whatever their own configurations say
+        config.projection_dim = CLIPConfig.from_pretrained(path).projection_dim
+    return config
+
+
 def load_teacher(path: str, student: VideoMambaConfig, processor: Processor) -> ClipTeacher:
     r"""
     The teacher for pixels that `processor` has prepared for a student. They are normalised anew as the teacher's own
@@ -149,7 +158,7 @@ def load_teacher(path: str, student: VideoMambaConfig, processor: Processor) -> 
     Raises:
         `OSError`, `ValueError`: if there is no such model, or it does not fit the student.
     """
-    model, info = _VisionModel.from_pretrained(path, output_loading_info=True)
+    model, info = _VisionModel.from_pretrained(path, config=teacher_config(path), output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(
             f"{path} is no CLIP vision model with a projection: it lacks {sorted(info['missing_keys'])[0]}"

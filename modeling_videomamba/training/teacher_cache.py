@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .arguments import differences
+from .arguments import check_settings
+from .diagnosis import RunError
 
 IDENTITY_FILE = "cache.json"
 CLIPS_PER_FOLDER = 1000
@@ -20,9 +21,9 @@ CLIPS_PER_FOLDER = 1000
 Answer = tuple[torch.Tensor, torch.Tensor | None]  # of a teacher: features, and attention if it is wanted
 
 
-def digest(model: nn.Module) -> str:
-    """SHA-256 of the names and values of all weights."""
-    found = hashlib.sha256()
+def digest(model: nn.Module, *settings: dict[str, Any]) -> str:
+    """SHA-256 of the names and values of all weights, and of settings."""
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -46,16 +47,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, teach: Callable[[torch.Tensor], Answer], identity: dict[str, Any]):
         self.folder, self.teach = folder, teach
-        path = folder / IDENTITY_FILE
-        if path.exists():
-            changed = differences(json.loads(path.read_text("utf-8")), identity)
-            if changed:
-                raise ValueError(f"--teacher-cache {folder} is of another run: {', '.join(changed)}")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            writing = path.with_suffix(f".{os.getpid()}")
-            writing.write_text(json.dumps(identity, indent=2), "utf-8")
-            writing.replace(path)
+        check_settings(folder / IDENTITY_FILE, identity, f"--teacher-cache {folder} is of another run")
 
     def __call__(self, batch: dict[str, Any]) -> Answer:
         """The answer for a batch. Where one of a clip is missing, `teach` is asked about all of the batch."""
@@ -87,14 +79,14 @@ class TeacherCache:
         with safe_open(path, "pt") as file:
             saved = file.metadata()["name"]
             if saved != name:
-                raise ValueError(f"{path} is of {saved}, but clip {index} is {name}: the data have changed")
+                raise RunError(f"{path} is of {saved}, but clip {index} is {name}: the data have changed")
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def _write(self, index: int, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """A file gets its name when it is whole."""
         path = self._path(index)
         path.parent.mkdir(exist_ok=True)
-        writing = path.with_suffix(f".{os.getpid()}")
+        writing = path.with_suffix(f".{uuid.uuid4().hex}")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, writing, metadata={"name": name})
         writing.replace(path)
 
