@@ -193,7 +193,8 @@ class TrainingRun(ABC):
             self.accelerator.num_processes,
         )
         examples = self._examples(split, views)
-        return iterate(examples, self.args.data.num_workers, batch_sampler=keys, pin_memory=self._pins_memory)
+        workers = min(self.args.data.num_workers, len(keys))
+        return iterate(examples, workers, batch_sampler=keys, pin_memory=self._pins_memory)
 
     @property
     def _pins_memory(self) -> bool:
