@@ -1,16 +1,16 @@
 """pretrain_umt.py, launched as a user launches it."""
 
-import os
 import random
 import shutil
-import signal
 import sys
 import tarfile
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,7 +21,9 @@ from transformers import (
     AutoVideoProcessor,
 )
 
+import pretrain_umt
 from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForMaskedPreTraining
+from modeling_videomamba.training.pretraining import PretrainingArguments
 from tests.conftest import NANO, tiny_config
 from tests.launching import (
     ENVIRONMENT,
@@ -34,6 +36,7 @@ from tests.launching import (
     start,
     summary,
     wait_until,
+    words,
     write_broken_videos,
 )
 
@@ -128,9 +131,9 @@ def test_two_processes_learn_what_one_does(clips, teacher, tmp_path):
 
 def test_kills_change_nothing(clips, teacher, tmp_path):
     """Two processes with a cache of the teacher's features, which a kill can leave half filled."""
-    options = ("--data", clips, "--teacher", teacher, *STUDENT[:-1], 0.2, "--epochs", 10, "--batch-size", 2)
+    options = ("--data", clips, "--teacher", teacher, *STUDENT[:-1], 0.2, "--epochs", 6, "--batch-size", 2)
     options += ("--on-broken-video", "skip", "--save-steps", 3, "--report-to", "none", "--resume")
-    options += ("--probe-data", clips, "--probe", "linear", "--evaluation-epochs", 5)
+    options += ("--probe-data", clips, "--probe", "linear", "--evaluation-epochs", 3)
 
     def command(name):
         folders = ("--output-dir", tmp_path / name, "--teacher-cache", tmp_path / f"{name}-cache")
@@ -145,7 +148,8 @@ def test_kills_change_nothing(clips, teacher, tmp_path):
         wait_until(lambda before=before: {path.name for path in states.glob("step-*")} - before, process)
         time.sleep(rng.uniform(0, 0.3))
         assert process.poll() is None, "the run has ended before it was killed often enough"
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher and its processes at once
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):  # each has a session of its own
+            one.kill()
         process.communicate()
     assert "resumed after step" in assert_finished(run(*command("killed")))
     whole, killed = last_weights(tmp_path / "whole"), last_weights(tmp_path / "killed")
@@ -192,25 +196,51 @@ def test_a_stream_of_images_with_everything_on(pictures, teacher, tmp_path):
     assert any("alignment_decoders.1" in name for name in load_file(tmp_path / "model" / "best" / "model.safetensors"))
 
 
-def test_what_is_wrong_is_explained(clips, pictures, teacher, tmp_path):
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """Calls the script in this process; returns what it ends with."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["pretrain_umt.py", *words(*options)])
+        with pytest.raises(SystemExit) as error:
+            pretrain_umt.main()
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        return str(error.value)
+
+    return call
+
+
+def test_what_is_wrong_is_explained(clips, pictures, teacher, tmp_path, main):
     def fails(message, *options):
-        result = run(sys.executable, SCRIPTS / "pretrain_umt.py", *options, "--output-dir", tmp_path / "model")
-        assert result.returncode == 1 and message in result.stderr, result.stderr[-2000:]
-        assert "Traceback" not in result.stderr and not (tmp_path / "model").exists()
+        assert message in main(*options, "--output-dir", tmp_path / "model")
+        assert not (tmp_path / "model").exists()
 
     common = ("--data", clips, "--teacher", teacher, *STUDENT)
     cached = ("--teacher-cache", tmp_path / "cache", "--flip")
     fails("--teacher-cache is for clips that stay the same", *common, *cached)
     fails("error: ", "--data", clips, "--teacher", tmp_path / "nowhere", *STUDENT)
-    fails("`mask_ratio` must be at least 0 and below 1, got 1.0", *common, "--mask-ratio", 1)
-    fails("too few for `num_aligned_layers` 3", *common, "--num-aligned-layers", 3)
-    fails("must be videos, as the training data are", *common, "--probe-data", pictures)
+    fails("is too small for `num_aligned_layers` 4", *common, "--num-aligned-layers", 4)
+    fails("must have a column `label`", *common, "--probe-data", pictures)
+    for name in ("train/a/1", "train/b/2", "test/b/3"):
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    fails("must be videos, as the training data are", *common, "--probe-data", tmp_path / "images")
     (pictures / "validation-0.tar").rename(pictures / "other-0.tar")
     streamed = ("--data", pictures, "--teacher", teacher, *STUDENT[:2], "--streaming", "--steps-per-epoch", 1)
     fails("must have a split validation or test to evaluate on", *streamed)
 
 
-def test_the_options_are_documented():
-    result = run(sys.executable, SCRIPTS / "pretrain_umt.py", "--help")
-    assert result.returncode == 0 and "{random,tube,clip_row,frame_row,attention}" in result.stdout
-    assert "k400-middle-f8x224" in result.stdout
+def test_values_out_of_range_are_explained():
+    for name, value in (("mask_ratio", 1.0), ("num_aligned_layers", 0), ("evaluation_examples", 0)):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least .*, got {value}"):
+            PretrainingArguments("teacher", **{name: value})
+
+
+def test_the_options_are_documented(main, capsys):
+    assert main("--help") == "0"
+    text = capsys.readouterr().out
+    assert "{random,tube,clip_row,frame_row,attention}" in text and "k400-middle-f8x224" in text
