@@ -107,3 +107,10 @@ def test_what_does_not_fit_is_explained():
 def test_grids_of_tokens():
     assert token_grid(tiny_config(tubelet_size=2), video(height=32, width=48)) == (2, 2, 3)
     assert token_grid(tiny_config(num_frames=None), video()[:, 0]) == (1, 2, 2)
+
+
+@pytest.mark.parametrize(("ratio", "hidden"), [(0.29, 29), (0.57, 57), (0.295, 29)])
+def test_a_ratio_is_the_decimal_number_that_was_written(ratio, hidden):
+    """0.29 * 100 is below 29 in binary."""
+    noise, _ = random(2, (1, 10, 10))
+    assert make_masks(noise, "tube", ratio).sum(1).tolist() == [hidden, hidden]
