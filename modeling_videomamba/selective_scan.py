@@ -356,12 +356,18 @@ reference_scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
-    """`selective_scan_fn` wants channels before length, one dtype for the sequences, float32 for the rest."""
+    """
+    `selective_scan_fn` wants channels before length, one dtype for the sequences, float32 for the rest. It has no
+    `add`, which is gated outside: a gate outside for both would round the gradient before the scan, whose sum over the
+    steps may be far smaller than its terms.
+    """
     selective_scan_fn, _ = _mamba_ssm()
+    given = [tensor.dtype for tensor in (x, dt, B, C, z, add) if tensor is not None]
+    dtype = functools.reduce(torch.promote_types, given)
 
     def sequence(tensor):
         tensor = tensor.flip(1) if reverse else tensor
-        return tensor.to(x.dtype).transpose(1, 2).contiguous()
+        return tensor.to(dtype).transpose(1, 2).contiguous()
 
     y = selective_scan_fn(
         sequence(x),
@@ -370,16 +376,15 @@ def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
         sequence(B),
         sequence(C),
         D.float(),
-        z=None if z is None or add is not None else sequence(z),
+        z=None if z is None else sequence(z),
         delta_bias=None if dt_bias is None else dt_bias.float(),
         delta_softplus=True,
     )
     y = y.transpose(1, 2)
     y = y.flip(1) if reverse else y
-    if add is None:
-        return y
-    y = y + add.to(x.dtype)
-    return y if z is None else y * F.silu(z.to(x.dtype))
+    if add is not None:
+        y = y + add if z is None else torch.addcmul(y, add.to(dtype), F.silu(z.to(dtype)))
+    return y.to(x.dtype)
 
 
 def _mamba_ssm_causal_conv1d(x, weight, bias, reverse):
