@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoVideoProcessor, HfArgumentParse
 
 from modeling_videomamba import VideoMambaForVideoClassification
 from modeling_videomamba.training.arguments import LabelledDataArguments, check_settings
-from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, iterate, test_batches
+from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, test_batches
 from modeling_videomamba.training.evaluation import (
     Predictions,
     class_scores,
@@ -35,6 +35,7 @@ from modeling_videomamba.training.evaluation import (
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
+from modeling_videomamba.training.workers import iterate
 
 
 @dataclass

@@ -29,6 +29,7 @@ from modeling_videomamba.training.data import (
     decode_clips,
     test_batches,
 )
+from modeling_videomamba.training.workers import iterate
 from modeling_videomamba.video_decoding import BrokenVideoError, read_frames
 from modeling_videomamba.video_processing_videomamba import sample_frame_indices
 from tests.conftest import moving_square, tiny_config, write_video
@@ -233,10 +234,9 @@ def test_a_stream_goes_on_where_it_was(workers, skip):
 
     def batches(start):
         examples = Examples(stream, Recorded(), skip_broken=False, seed=3)
-        loader = torch.utils.data.DataLoader(
-            StreamedExamples(examples, 3, start, buffer_size=5), batch_size=3, collate_fn=collate, num_workers=workers
-        )
-        return [batch["pixel_values"].flatten().tolist() for batch in itertools.islice(loader, 16 - start)]
+        dataset = StreamedExamples(examples, 3, start, buffer_size=5)
+        loaded = itertools.islice(iterate(dataset, workers, batch_size=3), 16 - start)
+        return [batch["pixel_values"].flatten().tolist() for batch in loaded]
 
     whole = batches(0)
     assert whole[skip:] == batches(skip)

@@ -1,4 +1,5 @@
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -110,6 +111,7 @@ def write_shards(folder, clip, shards=2, samples=3, label="cls"):
 def test_shards(tmp_path, clip, label, streaming):
     write_shards(tmp_path, clip, label=label)
     split = load_split(str(tmp_path), "train", streaming=streaming, label_names=["a", "b"])
+    split = pickle.loads(pickle.dumps(split))  # as workers get it
     assert isinstance(split, IterableDataset) == streaming
     assert isinstance(split.features["label"], ClassLabel) and media_kind(split) == "video"
     examples = list(split)

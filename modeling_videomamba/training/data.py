@@ -5,14 +5,8 @@ A run is one sequence of batches, each a function of the seed and its number: th
 seed and the epoch, the random choices of an example from these and its index. So a run can go on at any batch.
 """
 
-import atexit
 import io
-import multiprocessing
-import signal
-import warnings
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,53 +287,6 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "names": [item["name"] for item in items],
         "broken": [item["broken"] for item in items if item["broken"] is not None],
     }
-
-
-def iterate(dataset: torch.utils.data.Dataset, num_workers: int, **options: Any) -> Iterator[dict[str, Any]]:
-    r"""
-    The batches of a `DataLoader`, whose workers are deaf to SIGTERM, which launchers and clusters send to all processes
-    at once: the main one needs its workers until it has ended its step and saved its state.
-
-    Args:
-        dataset: [`Examples`] or [`StreamedExamples`].
-        num_workers (`int`): Processes that decode; more than there are cores leave less of them to the model.
-        options: Other arguments of `DataLoader`.
-
-    Returns:
-        `Iterator`: of what [`collate`] returns.
-    """
-    others = set(multiprocessing.active_children())
-    with warnings.catch_warnings(), _deaf_to_sigterm():
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        loader = torch.utils.data.DataLoader(dataset, num_workers=num_workers, collate_fn=collate, **options)
-        batches = iter(loader)
-    WORKERS.update(set(multiprocessing.active_children()) - others)
-    return batches
-
-
-@contextmanager
-def _deaf_to_sigterm() -> Iterator[None]:
-    """Processes that are started meanwhile never get the signal; this one gets it later."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-WORKERS: weakref.WeakSet = weakref.WeakSet()
-
-
-@atexit.register
-def _kill_workers() -> None:
-    """After an error Python would send SIGTERM to the workers that are left, and wait for them to end."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for a failure
-    for worker in WORKERS:
-        worker.kill()
 
 
 def cut_into_windows(split: Split, seconds: float, stride_seconds: float) -> Split:

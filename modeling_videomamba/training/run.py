@@ -21,13 +21,14 @@ from transformers.utils import logging
 from .arguments import DataArguments, RunArguments, differences
 from .augmentation import AugmentationArguments, training_transform
 from .checkpoints import replace_files
-from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, iterate, test_batches
+from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, test_batches
 from .diagnosis import RunError
 from .loop import Batch, Trainer, make_accelerator
 from .models import ModelArguments, load_processor
 from .optimization import OptimizationArguments
 from .reports import draw_curves
 from .sources import Split
+from .workers import iterate
 
 ARGUMENTS_FILE = "arguments.json"
 # what may differ from one part of a run to the next

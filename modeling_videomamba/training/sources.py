@@ -131,12 +131,16 @@ def _with_media(split: Split, name: str) -> Split:
     return split if column == kind else split.rename_column(column, kind)  # which would decode it, if it came first
 
 
+def _label_in_json(example: dict[str, Any]) -> dict[str, Any]:
+    return {"label": example["json"]["label"]}
+
+
 def _with_labels(split: Split, name: str, regression: bool, label_names: list[str] | None) -> Split:
     """With the column `label` as class indices with names, or as numbers to predict."""
     if "label" not in split.features and "cls" in split.features:
         split = split.rename_column("cls", "label")
     elif "label" not in split.features and "json" in split.features:
-        split = _known(split.map(lambda example: {"label": example["json"]["label"]}, remove_columns="json"))
+        split = _known(split.map(_label_in_json, remove_columns="json"))
     if "label" not in split.features:
         raise ValueError(f"The {name} must have a column `label`, got {', '.join(split.features)}.")
     feature = split.features["label"]

@@ -1,0 +1,92 @@
+"""The processes that decode: from what they are started, what ends them, and what doesn't."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import Any
+
+import torch
+
+from .data import collate
+
+
+def iterate(dataset: torch.utils.data.Dataset, num_workers: int, **options: Any) -> Iterator[dict[str, Any]]:
+    r"""
+    The batches of a `DataLoader`, whose workers are deaf to SIGTERM, which launchers and clusters send to all processes
+    at once: the main one needs its workers until it has ended its step and saved its state.
+
+    Workers are forks of a server that does nothing else, not of this process: a fork copies the locks that the threads
+    of a process in training hold (autograd's, the collectives', those of another loader), which then nobody releases.
+    Up to Python 3.11 such a worker may hang before its first line (python/cpython#112275), with pinned memory in others
+    too (pytorch/pytorch#130610). So `dataset` has to be picklable, and a script to have its `__main__` guard.
+
+    Args:
+        dataset: [`Examples`] or [`StreamedExamples`].
+        num_workers (`int`): Processes that decode; more than there are cores leave less of them to the model.
+        options: Other arguments of `DataLoader`.
+
+    Returns:
+        `Iterator`: of what [`collate`] returns.
+    """
+    if num_workers:
+        options |= {"multiprocessing_context": _worker_context(), "worker_init_fn": _end_with_parent}
+    others = set(multiprocessing.active_children())
+    with warnings.catch_warnings(), _deaf_to_sigterm():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = torch.utils.data.DataLoader(dataset, num_workers=num_workers, collate_fn=collate, **options)
+        batches = iter(loader)
+    WORKERS.update(set(multiprocessing.active_children()) - others)
+    return batches
+
+
+def _worker_context() -> multiprocessing.context.BaseContext:
+    """Where there is a server, it has imported what this process has of the package, and workers needn't."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(f"{__package__.split('.')[0]}.")])
+    resource_tracker.ensure_running()  # if started with the server it would make both hear SIGTERM again
+    return context
+
+
+def _end_with_parent(worker_id: int) -> None:
+    """PyTorch's workers look for the end of the server, which itself waits for theirs."""
+    threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _exit_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Processes that are started meanwhile, and theirs, never get the signal; this one gets it later."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+WORKERS: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """After an error Python would send SIGTERM to the workers that are left, and wait for them to end."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for a failure
+    for worker in WORKERS:
+        worker.kill()
