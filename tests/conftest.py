@@ -1,7 +1,13 @@
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from importlib import import_module
 from pathlib import Path
+
+# Nothing in the tests may use or fill the user's own cache, which `datasets` looks for when it is imported.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 
 # Nothing in the tests may look for anything on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +25,8 @@ from safetensors import safe_open
 
 from modeling_videomamba import VideoMambaConfig, selective_scan_backends
 from modeling_videomamba.cpu_library import load_library
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"

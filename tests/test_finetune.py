@@ -27,7 +27,6 @@ from modeling_videomamba.training.models import ModelArguments
 from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.conftest import NANO, moving_square, tiny_config, write_video
 from tests.launching import (
-    ENVIRONMENT,
     SCRIPTS,
     assert_finished,
     last_weights,
@@ -41,13 +40,6 @@ from tests.launching import (
 )
 
 TINY_CONFIG = ("--config", NANO / "config.json")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENVIRONMENT, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

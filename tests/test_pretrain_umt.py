@@ -26,7 +26,6 @@ from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForM
 from modeling_videomamba.training.pretraining import PretrainingArguments
 from tests.conftest import NANO, tiny_config
 from tests.launching import (
-    ENVIRONMENT,
     SCRIPTS,
     assert_finished,
     last_weights,
@@ -41,13 +40,6 @@ from tests.launching import (
 )
 
 STUDENT = ("--config", NANO / "config.json", "--num-frames", 8, "--drop-path-rate", 0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENVIRONMENT, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +189,9 @@ def test_a_stream_of_images_with_everything_on(pictures, teacher, tmp_path):
 
 
 @pytest.fixture
-def main(monkeypatch, tmp_path):
+def main(monkeypatch):
     """Calls the script in this process; returns what it ends with."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
     def call(*options):
         monkeypatch.setattr(sys, "argv", ["pretrain_umt.py", *words(*options)])
