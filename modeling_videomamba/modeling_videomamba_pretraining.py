@@ -10,7 +10,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
-from .modeling_videomamba import AUTO_MAP, VideoMambaModel, VideoMambaPreTrainedModel, take_tokens, visible_tokens
+from .embeddings import take_tokens, visible_tokens
+from .modeling_videomamba import AUTO_MAP, VideoMambaModel, VideoMambaPreTrainedModel
 
 
 @dataclass

@@ -13,7 +13,8 @@ from transformers import AutoModelForPreTraining
 
 from modeling_videomamba import VideoMambaForMaskedPreTraining, VideoMambaForVideoClassification, VideoMambaModel
 from modeling_videomamba.conversion import convert_checkpoint, rename
-from modeling_videomamba.modeling_videomamba import SCANS, temporal_first
+from modeling_videomamba.embeddings import temporal_first
+from modeling_videomamba.modeling_videomamba import SCANS
 from modeling_videomamba.modeling_videomamba_pretraining import alignment_loss, sinusoidal_positions, take_visible
 from tests.conftest import load_golden, strip_prefix, tiny_config
 from tests.models import assert_equal, build, video
