@@ -82,6 +82,17 @@ def test_an_image_model_is_inflated_for_videos(tmp_path):
         load_classifier(args, "image", NAMES)
 
 
+@pytest.mark.parametrize("image_size", [None, 64])
+def test_all_that_is_trained_gets_a_gradient_from_images_too(tmp_path, image_size):
+    save(tmp_path)
+    model = load_classifier(ModelArguments(str(tmp_path), image_size=image_size), "image", NAMES)
+    size = model.config.image_size
+    model(torch.randn(2, 3, size, size)).logits.sum().backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {"videomamba.embeddings.temporal_position_embeddings"}
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == without
+
+
 def test_what_a_token_spans_does_not_change(tmp_path):
     save(tmp_path)
     assert load_classifier(ModelArguments(str(tmp_path), tubelet_size=1), "video", NAMES).config.tubelet_size == 1

@@ -119,7 +119,12 @@ def _load(model_class: Any, args: ModelArguments, kind: str, changes: dict[str, 
     )
     fresh = {name.split(".")[0] for name in info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}}
     if kind == "image":
-        return model.resize_position_embeddings(image_size=args.image_size), fresh
+        model.resize_position_embeddings(image_size=args.image_size)
+        if (
+            model.config.num_frames is not None
+        ):  # images don't take it: several processes want gradients of all there is
+            model.videomamba.embeddings.temporal_position_embeddings.requires_grad_(False)
+        return model, fresh
     if model.config.num_frames is None:
         model.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames, args.tubelet_size or 1)
     elif args.tubelet_size not in (None, model.config.tubelet_size):
