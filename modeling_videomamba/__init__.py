@@ -7,11 +7,14 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     AutoModelForVideoClassification,
+    AutoProcessor,
+    AutoTokenizer,
     AutoVideoProcessor,
+    BertTokenizer,
 )
 
 from ._version import __version__
-from .configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig
+from .configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig, VideoMambaVideoTextConfig
 from .image_processing_videomamba import VideoMambaImageProcessor
 from .modeling_videomamba import (
     VideoMambaForImageClassification,
@@ -19,26 +22,36 @@ from .modeling_videomamba import (
     VideoMambaModel,
 )
 from .modeling_videomamba_pretraining import VideoMambaForMaskedPreTraining
+from .modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
+from .processing_videomamba import VideoMambaProcessor
 from .selective_scan import selective_scan, selective_scan_backends
 from .video_decoding import BrokenVideoError
 from .video_processing_videomamba import VideoMambaVideoProcessor
 
 AutoConfig.register("videomamba", VideoMambaConfig)
+AutoConfig.register("videomamba_video_text", VideoMambaVideoTextConfig)
 AutoModel.register(VideoMambaConfig, VideoMambaModel)
+AutoModel.register(VideoMambaVideoTextConfig, VideoMambaForVideoTextRetrieval)
 AutoModelForImageClassification.register(VideoMambaConfig, VideoMambaForImageClassification)
 AutoModelForVideoClassification.register(VideoMambaConfig, VideoMambaForVideoClassification)
 AutoModelForPreTraining.register(VideoMambaConfig, VideoMambaForMaskedPreTraining)
 AutoImageProcessor.register(VideoMambaConfig, image_processor_classes={"torchvision": VideoMambaImageProcessor})
 AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor)
+AutoVideoProcessor.register(VideoMambaVideoTextConfig, VideoMambaVideoProcessor)
+AutoTokenizer.register(VideoMambaVideoTextConfig, fast_tokenizer_class=BertTokenizer)
+AutoProcessor.register(VideoMambaVideoTextConfig, VideoMambaProcessor)
 
 # What is saved carries its code and an `auto_map`, so that it also loads where this package is not installed.
 VideoMambaConfig.register_for_auto_class()
+VideoMambaVideoTextConfig.register_for_auto_class()
 VideoMambaModel.register_for_auto_class()
 VideoMambaForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 VideoMambaForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
 VideoMambaForMaskedPreTraining.register_for_auto_class("AutoModelForPreTraining")
+VideoMambaForVideoTextRetrieval.register_for_auto_class()
 VideoMambaImageProcessor.register_for_auto_class()
 VideoMambaVideoProcessor.register_for_auto_class()
+VideoMambaProcessor.register_for_auto_class()
 
 __all__ = [
     "VIDEOMAMBA_SIZES",
@@ -47,9 +60,12 @@ __all__ = [
     "VideoMambaForImageClassification",
     "VideoMambaForMaskedPreTraining",
     "VideoMambaForVideoClassification",
+    "VideoMambaForVideoTextRetrieval",
     "VideoMambaImageProcessor",
     "VideoMambaModel",
+    "VideoMambaProcessor",
     "VideoMambaVideoProcessor",
+    "VideoMambaVideoTextConfig",
     "__version__",
     "selective_scan",
     "selective_scan_backends",

@@ -1,13 +1,18 @@
-"""VideoMamba model configuration."""
+"""VideoMamba model configurations."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import as_validated_field, strict
+from transformers import BertConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 ScanOrder = Literal["spatial_first", "temporal_first", "spatiotemporal_v1", "spatiotemporal_v2"]
 AlignmentLoss = Literal["l2", "mse", "smooth_l1"]
+Pooling = Literal["cls+avg", "avg", "cls"]
+
+# Between which the temperature of contrastive learning is kept.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
 # The sizes of the paper (table 1) and of its released weights.
 VIDEOMAMBA_SIZES = {
@@ -201,4 +206,83 @@ class VideoMambaConfig(PreTrainedConfig):
             raise ValueError(f"`teacher_hidden_size` must be `None` or positive, got {self.teacher_hidden_size}.")
 
 
-__all__ = ["VIDEOMAMBA_SIZES", "VideoMambaConfig"]
+@strict
+class VideoMambaVideoTextConfig(PreTrainedConfig):
+    r"""
+    Configuration of VideoMamba with a BERT whose upper layers attend to the video (section 4.4). The defaults are
+    VideoMamba-Ti and BERT-base; the released models have VideoMamba-M.
+
+    Args:
+        vision_config (`VideoMambaConfig` or `dict`, *optional*):
+            Of the video encoder.
+        text_config (`BertConfig` or `dict`, *optional*):
+            Of all layers of BERT, those that attend to the video included.
+        fusion_layer (`int`, defaults to 9):
+            The first layer that attends to the video. Those below are a plain BERT.
+        projection_dim (`int`, defaults to 512):
+            Width of the space that videos and texts share.
+        temperature (`float`, defaults to 0.07):
+            Initial temperature of contrastive learning, 0.001 to 0.5.
+        pooling (`str`, defaults to `"cls+avg"`):
+            What stands for a frame: `"cls+avg"`, the class token plus the mean of the patch tokens of the frame (all
+            released weights), `"avg"`, that mean alone, or `"cls"`, the class token, of which there is one for all
+            frames.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the normal initialisation of projections, heads and cross-attention.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the head of masked language modelling has the weights of the word embeddings.
+
+    Raises:
+        `StrictDataclassFieldValidationError`, `StrictDataclassClassValidationError`: for a value of a wrong type or
+            out of range; the message names the field.
+        `ValueError`: for a configuration of another model than VideoMamba or BERT.
+
+    Example:
+
+    ```python
+    >>> from modeling_videomamba import VideoMambaForVideoTextRetrieval, VideoMambaVideoTextConfig
+
+    >>> config = VideoMambaVideoTextConfig(vision_config={"hidden_size": 576, "num_hidden_layers": 32})
+    >>> model = VideoMambaForVideoTextRetrieval(config)
+    ```
+    """
+
+    model_type = "videomamba_video_text"
+    sub_configs = {"vision_config": VideoMambaConfig, "text_config": BertConfig}
+
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    fusion_layer: int = positive(default=9)
+    projection_dim: int = positive(default=512)
+    temperature: float = 0.07
+    pooling: Pooling = "cls+avg"
+    initializer_range: float = positive(default=0.02)
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if value is None or isinstance(value, dict):
+                setattr(self, name, config_class(**(value or {})))
+            elif not isinstance(value, config_class):
+                got = type(value).__name__
+                raise ValueError(f"`{name}` must be a {config_class.__name__} or its values, got a {got}.")
+        super().__post_init__(**kwargs)
+
+    def validate_fusion_layer(self):
+        """Some layers attend to the video, and some don't."""
+        if self.fusion_layer >= self.text_config.num_hidden_layers:
+            raise ValueError(
+                f"`fusion_layer` must be below the layers of `text_config` ({self.text_config.num_hidden_layers}), got "
+                f"{self.fusion_layer}."
+            )
+
+    def validate_temperature(self):
+        """`temperature` is within its bounds."""
+        if not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"`temperature` must be from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}, got {self.temperature}."
+            )
+
+
+__all__ = ["VIDEOMAMBA_SIZES", "VideoMambaConfig", "VideoMambaVideoTextConfig"]

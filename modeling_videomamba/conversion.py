@@ -12,11 +12,21 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_videomamba import VideoMambaConfig
 from .conversion_clip import build_clip, is_clip_visual_encoder, rename_clip
+from .conversion_video_text import (
+    POSITION_IDS,
+    fusion_layer,
+    is_video_text,
+    part,
+    rename_video_text,
+    video_text_config,
+)
+from .conversion_video_text import REQUIRED as VIDEO_TEXT_REQUIRED
 from .image_processing_videomamba import VideoMambaImageProcessor
 from .modeling_videomamba import (
     VideoMambaForImageClassification,
@@ -25,6 +35,8 @@ from .modeling_videomamba import (
     VideoMambaPreTrainedModel,
 )
 from .modeling_videomamba_pretraining import VideoMambaForMaskedPreTraining
+from .modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
+from .processing_videomamba import VideoMambaProcessor
 from .video_processing_videomamba import VideoMambaVideoProcessor
 
 StateDict = dict[str, torch.Tensor]
@@ -63,6 +75,8 @@ RENAMING = (
 )
 
 CLIP = "CLIP visual encoder"
+VIDEO_TEXT = "video-text"
+ALIGNED_KINDS = ("masked-pretraining", VIDEO_TEXT)
 WRAPPERS = ("model", "module")
 KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")
 
@@ -73,11 +87,31 @@ class CheckpointError(ValueError):
 
 @dataclass
 class ConvertedCheckpoint:
-    """A model, its processor, and what the checkpoint was recognised as."""
+    """A model, its processor, what the checkpoint was recognised as, and the CLIP teacher that was in it."""
 
     model: PreTrainedModel
-    processor: VideoMambaImageProcessor | VideoMambaVideoProcessor | BaseImageProcessor
+    processor: VideoMambaImageProcessor | VideoMambaVideoProcessor | VideoMambaProcessor | BaseImageProcessor
     kind: str
+    teacher: "ConvertedCheckpoint | None" = None
+
+    def add_tokenizer(self, tokenizer: str | os.PathLike) -> None:
+        r"""
+        Makes the processor of a model of videos and texts one of both.
+
+        Args:
+            tokenizer (`str` or `os.PathLike`): Directory or Hub id.
+
+        Raises:
+            `OSError`: if there is no such tokenizer.
+            `CheckpointError`: if it has more tokens than the model, or the model takes no text.
+        """
+        if self.kind != VIDEO_TEXT:
+            raise CheckpointError(f"`tokenizer` is for a {VIDEO_TEXT} checkpoint, this is a {self.kind} one.")
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        vocab_size = self.model.config.text_config.vocab_size
+        if len(loaded) > vocab_size:
+            raise CheckpointError(f"`tokenizer` {tokenizer} has {len(loaded)} tokens, the checkpoint {vocab_size}.")
+        self.processor = VideoMambaProcessor(self.processor, loaded)
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes safetensors, configurations and the code for remote loading."""
@@ -91,17 +125,19 @@ def convert_checkpoint(
     *,
     alignment_interval: int | None = None,
     num_attention_heads: int | None = None,
+    text_num_attention_heads: int | None = None,
 ) -> ConvertedCheckpoint:
     r"""
     Reads a checkpoint of the original release: an image model, a self-distilled student, a video model, a model of
-    masked pretraining, or the visual encoder of CLIP that taught it. Every other value of the configuration comes from
-    the shapes of the tensors.
+    masked pretraining, a model of videos and texts, or the visual encoder of CLIP that taught them. Every other value
+    of the configuration comes from the shapes of the tensors.
 
     Args:
         path (`str` or `os.PathLike`): The `.pth` file, read with `weights_only=True`.
         labels (`Sequence[str]`, *optional*): Class names in the order of the head.
         alignment_interval (`int`, *optional*): Of masked pretraining that aligned several layers; by default 1.
         num_attention_heads (`int`, *optional*): Of a visual encoder of CLIP; by default heads have 64 channels.
+        text_num_attention_heads (`int`, *optional*): Of the BERT of a model of videos and texts; by default 12.
 
     Raises:
         `FileNotFoundError`: if there is no such file.
@@ -110,13 +146,22 @@ def convert_checkpoint(
     """
     state_dict = load_state_dict(path)
     kind = recognise(state_dict)
-    if alignment_interval is not None and kind != "masked-pretraining":
+    if alignment_interval is not None and kind not in ALIGNED_KINDS:
         raise CheckpointError(f"`alignment_interval` is for masked pretraining, this is a {kind} checkpoint.")
-    if num_attention_heads is not None and kind != CLIP:
+    if num_attention_heads is not None and kind not in (CLIP, VIDEO_TEXT):
         raise CheckpointError(f"`num_attention_heads` is for a {CLIP}, this is a {kind} checkpoint.")
+    if text_num_attention_heads is not None and kind != VIDEO_TEXT:
+        raise CheckpointError(f"`text_num_attention_heads` is for a {VIDEO_TEXT} checkpoint, this is a {kind} one.")
+    if kind in (CLIP, VIDEO_TEXT):
+        _set_labels(VideoMambaConfig(), {}, labels)  # they have none
     if kind == CLIP:
-        _set_labels(VideoMambaConfig(), state_dict, labels)  # it has none
         return _convert_clip(state_dict, num_attention_heads)
+    if kind == VIDEO_TEXT:
+        teacher = part(state_dict, "clip_teacher.")
+        own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("clip_teacher.")}
+        converted = _convert_video_text(own, alignment_interval or 1, text_num_attention_heads or 12)
+        converted.teacher = _convert_clip(teacher, num_attention_heads) if teacher else None
+        return converted
     try:
         config = infer_config(state_dict, alignment_interval or 1)
     except StrictDataclassError as error:
@@ -141,6 +186,29 @@ def _convert_clip(state_dict: StateDict, num_attention_heads: int | None) -> Con
         raise CheckpointError(str(error)) from error
     _load(model, rename_clip(state_dict))
     return ConvertedCheckpoint(model.eval(), processor, CLIP)
+
+
+def _convert_video_text(
+    state_dict: StateDict, alignment_interval: int, text_num_attention_heads: int
+) -> ConvertedCheckpoint:
+    encoder = part(state_dict, "vision_encoder.")
+    try:
+        vision_config = infer_config(encoder, alignment_interval)
+        config = video_text_config(state_dict, vision_config, text_num_attention_heads)
+        first_fusion_layer = fusion_layer(state_dict)
+    except (ValueError, StrictDataclassError) as error:
+        raise CheckpointError(str(error)) from error
+    model = VideoMambaForVideoTextRetrieval(config)
+    renamed: StateDict = {}
+    for name, tensor in state_dict.items():
+        if name == POSITION_IDS and torch.equal(tensor.flatten(), torch.arange(tensor.numel())):
+            continue  # no weight, and no other than those of Transformers
+        inner = name.removeprefix("vision_encoder.")
+        renamed[rename_video_text(rename(inner) if inner != name else name, first_fusion_layer)] = tensor
+    if len(renamed) < len(state_dict) - (POSITION_IDS in state_dict):
+        raise CheckpointError("The checkpoint does not fit: two of its tensors have one place in the model.")
+    _load(model, renamed)
+    return ConvertedCheckpoint(model.eval(), VideoMambaVideoProcessor.for_model(vision_config), VIDEO_TEXT)
 
 
 def load_state_dict(path: str | os.PathLike) -> StateDict:
@@ -170,24 +238,33 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
 
 
 def recognise(state_dict: StateDict) -> str:
-    """`"image"`, `"student"`, `"video"`, `"masked-pretraining"` or [`CLIP`]; a `CheckpointError` for any other."""
+    """`"image"`, `"student"`, `"video"`, `"masked-pretraining"`, [`VIDEO_TEXT`] or [`CLIP`]; an error for any other."""
     if is_clip_visual_encoder(state_dict):
         return CLIP
+    if is_video_text(state_dict):
+        missing = [name for name in VIDEO_TEXT_REQUIRED if name not in state_dict]
+        if missing:
+            raise CheckpointError(f"This is not a {VIDEO_TEXT} checkpoint: it lacks {_listing(missing)}.")
+        _check_encoder(part(state_dict, "vision_encoder."))
+        return VIDEO_TEXT
+    _check_encoder(state_dict)
     prefixes = {name.split(".")[0] for name in state_dict}
-    if prefixes & {"vision_encoder", "text_encoder"}:
-        raise CheckpointError("This is a video-text checkpoint; this version has no model class for it yet.")
-    missing = [name for name in REQUIRED if name not in state_dict]
-    if missing:
-        raise CheckpointError(f"This is not a VideoMamba checkpoint: it lacks {_listing(missing)}.")
-    for name, dimensions in REQUIRED.items():
-        if state_dict[name].ndim not in dimensions:
-            raise CheckpointError(f"This is not a VideoMamba checkpoint: `{name}` is {tuple(state_dict[name].shape)}.")
     if "clip_decoder" in prefixes:
         return "masked-pretraining"
     if "distill_head" in prefixes:
         return "student"
     is_video = "temporal_pos_embedding" in state_dict or state_dict["patch_embed.proj.weight"].ndim == 5
     return "video" if is_video else "image"
+
+
+def _check_encoder(state_dict: StateDict) -> None:
+    """Raises `CheckpointError` unless there is what makes a VideoMamba."""
+    missing = [name for name in REQUIRED if name not in state_dict]
+    if missing:
+        raise CheckpointError(f"This is not a VideoMamba checkpoint: it lacks {_listing(missing)}.")
+    for name, dimensions in REQUIRED.items():
+        if state_dict[name].ndim not in dimensions:
+            raise CheckpointError(f"This is not a VideoMamba checkpoint: `{name}` is {tuple(state_dict[name].shape)}.")
 
 
 def infer_config(state_dict: StateDict, alignment_interval: int = 1) -> VideoMambaConfig:

@@ -86,6 +86,42 @@ class VideoMambaAlignmentDecoder(nn.Module):
         return F.normalize(self.norm(hidden_states).float(), dim=-1)
 
 
+def aligned_streams(config: VideoMambaConfig) -> list[int]:
+    """
+    The residual streams, as `residual_streams` counts them, that are aligned, in order of depth: of the last layer that
+    before its output is added, of an earlier layer that after it.
+    """
+    last = config.num_hidden_layers - 1
+    return [layer if layer == last else layer + 1 for layer in config.aligned_layers]
+
+
+def align(
+    config: VideoMambaConfig,
+    decoders: nn.ModuleList,
+    norm: nn.Module,
+    streams: dict[int, torch.Tensor],
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    r"""
+    What is aligned with the teacher's features.
+
+    Args:
+        config: Of the video encoder.
+        decoders: [`VideoMambaAlignmentDecoder`] of each aligned layer.
+        norm: Of the video encoder, for the streams of all but the last layer.
+        streams: Residual streams `(batch, length, D)`, those of [`aligned_streams`] among them.
+        positions (`torch.Tensor` of shape `(batch or 1, length, D)`): [`sinusoidal_positions`] of the tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(num_aligned_layers, batch, length, alignment_size)`, float32, l2-normalised.
+    """
+    features = []
+    for layer, place, decoder in zip(config.aligned_layers, aligned_streams(config), decoders, strict=True):
+        is_last = layer == config.num_hidden_layers - 1
+        features.append(decoder((streams[place] if is_last else norm(streams[place])) + positions))
+    return torch.stack(features)
+
+
 class VideoMambaForMaskedPreTraining(VideoMambaPreTrainedModel):
     r"""
     VideoMamba with decoders to the features of a CLIP teacher (UMT; paper, section 3.3). Its weights load into
@@ -160,19 +196,14 @@ class VideoMambaForMaskedPreTraining(VideoMambaPreTrainedModel):
         config, last = self.config, self.config.num_hidden_layers - 1
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        # of an earlier layer the stream after it, of the last one that before it
-        places = [layer if layer == last else layer + 1 for layer in config.aligned_layers]
         streams = self.videomamba.residual_streams(
-            pixel_values, bool_masked_pos, range(last + 2) if output_hidden_states else places
+            pixel_values, bool_masked_pos, range(last + 2) if output_hidden_states else aligned_streams(config)
         )
         batch, num_patches = bool_masked_pos.shape
         positions = sinusoidal_positions(1 + num_patches, config.hidden_size, bool_masked_pos.device)
         positions = positions[visible_tokens(bool_masked_pos, batch, num_patches)]
-        features = []
-        for layer, place, decoder in zip(config.aligned_layers, places, self.alignment_decoders, strict=True):
-            stream = streams[place] if layer == last else self.videomamba.norm(streams[place])
-            features.append(decoder(stream + positions))
-        aligned_features, loss = torch.stack(features), None
+        aligned_features = align(config, self.alignment_decoders, self.videomamba.norm, streams, positions)
+        loss = None
         if teacher_features is not None:
             loss = alignment_loss(aligned_features, teacher_features, config.alignment_loss).mean()
         hidden_states = tuple(streams.values()) if output_hidden_states else None

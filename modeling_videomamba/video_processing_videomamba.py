@@ -87,7 +87,7 @@ def spatial_crop_offsets(
 
 
 def _at_least_one(value: int | None = None) -> None:
-    if value is not None and value < 1:
+    if isinstance(value, int) and value < 1:  # of what is not given it is an object
         raise ValueError(f"must be at least 1, got {value}")
 
 

@@ -2,15 +2,15 @@
 
     python scripts/convert_checkpoint.py videomamba_t16_k400_f8_res224.pth videomamba-ti-k400 --labels kinetics400
 
-The kind of model (image, self-distilled student, video, masked pretraining, CLIP visual encoder) and every value of its
-configuration are read off the tensors, but for those that have an option here.
+The kind of model (image, self-distilled student, video, masked pretraining, video-text, CLIP visual encoder) and every
+value of its configuration are read off the tensors, but for those that have an option here.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from modeling_videomamba.conversion import KNOWN_LABELS, convert_checkpoint, load_labels
+from modeling_videomamba.conversion import KNOWN_LABELS, ConvertedCheckpoint, convert_checkpoint, load_labels
 
 
 def main() -> None:
@@ -26,6 +26,13 @@ def main() -> None:
     parser.add_argument(
         "--num-attention-heads", type=int, help="of a CLIP visual encoder; by default heads have 64 channels"
     )
+    parser.add_argument(
+        "--text-num-attention-heads", type=int, help="of the BERT of a video-text checkpoint (default: 12)"
+    )
+    parser.add_argument("--tokenizer", help="directory or Hub id, saved with a video-text model")
+    parser.add_argument(
+        "--clip-teacher", type=Path, help="directory for the CLIP that a video-text checkpoint contains"
+    )
     args = parser.parse_args()
     try:
         labels = None if args.labels is None else load_labels(args.labels)
@@ -34,14 +41,28 @@ def main() -> None:
             labels,
             alignment_interval=args.alignment_interval,
             num_attention_heads=args.num_attention_heads,
+            text_num_attention_heads=args.text_num_attention_heads,
         )
+        teacher = converted.teacher
+        if args.clip_teacher is not None and teacher is None:
+            sys.exit(f"error: {args.input} contains no CLIP for --clip-teacher")
+        if args.tokenizer is not None:
+            converted.add_tokenizer(args.tokenizer)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    converted.save_pretrained(args.output_dir)
+    save(converted, args.input, args.output_dir)
+    if args.clip_teacher is not None and teacher is not None:
+        save(teacher, args.input, args.clip_teacher)
+    elif teacher is not None:
+        print("its CLIP teacher is left out; --clip-teacher saves it")
+
+
+def save(converted: ConvertedCheckpoint, source: Path, directory: Path) -> None:
+    converted.save_pretrained(directory)
     tensors = converted.model.state_dict()
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{args.input}: {converted.kind} checkpoint, {parameters:,} parameters, all {len(tensors)} tensors used")
-    print(f"{args.output_dir}: {type(converted.model).__name__}, {type(converted.processor).__name__}")
+    parameters = sum(parameter.numel() for parameter in converted.model.parameters())
+    print(f"{source}: {converted.kind} checkpoint, {parameters:,} parameters, all {len(tensors)} tensors used")
+    print(f"{directory}: {type(converted.model).__name__}, {type(converted.processor).__name__}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForPreTraining,
     AutoModelForVideoClassification,
+    AutoProcessor,
+    AutoTokenizer,
     AutoVideoProcessor,
+    BertTokenizer,
     pipeline,
 )
 
@@ -23,9 +26,12 @@ from modeling_videomamba import (
     VideoMambaForImageClassification,
     VideoMambaForMaskedPreTraining,
     VideoMambaForVideoClassification,
+    VideoMambaForVideoTextRetrieval,
     VideoMambaImageProcessor,
     VideoMambaModel,
+    VideoMambaProcessor,
     VideoMambaVideoProcessor,
+    VideoMambaVideoTextConfig,
 )
 from tests.conftest import ROOT, tiny_config
 
@@ -43,7 +49,19 @@ def directories(tmp_path_factory):
         model = model_class(tiny_config(num_frames=num_frames)).eval()
         model.save_pretrained(folder / name)
         processor_class.for_model(model.config).save_pretrained(folder / name)
+    save_video_text(folder / "video_text")
     return folder
+
+
+def save_video_text(folder):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "seven", "moves"]
+    text = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    config = VideoMambaVideoTextConfig(vision_config=tiny_config(), text_config=text, fusion_layer=2, projection_dim=8)
+    torch.manual_seed(0)
+    VideoMambaForVideoTextRetrieval(config).eval().save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    video_processor = VideoMambaVideoProcessor.for_model(config.vision_config)
+    VideoMambaProcessor(video_processor, BertTokenizer(str(folder / "vocab.txt"))).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +89,10 @@ def test_auto_classes(directories):
     for auto_class, name, expected in (
         (AutoModelForVideoClassification, "video", VideoMambaForVideoClassification),
         (AutoModelForImageClassification, "image", VideoMambaForImageClassification),
+        (AutoModel, "video_text", VideoMambaForVideoTextRetrieval),
+        (AutoProcessor, "video_text", VideoMambaProcessor),
+        (AutoVideoProcessor, "video_text", VideoMambaVideoProcessor),
+        (AutoTokenizer, "video_text", BertTokenizer),
         (AutoVideoProcessor, "video", VideoMambaVideoProcessor),
         (AutoImageProcessor, "image", VideoMambaImageProcessor),
         (AutoModel, "pretraining", VideoMambaModel),
@@ -132,12 +154,13 @@ def test_remote_code_loads_without_the_package(directories, video, picture, tmp_
 import sys
 sys.modules["modeling_videomamba"] = None  # as if it were not installed
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
-    AutoModelForPreTraining, AutoModelForVideoClassification, AutoVideoProcessor, pipeline)
-video_model, image_model, pretraining_model, video, picture, out = sys.argv[1:]
+    AutoModelForPreTraining, AutoModelForVideoClassification, AutoProcessor, AutoVideoProcessor, pipeline)
+video_model, image_model, pretraining_model, video_text_model, video, picture, out = sys.argv[1:]
 for auto_class, source in ((AutoConfig, video_model), (AutoModel, video_model), (AutoModel, image_model),
     (AutoModelForVideoClassification, video_model), (AutoModelForImageClassification, image_model),
     (AutoVideoProcessor, video_model), (AutoImageProcessor, image_model), (AutoModel, pretraining_model),
-    (AutoModelForPreTraining, pretraining_model), (AutoModelForVideoClassification, pretraining_model)):
+    (AutoModelForPreTraining, pretraining_model), (AutoModelForVideoClassification, pretraining_model),
+    (AutoModel, video_text_model), (AutoProcessor, video_text_model)):
     loaded = auto_class.from_pretrained(source, trust_remote_code=True)
     assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
 first = pipeline("video-classification", model=video_model, trust_remote_code=True)
@@ -147,12 +170,17 @@ first.video_processor.save_pretrained(out)
 again = pipeline("video-classification", model=out, trust_remote_code=True)
 scores = [{item["label"]: round(item["score"], 4) for item in classifier(video)} for classifier in (first, again)]
 assert scores[0] == scores[1] and len(scores[0]) == 5
+model = AutoModel.from_pretrained(video_text_model, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(video_text_model, trust_remote_code=True)
+inputs = processor(videos=video, text=["a seven", "moves"], padding=True, return_tensors="pt")
+assert model(**inputs).logits_per_video.shape == (1, 2)
 """
     result = python(
         code,
         directories / "video",
         directories / "image",
         directories / "pretraining",
+        directories / "video_text",
         video,
         picture,
         tmp_path / "out",

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, CLIPVisionModelWithProjection
+from transformers import AutoConfig, AutoProcessor, BertTokenizer, CLIPVisionModelWithProjection
 
 from modeling_videomamba import (
     VideoMambaForImageClassification,
     VideoMambaForMaskedPreTraining,
     VideoMambaForVideoClassification,
+    VideoMambaForVideoTextRetrieval,
     VideoMambaModel,
 )
 from modeling_videomamba.conversion import CheckpointError, convert_checkpoint, load_labels
@@ -118,11 +119,6 @@ def test_another_model_is_refused_by_what_is_missing(tmp_path):
         convert_checkpoint(save(tmp_path, {"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}))
 
 
-def test_a_kind_without_a_model_class_yet_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="video-text"):
-        convert_checkpoint(save(tmp_path, {**original(), "text_encoder.cls.bias": torch.zeros(3)}))
-
-
 def test_layers_between_aligned_ones_are_an_argument(tmp_path):
     path = save(tmp_path, original("masked_pretraining_multilayer"))
     assert convert_checkpoint(path, alignment_interval=3).model.config.aligned_layers == [0, 3]
@@ -131,6 +127,8 @@ def test_layers_between_aligned_ones_are_an_argument(tmp_path):
 
 
 def test_an_argument_for_another_kind_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="`text_num_attention_heads` is for a video-text checkpoint, this is a v"):
+        convert_checkpoint(save(tmp_path, original()), text_num_attention_heads=4)
     for path, kind in ((original(), "video"), (clip_state_dict(), "CLIP visual encoder")):
         with pytest.raises(CheckpointError, match=f"`alignment_interval` is for masked pretraining, this is a {kind}"):
             convert_checkpoint(save(tmp_path, path), alignment_interval=1)
@@ -189,6 +187,89 @@ def test_a_visual_encoder_that_does_not_fit_is_refused(tmp_path):
     del state_dict["transformer.resblocks.1.attn.in_proj_bias"]
     with pytest.raises(CheckpointError, match=r"lacks.*layers\.1\.self_attn\.k_proj\.bias"):
         convert_checkpoint(save(tmp_path, state_dict))
+
+
+# Videos and texts
+
+
+def video_text_state_dict():
+    return strip_prefix(load_golden("video_text_retrieval")[0], "state_dict.")
+
+
+def test_a_video_text_checkpoint(tmp_path):
+    converted = convert_checkpoint(save(tmp_path, {"model": video_text_state_dict()}), text_num_attention_heads=4)
+    config, text_config = converted.model.config, converted.model.config.text_config
+    assert converted.kind == "video-text" and type(converted.model) is VideoMambaForVideoTextRetrieval
+    assert (config.fusion_layer, config.projection_dim, text_config.num_hidden_layers) == (2, 32, 4)
+    assert (text_config.vocab_size, text_config.intermediate_size, text_config.num_attention_heads) == (120, 96, 4)
+    assert config.temperature == pytest.approx(0.07) and config.tie_word_embeddings
+    assert (config.vision_config.num_frames, config.vision_config.image_size) == (4, 48)
+    assert converted.processor.num_frames == 4 and converted.teacher is None
+    assert (
+        convert_checkpoint(save(tmp_path, video_text_state_dict())).model.config.text_config.num_attention_heads == 12
+    )
+
+
+def test_a_head_of_other_words_than_the_embeddings_is_kept(tmp_path):
+    state_dict = video_text_state_dict()
+    decoder = state_dict["text_encoder.cls.predictions.decoder.weight"] + 1
+    state_dict["text_encoder.cls.predictions.decoder.weight"] = decoder
+    model = convert_checkpoint(save(tmp_path, state_dict)).model
+    model.save_pretrained(tmp_path / "model")
+    loaded = VideoMambaForVideoTextRetrieval.from_pretrained(tmp_path / "model")
+    assert not loaded.config.tie_word_embeddings
+    assert torch.equal(loaded.masked_lm_head.predictions.decoder.weight, decoder)
+
+
+def test_a_video_text_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    state_dict = video_text_state_dict()
+    layer = "text_encoder.bert.encoder.layer"
+    for change, message in (
+        ({"extra": torch.zeros(1)}, "no place for: `extra`"),
+        ({"vision_encoder.extra": torch.zeros(1)}, "no place for: `extra`"),
+        ({"text_encoder.bert.embeddings.position_ids": torch.arange(1, 65)}, "no place for.*position_ids"),
+        ({f"{layer}.0.crossattention.self.key.weight": torch.zeros(1)}, "layers of BERT must attend to the video"),
+        ({"video_projection.bias": torch.zeros(32)}, "two of its tensors have one place"),
+        ({"vision_proj.bias": torch.zeros(31)}, r"`video_projection\.bias` has shape \(31,\) instead of \(32,\)"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            convert_checkpoint(save(tmp_path, {**state_dict, **change}))
+    for missing, message in (
+        ("temp", "not a video-text checkpoint: it lacks `temp`"),
+        ("vision_encoder.cls_token", "not a VideoMamba checkpoint: it lacks `cls_token`"),
+        ("itm_head.bias", r"lacks: `matching_head\.bias`"),
+        (f"{layer}.3.output.dense.bias", r"lacks: `fusion_layers\.1\.output\.dense\.bias`"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            convert_checkpoint(save(tmp_path, {name: value for name, value in state_dict.items() if name != missing}))
+    with pytest.raises(CheckpointError, match="`text_num_attention_heads` must divide the width 48, got 5"):
+        convert_checkpoint(save(tmp_path, state_dict), text_num_attention_heads=5)
+    with pytest.raises(CheckpointError, match="`labels` has 2 names, the checkpoint has 0 classes"):
+        convert_checkpoint(save(tmp_path, state_dict), ["a", "b"])
+
+
+def test_the_clip_teacher_in_a_video_text_checkpoint(tmp_path):
+    teacher = clip_state_dict()
+    state_dict = video_text_state_dict() | {f"clip_teacher.{name}": tensor for name, tensor in teacher.items()}
+    path = save(tmp_path, state_dict)
+    converted = convert_checkpoint(path, num_attention_heads=4, text_num_attention_heads=4)
+    expected = convert_checkpoint(save(tmp_path, teacher), num_attention_heads=4).model.state_dict()
+    assert all(torch.equal(converted.teacher.model.state_dict()[name], expected[name]) for name in expected)
+    path = save(tmp_path, state_dict)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "walk"]))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "tokenizer")
+    options = ("--text-num-attention-heads", 4, "--num-attention-heads", 4, "--tokenizer", tmp_path / "tokenizer")
+    result = run_script(path, tmp_path / "model", *options, "--clip-teacher", tmp_path / "clip")
+    assert "video-text checkpoint" in result.stdout and "VideoMambaProcessor" in result.stdout, result.stderr
+    assert CLIPVisionModelWithProjection.from_pretrained(tmp_path / "clip").config.num_attention_heads == 4
+    assert AutoProcessor.from_pretrained(tmp_path / "model")(text="walk")["input_ids"] == [2, 5, 3]
+    assert "its CLIP teacher is left out" in run_script(path, tmp_path / "model", *options).stdout
+    path = save(tmp_path, video_text_state_dict())
+    result = run_script(path, tmp_path / "other", "--clip-teacher", tmp_path / "clip")
+    assert result.returncode == 1 and "contains no CLIP for --clip-teacher" in result.stderr
+    result = run_script(save(tmp_path, original()), tmp_path / "other", "--tokenizer", tmp_path / "tokenizer")
+    assert result.returncode == 1 and "`tokenizer` is for a video-text checkpoint" in result.stderr
 
 
 class Malicious:

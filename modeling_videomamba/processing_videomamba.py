@@ -1,0 +1,39 @@
+"""Processor of videos and texts."""
+
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+
+class VideoMambaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
+    """A text is one sentence to the model, which takes no `token_type_ids`."""
+
+    _defaults = {"text_kwargs": {"return_token_type_ids": False}}
+
+
+class VideoMambaProcessor(ProcessorMixin):
+    r"""
+    A [`VideoMambaVideoProcessor`] for `videos` and a tokenizer of BERT for `text`, in one.
+
+    Args:
+        video_processor (`VideoMambaVideoProcessor`): Makes `pixel_values`.
+        tokenizer (`PreTrainedTokenizerBase`): Makes `input_ids` and `attention_mask`.
+
+    Example:
+
+    ```python
+    >>> processor = VideoMambaProcessor.from_pretrained("org/videomamba-m-25m")
+    >>> inputs = processor(videos="clip.mp4", text=["a dog runs", "a cat sleeps"], padding=True, return_tensors="pt")
+    ```
+    """
+
+    valid_processor_kwargs = VideoMambaProcessorKwargs
+
+    def __init__(self, video_processor=None, tokenizer=None):
+        super().__init__(video_processor, tokenizer)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a model is to be given."""
+        return ["pixel_values", "input_ids", "attention_mask"]
+
+
+__all__ = ["VideoMambaProcessor"]
