@@ -12,6 +12,7 @@ from transformers import (
     AutoVideoProcessor,
     BertTokenizer,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from ._version import __version__
 from .configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig, VideoMambaVideoTextConfig
@@ -27,6 +28,7 @@ from .processing_videomamba import VideoMambaProcessor
 from .selective_scan import selective_scan, selective_scan_backends
 from .video_decoding import BrokenVideoError
 from .video_processing_videomamba import VideoMambaVideoProcessor
+from .zero_shot_video_classification import TASK, ZeroShotVideoClassificationPipeline
 
 AutoConfig.register("videomamba", VideoMambaConfig)
 AutoConfig.register("videomamba_video_text", VideoMambaVideoTextConfig)
@@ -40,6 +42,10 @@ AutoVideoProcessor.register(VideoMambaConfig, VideoMambaVideoProcessor)
 AutoVideoProcessor.register(VideoMambaVideoTextConfig, VideoMambaVideoProcessor)
 AutoTokenizer.register(VideoMambaVideoTextConfig, fast_tokenizer_class=BertTokenizer)
 AutoProcessor.register(VideoMambaVideoTextConfig, VideoMambaProcessor)
+
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=ZeroShotVideoClassificationPipeline, pt_model=AutoModel, type="multimodal"
+)
 
 # What is saved carries its code and an `auto_map`, so that it also loads where this package is not installed.
 VideoMambaConfig.register_for_auto_class()
@@ -66,6 +72,7 @@ __all__ = [
     "VideoMambaProcessor",
     "VideoMambaVideoProcessor",
     "VideoMambaVideoTextConfig",
+    "ZeroShotVideoClassificationPipeline",
     "__version__",
     "selective_scan",
     "selective_scan_backends",

@@ -37,6 +37,7 @@ from .video_text_losses import (
     mean_where,
     similarities,
 )
+from .zero_shot_video_classification import CUSTOM_PIPELINES
 
 
 @dataclass
@@ -159,6 +160,11 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         self.masked_lm_head.predictions.decoder = new_embeddings
         self.masked_lm_head.predictions.bias = new_embeddings.bias
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        if self._auto_class is not None:  # the pipeline's code goes where the model's does
+            self.config.custom_pipelines = CUSTOM_PIPELINES
+        super().save_pretrained(save_directory, **kwargs)
+
     # One modality
 
     def get_video_features(
@@ -190,7 +196,13 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(batch, length, D)` below the fusion layers, which go on
             with it, and `pooler_output` `(batch, projection_dim)`, not normalised.
+
+        Raises:
+            `ValueError`: if a text is longer than the model knows positions.
         """
+        longest = self.text_model.config.max_position_embeddings
+        if input_ids.shape[-1] > longest:
+            raise ValueError(f"`input_ids` must have at most {longest} tokens a text, got {input_ids.shape[-1]}.")
         hidden_states = self.text_model(input_ids, attention_mask, return_dict=True).last_hidden_state
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.text_projection(hidden_states[:, 0])

@@ -32,6 +32,7 @@ from modeling_videomamba import (
     VideoMambaProcessor,
     VideoMambaVideoProcessor,
     VideoMambaVideoTextConfig,
+    ZeroShotVideoClassificationPipeline,
 )
 from tests.conftest import ROOT, tiny_config
 
@@ -138,6 +139,39 @@ print(json.dumps(pipeline("image-classification", model=sys.argv[1])(sys.argv[2]
     assert scores == pytest.approx({model.config.id2label[i]: value for i, value in enumerate(expected.tolist())})
 
 
+@pytest.fixture
+def zero_shot(directories):
+    options = {"trust_remote_code": True, "pipeline_class": ZeroShotVideoClassificationPipeline}
+    return pipeline("zero-shot-video-classification", model=str(directories / "video_text"), **options)
+
+
+def test_the_zero_shot_pipeline_agrees_with_the_model(directories, zero_shot, video):
+    labels = ["seven", "a seven moves", "moves"]
+    model = AutoModel.from_pretrained(directories / "video_text")
+    processor = AutoProcessor.from_pretrained(directories / "video_text")
+    texts = [f"a {label}" for label in labels]
+    with torch.no_grad():
+        logits = model(**processor(videos=str(video), text=texts, padding=True, return_tensors="pt")).logits_per_video
+    expected = dict(zip(labels, logits[0].softmax(-1).tolist(), strict=True))
+    found = zero_shot(str(video), candidate_labels=labels, hypothesis_template="a {}")
+    assert {item["label"]: item["score"] for item in found} == pytest.approx(expected, rel=1e-4)
+    assert [item["label"] for item in found] == sorted(labels, key=expected.get, reverse=True)
+    several = zero_shot([str(video)] * 3, candidate_labels=labels, hypothesis_template="a {}", top_k=1, batch_size=2)
+    assert several == [[{"label": found[0]["label"], "score": pytest.approx(found[0]["score"], rel=1e-4)}]] * 3
+
+
+def test_the_zero_shot_pipeline_refuses_what_it_can_not_do(zero_shot, video):
+    for wrong, message in (
+        ({}, "`candidate_labels` must name at least one label"),
+        ({"candidate_labels": "a, b"}, "`candidate_labels` must be a list of texts, got 'a, b'"),
+        ({"candidate_labels": ["a"], "hypothesis_template": "a video"}, "must contain {} for the label, got 'a video'"),
+        ({"candidate_labels": ["a"], "top_k": 0}, "`top_k` must be at least 1, got 0"),
+        ({"candidate_labels": ["a " * 600]}, "`input_ids` must have at most 512 tokens a text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            zero_shot(str(video), **wrong)
+
+
 def test_the_video_pipeline_needs_no_ffmpeg_and_no_torchcodec(directories, video):
     code = """
 import sys
@@ -174,6 +208,9 @@ model = AutoModel.from_pretrained(video_text_model, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(video_text_model, trust_remote_code=True)
 inputs = processor(videos=video, text=["a seven", "moves"], padding=True, return_tensors="pt")
 assert model(**inputs).logits_per_video.shape == (1, 2)
+zero_shot = pipeline("zero-shot-video-classification", model=video_text_model, trust_remote_code=True)
+assert type(zero_shot).__module__.startswith("transformers_modules.")
+assert len(zero_shot(video, candidate_labels=["a seven", "moves"])) == 2
 """
     result = python(
         code,

@@ -1,0 +1,103 @@
+"""The pipeline `zero-shot-video-classification`: which of some texts a video shows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.pipelines.base import Pipeline
+
+TASK = "zero-shot-video-classification"
+
+# How a directory that carries its code names the pipeline to Transformers.
+CUSTOM_PIPELINES = {
+    TASK: {"impl": "zero_shot_video_classification.ZeroShotVideoClassificationPipeline", "pt": ["AutoModel"]}
+}
+
+
+class ZeroShotVideoClassificationPipeline(Pipeline):
+    r"""
+    Tells which of the `candidate_labels` a video shows, by a model of videos and texts that has not been trained on
+    these labels.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> classifier = pipeline("zero-shot-video-classification", "org/videomamba-m-25m", trust_remote_code=True)
+    >>> classifier("clip.mp4", candidate_labels=["a dog runs", "a cat sleeps"])
+    [{'score': 0.97, 'label': 'a dog runs'}, {'score': 0.03, 'label': 'a cat sleeps'}]
+    ```
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        r"""
+        Args:
+            inputs: A video, or a list of videos: whatever [`VideoMambaVideoProcessor`] reads, such as paths.
+            candidate_labels (`list[str]`): What the video may show.
+            hypothesis_template (`str`, defaults to `"This is a video of {}."`): Each label takes the place of its `{}`.
+            top_k (`int`, *optional*): The number of labels to return; by default all.
+
+        Returns:
+            `list[dict]`: `score`, from the softmax over all labels, and `label`, the best first; for a list of videos a
+            list of these.
+
+        Raises:
+            `ValueError`: if there is no label, the template has no `{}`, or `top_k` is below 1.
+            `BrokenVideoError`: if a video can't be read.
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        candidate_labels: Sequence[str] | None = None,
+        hypothesis_template: str | None = None,
+        top_k: int | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        forward: dict[str, Any] = {}
+        postprocess: dict[str, Any] = {}
+        if candidate_labels is not None:
+            if isinstance(candidate_labels, str) or not all(isinstance(label, str) for label in candidate_labels):
+                raise ValueError(f"`candidate_labels` must be a list of texts, got {candidate_labels!r}.")
+            forward["candidate_labels"] = postprocess["candidate_labels"] = list(candidate_labels)
+        if hypothesis_template is not None:
+            if "{}" not in hypothesis_template:
+                raise ValueError(f"`hypothesis_template` must contain {{}} for the label, got {hypothesis_template!r}.")
+            forward["hypothesis_template"] = hypothesis_template
+        if top_k is not None:
+            if top_k < 1:
+                raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+            postprocess["top_k"] = top_k
+        return {}, forward, postprocess
+
+    def preprocess(self, video: Any) -> dict[str, torch.Tensor]:
+        inputs = self.video_processor(video, return_tensors="pt").to(self.dtype)
+        return {"video": inputs["pixel_values"]}  # under their own name Transformers fails to batch them
+
+    def _forward(
+        self,
+        model_inputs: dict[str, torch.Tensor],
+        candidate_labels: Sequence[str] = (),
+        hypothesis_template: str = "This is a video of {}.",
+    ) -> dict[str, torch.Tensor]:
+        if not candidate_labels:
+            raise ValueError("`candidate_labels` must name at least one label.")
+        texts = [hypothesis_template.replace("{}", label) for label in candidate_labels]
+        tokens = self.tokenizer(texts, padding=True, return_token_type_ids=False, return_tensors="pt").to(self.device)
+        return {"logits": self.model(model_inputs["video"], **tokens).logits_per_video}
+
+    def postprocess(
+        self, model_outputs: dict[str, torch.Tensor], candidate_labels: Sequence[str], top_k: int | None = None
+    ) -> list[dict[str, Any]]:
+        scores = model_outputs["logits"][0].float().softmax(dim=-1)
+        best = scores.argsort(descending=True, stable=True)[:top_k].tolist()
+        return [{"score": scores[index].item(), "label": candidate_labels[index]} for index in best]
+
+
+__all__ = ["ZeroShotVideoClassificationPipeline"]
