@@ -1,8 +1,17 @@
 """Small models with random weights, and what goes into them and comes out."""
 
 import torch
+from transformers import BertTokenizer
 
-from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForVideoClassification, VideoMambaModel
+from modeling_videomamba import (
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+    VideoMambaForVideoTextRetrieval,
+    VideoMambaModel,
+    VideoMambaProcessor,
+    VideoMambaVideoProcessor,
+    VideoMambaVideoTextConfig,
+)
 from tests.conftest import tiny_config
 
 MODEL_CLASSES = [VideoMambaModel, VideoMambaForImageClassification, VideoMambaForVideoClassification]
@@ -24,3 +33,16 @@ def assert_equal(actual, expected):
 
 def main_output(outputs):
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+def save_video_text(folder):
+    """A directory with a model of videos and texts and its processor."""
+    folder.mkdir(exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "seven", "moves"]
+    text = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    config = VideoMambaVideoTextConfig(vision_config=tiny_config(), text_config=text, fusion_layer=2, projection_dim=8)
+    torch.manual_seed(0)
+    VideoMambaForVideoTextRetrieval(config).eval().save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    video_processor = VideoMambaVideoProcessor.for_model(config.vision_config)
+    VideoMambaProcessor(video_processor, BertTokenizer(str(folder / "vocab.txt"))).save_pretrained(folder)

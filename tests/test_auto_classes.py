@@ -31,10 +31,10 @@ from modeling_videomamba import (
     VideoMambaModel,
     VideoMambaProcessor,
     VideoMambaVideoProcessor,
-    VideoMambaVideoTextConfig,
     ZeroShotVideoClassificationPipeline,
 )
 from tests.conftest import ROOT, tiny_config
+from tests.models import save_video_text
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +52,6 @@ def directories(tmp_path_factory):
         processor_class.for_model(model.config).save_pretrained(folder / name)
     save_video_text(folder / "video_text")
     return folder
-
-
-def save_video_text(folder):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "seven", "moves"]
-    text = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
-    config = VideoMambaVideoTextConfig(vision_config=tiny_config(), text_config=text, fusion_layer=2, projection_dim=8)
-    torch.manual_seed(0)
-    VideoMambaForVideoTextRetrieval(config).eval().save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(words))
-    video_processor = VideoMambaVideoProcessor.for_model(config.vision_config)
-    VideoMambaProcessor(video_processor, BertTokenizer(str(folder / "vocab.txt"))).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """The README's figures and Python snippets."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from modeling_videomamba import (
     VideoMambaForVideoClassification,
 )
 from tests.conftest import NANO, ROOT
+from tests.models import save_video_text
 
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -59,3 +62,16 @@ def test_python_snippets_run(page):
         assert result.returncode == 0, result.stderr
         if "shape" in snippet:
             assert "[1, 48]" in result.stdout and "[1, 129, 48]" in result.stdout
+
+
+def test_the_snippet_of_videos_and_texts_runs(tmp_path, video):
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (snippet,) = [snippet for snippet in snippets if "matching_logits" in snippet]
+    save_video_text(tmp_path / "videomamba-m-25m")  # a small one under the name of the real one
+    shutil.copy(video, tmp_path / "clip.mp4")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(
+        [sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 3
