@@ -262,12 +262,18 @@ class VideoMambaVideoTextConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
-            if value is None or isinstance(value, dict):
-                setattr(self, name, config_class(**(value or {})))
-            elif not isinstance(value, config_class):
-                got = type(value).__name__
-                raise ValueError(f"`{name}` must be a {config_class.__name__} or its values, got a {got}.")
+            values = value or {}
+            kind = values.get("model_type", config_class.model_type) if isinstance(values, dict) else values.model_type
+            if kind != config_class.model_type:
+                raise ValueError(f"`{name}` must be a {config_class.__name__} or its values, got those of {kind!r}.")
+            if isinstance(values, dict):
+                setattr(self, name, config_class(**values))
         super().__post_init__(**kwargs)
+
+    def validate_text_config(self):
+        """BERT is an encoder; what attends to the video comes on top."""
+        if self.text_config.is_decoder or self.text_config.add_cross_attention:
+            raise ValueError("`text_config` must be of an encoder, got `is_decoder` or `add_cross_attention`.")
 
     def validate_fusion_layer(self):
         """Some layers attend to the video, and some don't."""

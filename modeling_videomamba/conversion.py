@@ -152,6 +152,7 @@ def convert_checkpoint(
         raise CheckpointError(f"`num_attention_heads` is for a {CLIP}, this is a {kind} checkpoint.")
     if text_num_attention_heads is not None and kind != VIDEO_TEXT:
         raise CheckpointError(f"`text_num_attention_heads` is for a {VIDEO_TEXT} checkpoint, this is a {kind} one.")
+    interval = 1 if alignment_interval is None else alignment_interval
     if kind in (CLIP, VIDEO_TEXT):
         _set_labels(VideoMambaConfig(), {}, labels)  # they have none
     if kind == CLIP:
@@ -159,11 +160,12 @@ def convert_checkpoint(
     if kind == VIDEO_TEXT:
         teacher = part(state_dict, "clip_teacher.")
         own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("clip_teacher.")}
-        converted = _convert_video_text(own, alignment_interval or 1, text_num_attention_heads or 12)
+        heads = 12 if text_num_attention_heads is None else text_num_attention_heads
+        converted = _convert_video_text(own, interval, heads)
         converted.teacher = _convert_clip(teacher, num_attention_heads) if teacher else None
         return converted
     try:
-        config = infer_config(state_dict, alignment_interval or 1)
+        config = infer_config(state_dict, interval)
     except StrictDataclassError as error:
         raise CheckpointError(str(error)) from error
     _set_labels(config, state_dict, labels)

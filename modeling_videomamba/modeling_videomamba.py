@@ -350,6 +350,7 @@ class VideoMambaPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("video", "image")
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # as any: there is no attention, and models that hold this one have some
     _auto_map = AUTO_MAP
     _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer"]
     _keys_to_ignore_on_load_unexpected: list[str] | None = [r"^alignment_decoders\."]  # of masked pretraining

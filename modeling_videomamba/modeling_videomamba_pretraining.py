@@ -86,6 +86,13 @@ class VideoMambaAlignmentDecoder(nn.Module):
         return F.normalize(self.norm(hidden_states).float(), dim=-1)
 
 
+@torch.no_grad()
+def init_alignment_decoder(decoder: VideoMambaAlignmentDecoder) -> None:
+    """As in the original release; its layer norm is initialised as any."""
+    init.xavier_uniform_(decoder.head.weight)
+    init.zeros_(decoder.head.bias)
+
+
 def aligned_streams(config: VideoMambaConfig) -> list[int]:
     """
     The residual streams, as `residual_streams` counts them, that are aligned, in order of depth: of the last layer that
@@ -149,8 +156,7 @@ class VideoMambaForMaskedPreTraining(VideoMambaPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, VideoMambaAlignmentDecoder):
-            init.xavier_uniform_(module.head.weight)
-            init.zeros_(module.head.bias)
+            init_alignment_decoder(module)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

@@ -1,6 +1,5 @@
 """PyTorch VideoMamba with a BERT whose upper layers attend to the video, for video-text retrieval (UMT)."""
 
-import copy
 import os
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +12,12 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.bert.modeling_bert import BertAttention, BertLayer, BertOnlyMLMHead
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertLayer,
+    BertLMPredictionHead,
+    BertOnlyMLMHead,
+)
 from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -27,6 +31,7 @@ from .modeling_videomamba_pretraining import (
     align,
     aligned_streams,
     alignment_loss,
+    init_alignment_decoder,
     sinusoidal_positions,
 )
 from .video_text_losses import (
@@ -107,7 +112,13 @@ class VideoMambaVideoTextPreTrainedModel(PreTrainedModel):
     input_modalities = ("video", "image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["VideoMambaEmbeddings", "VideoMambaLayer", "BertEmbeddings", "BertLayer"]
+    _no_split_modules = [
+        "VideoMambaEmbeddings",
+        "VideoMambaLayer",
+        "BertEmbeddings",
+        "BertLayer",
+        "VideoMambaFusionLayer",
+    ]
 
 
 class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
@@ -127,12 +138,10 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         self.videomamba = VideoMambaModel(vision)
         self.video_norm = nn.LayerNorm(vision.hidden_size)
         self.video_projection = nn.Linear(vision.hidden_size, config.projection_dim)
-        below = copy.deepcopy(text)
-        below.num_hidden_layers = config.fusion_layer
-        self.text_model = BertModel(below, add_pooling_layer=False)
-        self.fusion_layers = nn.ModuleList(  # with the configuration that knows how attention is computed
-            VideoMambaFusionLayer(self.text_model.config, vision.hidden_size)
-            for _ in range(config.fusion_layer, text.num_hidden_layers)
+        self.text_model = BertModel(text, add_pooling_layer=False)
+        del self.text_model.encoder.layer[config.fusion_layer :]
+        self.fusion_layers = nn.ModuleList(
+            VideoMambaFusionLayer(text, vision.hidden_size) for _ in range(config.fusion_layer, text.num_hidden_layers)
         )
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim)
         self.matching_head = nn.Linear(text.hidden_size, 2)
@@ -143,9 +152,14 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, VideoMambaAlignmentDecoder):
+            init_alignment_decoder(module)
+            return
         super()._init_weights(module)
         if module is self:
             init.constant_(self.temperature, self.config.temperature)
+        elif isinstance(module, BertLMPredictionHead):
+            init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -241,6 +255,23 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         return means if self.config.pooling == "avg" else means + class_token
 
     # Both
+
+    def similarity_logits(self, video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        r"""
+        Args:
+            video_embeds (`torch.Tensor` of shape `(videos, frames, projection_dim)`): l2-normalised.
+            text_embeds (`torch.Tensor` of shape `(texts, projection_dim)`): l2-normalised.
+
+        Returns:
+            `torch.Tensor` of shape `(videos, texts)`: [`similarities`] divided by the temperature.
+        """
+        return similarities(video_embeds, text_embeds) / self.bounded_temperature
+
+    @property
+    def bounded_temperature(self) -> torch.Tensor:
+        """The temperature within its bounds; beyond them the gradient of the parameter is that at the bound."""
+        bounded = self.temperature.clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
+        return self.temperature + (bounded - self.temperature).detach()
 
     def fuse(
         self,
@@ -369,45 +400,45 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
             `ValueError`: if the shape of an argument does not fit, or an argument is missing.
         """
         self._check(pixel_values, input_ids, video_ids, mlm_input_ids, mlm_labels, teacher_features, return_loss)
-        if self.training:
-            with torch.no_grad():
-                self.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
         videos, aligned_features = self._encode_videos(pixel_values, bool_masked_pos, teacher_features is not None)
         texts = self.get_text_features(input_ids, attention_mask)
         video_embeds = F.normalize(videos.pooler_output.float(), dim=-1)
         text_embeds = F.normalize(texts.pooler_output.float(), dim=-1)
-        logits_per_video = similarities(video_embeds, text_embeds) / self.temperature
-        output = VideoMambaVideoTextOutput(
+        logits_per_video = self.similarity_logits(video_embeds, text_embeds)
+        losses: dict[str, torch.Tensor] = {}
+        if return_loss:
+            counts = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            same = torch.eye(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            if video_ids is not None:
+                counts = video_ids >= 0
+                same = (video_ids[:, None] == video_ids) | ~counts
+            scores = logits_per_video.detach()
+            losses["loss_contrastive"] = contrastive_loss(
+                video_embeds, text_embeds, self.bounded_temperature, video_ids
+            )
+            losses["loss_matching"] = self.matching_loss(
+                videos.last_hidden_state,
+                texts.last_hidden_state,
+                attention_mask,
+                negative_videos=draw_negatives(hard_negative_weights(scores.T, same)),
+                negative_texts=draw_negatives(hard_negative_weights(scores, same)),
+                counts=counts,
+            )
+            if mlm_input_ids is not None and mlm_labels is not None:
+                logits = self.masked_lm_logits(videos.last_hidden_state, mlm_input_ids, attention_mask)
+                losses["loss_masked_lm"] = masked_lm_loss(logits, mlm_labels.masked_fill(~counts[:, None], -100))
+            if teacher_features is not None and aligned_features is not None:
+                kind = self.videomamba.config.alignment_loss
+                distances = alignment_loss(aligned_features, teacher_features, kind)
+                losses["loss_alignment"] = mean_where(distances, counts)
+        return VideoMambaVideoTextOutput(
+            loss=torch.stack(list(losses.values())).sum() if losses else None,
+            **losses,
             logits_per_video=logits_per_video,
             logits_per_text=logits_per_video.T,
             video_embeds=video_embeds,
             text_embeds=text_embeds,
         )
-        if not return_loss:
-            return output
-        counts = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        same = torch.eye(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        if video_ids is not None:
-            counts = video_ids >= 0
-            same = (video_ids[:, None] == video_ids) | ~counts
-        scores = logits_per_video.detach()
-        output.loss_contrastive = contrastive_loss(video_embeds, text_embeds, self.temperature, video_ids)
-        output.loss_matching = self.matching_loss(
-            videos.last_hidden_state,
-            texts.last_hidden_state,
-            attention_mask,
-            negative_videos=draw_negatives(hard_negative_weights(scores.T, same)),
-            negative_texts=draw_negatives(hard_negative_weights(scores, same)),
-            counts=counts,
-        )
-        if mlm_input_ids is not None and mlm_labels is not None:
-            logits = self.masked_lm_logits(videos.last_hidden_state, mlm_input_ids, attention_mask)
-            output.loss_masked_lm = masked_lm_loss(logits, mlm_labels.masked_fill(~counts[:, None], -100))
-        if teacher_features is not None and aligned_features is not None:
-            losses = alignment_loss(aligned_features, teacher_features, self.videomamba.config.alignment_loss)
-            output.loss_alignment = mean_where(losses, counts)
-        output.loss = torch.stack([value for name, value in output.items() if name.startswith("loss_")]).sum()
-        return output
 
     @staticmethod
     def _check(pixel_values, input_ids, video_ids, mlm_input_ids, mlm_labels, teacher_features, return_loss) -> None:
@@ -423,6 +454,10 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
             raise ValueError(f"`{given[0]}` is for the losses: pass `return_loss=True`.")
         if (mlm_input_ids is None) != (mlm_labels is None):
             raise ValueError(f"`mlm_input_ids` and `mlm_labels` go together, got only `{given[-1]}`.")
+        for name in ("mlm_input_ids", "mlm_labels"):
+            if for_losses[name] is not None and for_losses[name].shape != input_ids.shape:
+                shapes = f"{tuple(input_ids.shape)}, got {tuple(for_losses[name].shape)}"
+                raise ValueError(f"`{name}` must have the shape of `input_ids`, {shapes}.")
         pairs = len(pixel_values)
         if return_loss and len(input_ids) != pairs:
             raise ValueError(
@@ -460,6 +495,7 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         """
         text_config = AutoConfig.from_pretrained(text)
         video_encoder = VideoMambaForMaskedPreTraining.from_pretrained(vision)
+        changes.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", True))
         config = cls.config_class(vision_config=video_encoder.config, text_config=text_config, **changes)
         model = cls(config)
         model.videomamba.load_state_dict(video_encoder.videomamba.state_dict())

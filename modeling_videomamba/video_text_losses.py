@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 
 # So that there is a hard negative to draw where the true pair leaves others a probability that float32 doesn't hold.
@@ -20,8 +19,7 @@ def similarities(video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch
     Returns:
         `torch.Tensor` of shape `(videos, texts)`, float32, from -1 to 1.
     """
-    with torch.autocast(video_embeds.device.type, enabled=False):
-        return video_embeds.float().mean(dim=1) @ text_embeds.float().T
+    return _cosines(video_embeds.float().mean(dim=1), text_embeds)
 
 
 def contrastive_loss(
@@ -31,9 +29,10 @@ def contrastive_loss(
     video_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Contrastive loss of pairs, from video to text and from text to video, among the pairs of all processes. Gradients
-    flow into the features of all of them, so that, averaged over the processes, they are those of one process with all
-    pairs. A video that is in several pairs has all of their texts to find, each with the same share.
+    Contrastive loss of pairs, from video to text and from text to video, among the pairs of all processes, as many of
+    each. Gradients flow into the features of all of them, so that loss and gradients, averaged over the processes, are
+    those of one process with all pairs. A video that is in several pairs has all of their texts to find, each with the
+    same share.
 
     Args:
         video_embeds (`torch.Tensor` of shape `(pairs, frames, projection_dim)`): l2-normalised.
@@ -43,18 +42,30 @@ def contrastive_loss(
             is the same; negative for a pair that doesn't count. By default every pair is of a video of its own.
 
     Returns:
-        `torch.Tensor` of shape `()`: mean over the pairs of this process that count; 0 if none does.
+        `torch.Tensor` of shape `()`: this process's share of the mean over the pairs that count; 0 if none does.
+
+    Raises:
+        `ValueError`: if the processes have different numbers of pairs.
     """
-    video_ids = _ids(video_ids, len(text_embeds), text_embeds.device)
-    videos, texts, ids = _gather(video_embeds), _gather(text_embeds), _gather_ids(video_ids)
+    world_size = _world_size()
+    if video_ids is None:
+        first = dist.get_rank() * len(text_embeds) if world_size > 1 else 0
+        video_ids = torch.arange(first, first + len(text_embeds), device=text_embeds.device)
+    means = video_embeds.float().mean(dim=1)  # of which the cosines are linear: there is less to send
+    text_embeds = text_embeds.float()
+    videos, texts, ids = means, text_embeds, video_ids
+    if world_size > 1:
+        _check_number_of_pairs(video_ids)
+        videos, texts, ids = (_AllGather.apply(tensor) for tensor in (means, text_embeds, video_ids))
     same = (video_ids[:, None] == ids).float()
     targets = same / same.sum(dim=1, keepdim=True)
     excluded = ids < 0
     losses = torch.zeros(len(video_ids), device=video_ids.device)
-    for scores in (similarities(video_embeds, texts), similarities(videos, text_embeds).T):
-        log_probabilities = (scores / temperature).masked_fill(excluded, torch.finfo().min).log_softmax(dim=1)
+    for own, others in ((means, texts), (text_embeds, videos)):
+        scores = _cosines(own, others) / temperature
+        log_probabilities = scores.masked_fill(excluded, torch.finfo().min).log_softmax(dim=1)
         losses = losses - (targets * log_probabilities.masked_fill(excluded, 0.0)).sum(dim=1) / 2
-    return mean_where(losses, video_ids >= 0)
+    return (losses * (video_ids >= 0)).sum() * world_size / (~excluded).sum().clamp(min=1)
 
 
 def hard_negative_weights(scores: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -68,7 +79,8 @@ def hard_negative_weights(scores: torch.Tensor, same: torch.Tensor) -> torch.Ten
     Returns:
         `torch.Tensor` of the same shape, float32. A row of zeros has no negative.
     """
-    return scores.float().softmax(dim=1).clamp(min=MIN_NEGATIVE_WEIGHT).masked_fill(same, 0.0)
+    weights = scores.float().softmax(dim=1).nan_to_num(MIN_NEGATIVE_WEIGHT)  # so that the loss says what is not finite
+    return weights.clamp(min=MIN_NEGATIVE_WEIGHT).masked_fill(same, 0.0)
 
 
 def draw_negatives(weights: torch.Tensor) -> torch.Tensor:
@@ -84,26 +96,36 @@ def masked_lm_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return mean_where(losses, labels.flatten() != -100)
 
 
-def _ids(video_ids: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
-    if video_ids is not None:
-        return video_ids
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return torch.arange(count, device=device) + rank * count
+def _cosines(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(first.device.type, enabled=False):
+        return first.float() @ second.float().T
 
 
-def _gather(features: torch.Tensor) -> torch.Tensor:
-    """The features of all processes, rank by rank, with gradients."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return features
-    return torch.cat(differentiable.all_gather(features))
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather_ids(ids: torch.Tensor) -> torch.Tensor:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return ids
-    gathered = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, ids.contiguous())
-    return torch.cat(gathered)
+def _check_number_of_pairs(video_ids: torch.Tensor) -> None:
+    own = torch.tensor([len(video_ids)], device=video_ids.device)
+    counts = _AllGather.apply(own).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"All processes must have the same number of pairs, got {counts}.")
+
+
+class _AllGather(torch.autograd.Function):
+    """Of all processes, rank by rank, along the first dimension; the gradient is the sum of what each has for it."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, tensor.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def mean_where(losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

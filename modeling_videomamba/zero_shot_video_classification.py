@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers.pipelines.base import Pipeline
 
 TASK = "zero-shot-video-classification"
@@ -36,6 +37,8 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
+    _encoded: tuple[tuple[str, ...], torch.Tensor] | None = None
+
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         r"""
         Args:
@@ -52,6 +55,7 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
             `ValueError`: if there is no label, the template has no `{}`, or `top_k` is below 1.
             `BrokenVideoError`: if a video can't be read.
         """
+        self._encoded = None
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -88,9 +92,18 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
     ) -> dict[str, torch.Tensor]:
         if not candidate_labels:
             raise ValueError("`candidate_labels` must name at least one label.")
-        texts = [hypothesis_template.replace("{}", label) for label in candidate_labels]
-        tokens = self.tokenizer(texts, padding=True, return_token_type_ids=False, return_tensors="pt").to(self.device)
-        return {"logits": self.model(model_inputs["video"], **tokens).logits_per_video}
+        texts = tuple(hypothesis_template.replace("{}", label) for label in candidate_labels)
+        video_embeds = self.model.get_video_features(model_inputs["video"]).pooler_output
+        logits = self.model.similarity_logits(F.normalize(video_embeds.float(), dim=-1), self._encode(texts))
+        return {"logits": logits}
+
+    def _encode(self, texts: tuple[str, ...]) -> torch.Tensor:
+        """Once for all videos of a call."""
+        if self._encoded is None or self._encoded[0] != texts:
+            tokens = self.tokenizer(list(texts), padding=True, return_token_type_ids=False, return_tensors="pt")
+            features = self.model.get_text_features(**tokens.to(self.device)).pooler_output
+            self._encoded = texts, F.normalize(features.float(), dim=-1)
+        return self._encoded[1]
 
     def postprocess(
         self, model_outputs: dict[str, torch.Tensor], candidate_labels: Sequence[str], top_k: int | None = None

@@ -33,7 +33,7 @@ from modeling_videomamba import (
     VideoMambaVideoProcessor,
     ZeroShotVideoClassificationPipeline,
 )
-from tests.conftest import ROOT, tiny_config
+from tests.conftest import ROOT, moving_square, tiny_config, write_video
 from tests.models import save_video_text
 
 
@@ -134,7 +134,7 @@ def zero_shot(directories):
     return pipeline("zero-shot-video-classification", model=str(directories / "video_text"), **options)
 
 
-def test_the_zero_shot_pipeline_agrees_with_the_model(directories, zero_shot, video):
+def test_the_zero_shot_pipeline_agrees_with_the_model(directories, zero_shot, video, tmp_path):
     labels = ["seven", "a seven moves", "moves"]
     model = AutoModel.from_pretrained(directories / "video_text")
     processor = AutoProcessor.from_pretrained(directories / "video_text")
@@ -145,8 +145,15 @@ def test_the_zero_shot_pipeline_agrees_with_the_model(directories, zero_shot, vi
     found = zero_shot(str(video), candidate_labels=labels, hypothesis_template="a {}")
     assert {item["label"]: item["score"] for item in found} == pytest.approx(expected, rel=1e-4)
     assert [item["label"] for item in found] == sorted(labels, key=expected.get, reverse=True)
-    several = zero_shot([str(video)] * 3, candidate_labels=labels, hypothesis_template="a {}", top_k=1, batch_size=2)
-    assert several == [[{"label": found[0]["label"], "score": pytest.approx(found[0]["score"], rel=1e-4)}]] * 3
+    other = write_video(tmp_path / "other.mp4", moving_square(45)[::-1])
+    videos, options = [str(video), str(other), str(video)], {"candidate_labels": labels, "hypothesis_template": "a {}"}
+    several = zero_shot(videos, **options, batch_size=2)
+    for result, path in zip(several, videos, strict=True):
+        for item, expected in zip(result, zero_shot(path, **options), strict=True):
+            assert item == {"label": expected["label"], "score": pytest.approx(expected["score"], rel=1e-4)}
+    assert several[0] != several[1] and len(zero_shot(videos, **options, top_k=1)[2]) == 1
+    again = {item["label"]: item["score"] for item in zero_shot(str(video), candidate_labels=labels)}
+    assert again != {item["label"]: item["score"] for item in found}  # by another template
 
 
 def test_the_zero_shot_pipeline_refuses_what_it_can_not_do(zero_shot, video):

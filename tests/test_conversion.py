@@ -242,8 +242,11 @@ def test_a_video_text_checkpoint_that_does_not_fit_is_refused(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             convert_checkpoint(save(tmp_path, {name: value for name, value in state_dict.items() if name != missing}))
-    with pytest.raises(CheckpointError, match="`text_num_attention_heads` must divide the width 48, got 5"):
-        convert_checkpoint(save(tmp_path, state_dict), text_num_attention_heads=5)
+    for heads in (5, 0):
+        with pytest.raises(CheckpointError, match=f"`text_num_attention_heads` must divide the width 48, got {heads}"):
+            convert_checkpoint(save(tmp_path, state_dict), text_num_attention_heads=heads)
+    with pytest.raises(CheckpointError, match="alignment_interval"):
+        convert_checkpoint(save(tmp_path, state_dict), alignment_interval=0)
     with pytest.raises(CheckpointError, match="`labels` has 2 names, the checkpoint has 0 classes"):
         convert_checkpoint(save(tmp_path, state_dict), ["a", "b"])
 

@@ -208,15 +208,76 @@ def test_a_pair_that_does_not_count_changes_nothing():
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_the_temperature_stays_within_its_bounds():
-    model = build()
-    for value, bound in ((-1.0, 0.001), (3.0, 0.5)):
+@pytest.mark.parametrize("training", [False, True])
+def test_the_temperature_acts_within_its_bounds(training):
+    model = build().train(training)
+    for value, bound in ((-1.0, 0.001), (0.1, 0.1), (3.0, 0.5)):
         with torch.no_grad():
             model.temperature.fill_(value)
-        outputs = model.train()(clips(), **texts(), return_loss=True)
-        assert model.temperature == torch.tensor(bound)
+        first, second = (model(clips(), **texts(), return_loss=True) for _ in range(2))
+        cosines = similarities(first.video_embeds, first.text_embeds)
+        torch.testing.assert_close(first.logits_per_video, cosines / bound, rtol=1e-4, atol=1e-4)
+        (first.loss + second.loss).backward()  # several forward passes before a backward pass
+        assert model.temperature.grad.isfinite() and model.temperature.grad != 0
+
+
+def test_losses_come_first_in_a_tuple():
+    batch = texts(3)
+    mlm = {"mlm_input_ids": batch["input_ids"], "mlm_labels": batch["input_ids"]}
+    outputs = build()(clips(3), **batch, **mlm, return_loss=True)
+    assert list(outputs)[:4] == ["loss", "loss_contrastive", "loss_matching", "loss_masked_lm"]
+    assert outputs[0] is outputs.loss
+
+
+@torch.no_grad()
+def test_attention_is_computed_as_one_chooses(tmp_path):
+    model, pixel_values, batch = build(), clips(3), texts(3)
+    expected = model.matching_logits(pixel_values, **batch)
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        VideoMambaForVideoTextRetrieval.from_pretrained(tmp_path, attn_implementation="eager"),
+        VideoMambaForVideoTextRetrieval.from_pretrained(tmp_path, attn_implementation="sdpa"),
+    ):
+        for name in ("eager", "sdpa"):
+            loaded.set_attn_implementation(name)
+            assert loaded.fusion_layers[0].crossattention.self.config._attn_implementation == name
+            torch.testing.assert_close(loaded.matching_logits(pixel_values, **batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    batch = texts(3)
+    mlm = {"mlm_input_ids": batch["input_ids"], "mlm_labels": batch["input_ids"]}
+    expected = build()(clips(3), **batch, **mlm, return_loss=True)
+    half = build().to(dtype)(clips(3).to(dtype), **batch, **mlm, return_loss=True)
+    with torch.autocast("cpu", dtype=dtype):
+        autocast = build()(clips(3), **batch, **mlm, return_loss=True)
+    for outputs in (half, autocast):
+        assert (outputs.video_embeds - expected.video_embeds).abs().max() < 3e-2
+        assert abs(outputs.loss_contrastive - expected.loss_contrastive) < 5e-2 * expected.loss_contrastive
         outputs.loss.backward()
-        assert model.temperature.grad.isfinite()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointing in (False, True):
+        model = build().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        model.masked_lm_logits(model.get_video_features(clips()).last_hidden_state, **texts()).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_words_can_be_added():
+    model = build()
+    model.resize_token_embeddings(20)
+    assert model.config.text_config.vocab_size == model.text_model.config.vocab_size == 20
+    logits = model.masked_lm_logits(model.get_video_features(clips()).last_hidden_state, **texts())
+    assert logits.shape == (2, 6, 20)
 
 
 def test_wrong_arguments_are_refused():
@@ -226,6 +287,10 @@ def test_wrong_arguments_are_refused():
         ({"mlm_input_ids": batch["input_ids"], "return_loss": True}, "`mlm_input_ids` and `mlm_labels` go together"),
         ({"video_ids": torch.arange(3), "return_loss": True}, r"`video_ids` must be int64 of shape \(2,\), got"),
         ({"video_ids": torch.ones(2), "return_loss": True}, "got torch.float32"),
+        (
+            {"mlm_input_ids": torch.ones(2, 8), "mlm_labels": batch["input_ids"], "return_loss": True},
+            r"`mlm_input_ids` must have the shape of `input_ids`, \(2, 6\), got \(2, 8\)",
+        ),
         ({"bool_masked_pos": torch.zeros(2, 5, dtype=torch.bool)}, "`bool_masked_pos` must be boolean"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -243,6 +308,7 @@ def test_wrong_arguments_are_refused():
         ({"temperature": 0.6}, "`temperature` must be from 0.001 to 0.5, got 0.6"),
         ({"pooling": "max"}, "pooling"),
         ({"projection_dim": 0}, "projection_dim"),
+        ({"text_config": {**TEXT, "is_decoder": True}}, "`text_config` must be of an encoder, got `is_decoder`"),
     ],
 )
 def test_wrong_configurations_are_refused(wrong, message):
@@ -251,8 +317,10 @@ def test_wrong_configurations_are_refused(wrong, message):
 
 
 def test_towers_of_other_models_are_refused():
-    with pytest.raises(ValueError, match="`text_config` must be a BertConfig or its values, got a VideoMambaConfig"):
+    with pytest.raises(ValueError, match="`text_config` must be a BertConfig or its values, got those of 'videomamba'"):
         video_text_config(text_config=tiny_config())
+    with pytest.raises(ValueError, match="`text_config` must be a BertConfig or its values, got those of 'roberta'"):
+        video_text_config(text_config={**TEXT, "model_type": "roberta"})
 
 
 def test_a_model_of_two_towers_has_their_weights(tmp_path):
@@ -271,6 +339,7 @@ def test_a_model_of_two_towers_has_their_weights(tmp_path):
     for name, tensor in bert.state_dict().items():
         name = name.replace("bert.encoder.layer.3.", "fusion_layers.0.").replace("cls.", "masked_lm_head.")
         assert torch.equal(weights[name.replace("bert.", "text_model.")], tensor), name
+    assert model.config.tie_word_embeddings
     head = model.masked_lm_head.predictions
     assert head.decoder.weight is model.text_model.embeddings.word_embeddings.weight
     vision.videomamba.save_pretrained(tmp_path / "encoder")
@@ -347,7 +416,7 @@ from modeling_videomamba.video_text_losses import contrastive_loss
 from tests.test_modeling_videomamba_video_text import build, clips, texts
 
 dist.init_process_group("gloo")
-rank, ids = dist.get_rank(), torch.tensor([0, 1, 0, 2])
+rank, ids = dist.get_rank(), torch.tensor([0, -1, 0, 2])
 model, own = build(), slice(2 * rank, 2 * rank + 2)
 parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 batch = {name: tensor[own] for name, tensor in texts(4).items()}
@@ -356,9 +425,14 @@ loss.backward()
 losses = loss.detach().clone()
 dist.all_reduce(losses)
 without_ids = contrastive_loss(*[torch.eye(4)[own].unsqueeze(1), torch.eye(4)[own]], 0.5)
+try:
+    contrastive_loss(torch.ones(2 + rank, 1, 4), torch.ones(2 + rank, 4), 0.5)
+    refused = ""
+except ValueError as error:
+    refused = str(error)
 if rank == 0:
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    torch.save((losses / 2, gradients, without_ids), sys.argv[1])
+    torch.save((losses / 2, gradients, without_ids, refused), sys.argv[1])
 dist.destroy_process_group()
 """
 
@@ -374,9 +448,10 @@ def test_two_processes_contrast_what_one_does(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0, result.stderr
-    loss, gradients, without_ids = torch.load(tmp_path / "result.pt", weights_only=True)
+    loss, gradients, without_ids, refused = torch.load(tmp_path / "result.pt", weights_only=True)
     model = build()
-    expected = model(clips(4), **texts(4), video_ids=torch.tensor([0, 1, 0, 2]), return_loss=True).loss_contrastive
+    assert refused == "All processes must have the same number of pairs, got [2, 3]."
+    expected = model(clips(4), **texts(4), video_ids=torch.tensor([0, -1, 0, 2]), return_loss=True).loss_contrastive
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():

@@ -120,9 +120,8 @@ def _load(model_class: Any, args: ModelArguments, kind: str, changes: dict[str, 
     fresh = {name.split(".")[0] for name in info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}}
     if kind == "image":
         model.resize_position_embeddings(image_size=args.image_size)
-        if (
-            model.config.num_frames is not None
-        ):  # images don't take it: several processes want gradients of all there is
+        # images don't take it, and several processes want gradients of all there is
+        if model.config.num_frames is not None:
             model.videomamba.embeddings.temporal_position_embeddings.requires_grad_(False)
         return model, fresh
     if model.config.num_frames is None:

@@ -37,7 +37,7 @@ def iterate(dataset: torch.utils.data.Dataset, num_workers: int, **options: Any)
         `Iterator`: of what [`collate`] returns.
     """
     if num_workers:
-        options |= {"multiprocessing_context": _worker_context(), "worker_init_fn": _end_with_parent}
+        options |= {"multiprocessing_context": _worker_context(), "worker_init_fn": _start_worker}
     others = set(multiprocessing.active_children())
     with warnings.catch_warnings(), _deaf_to_sigterm():
         warnings.filterwarnings("ignore", "This DataLoader will create")
@@ -57,8 +57,10 @@ def _worker_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _end_with_parent(worker_id: int) -> None:
+def _start_worker(worker_id: int) -> None:
     """PyTorch's workers look for the end of the server, which itself waits for theirs."""
+    if hasattr(signal, "pthread_sigmask"):  # also where the server is somebody else's, who started it before
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
