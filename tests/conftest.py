@@ -2,6 +2,7 @@ import atexit
 import json
 import os
 import shutil
+import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 
 from modeling_videomamba import VideoMambaConfig, selective_scan_backends
@@ -106,6 +108,22 @@ def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **option
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+@pytest.fixture
+def exit_of(monkeypatch):
+    """Calls a script in this process, which is faster than to launch it; returns what it ends with."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def call(script, *options) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, options)])
+        with pytest.raises(SystemExit) as error:
+            script.main()
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        return str(error.value)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -35,7 +34,6 @@ from tests.launching import (
     start,
     summary,
     wait_until,
-    words,
     write_broken_videos,
 )
 
@@ -188,25 +186,9 @@ def test_a_stream_of_images_with_everything_on(pictures, teacher, tmp_path):
     assert any("alignment_decoders.1" in name for name in load_file(tmp_path / "model" / "best" / "model.safetensors"))
 
 
-@pytest.fixture
-def main(monkeypatch):
-    """Calls the script in this process; returns what it ends with."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def call(*options):
-        monkeypatch.setattr(sys, "argv", ["pretrain_umt.py", *words(*options)])
-        with pytest.raises(SystemExit) as error:
-            pretrain_umt.main()
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        return str(error.value)
-
-    return call
-
-
-def test_what_is_wrong_is_explained(clips, pictures, teacher, tmp_path, main):
+def test_what_is_wrong_is_explained(clips, pictures, teacher, tmp_path, exit_of):
     def fails(message, *options):
-        assert message in main(*options, "--output-dir", tmp_path / "model")
+        assert message in exit_of(pretrain_umt, *options, "--output-dir", tmp_path / "model")
         assert not (tmp_path / "model").exists()
 
     common = ("--data", clips, "--teacher", teacher, *STUDENT)
@@ -231,7 +213,7 @@ def test_values_out_of_range_are_explained():
             PretrainingArguments("teacher", **{name: value})
 
 
-def test_the_options_are_documented(main, capsys):
-    assert main("--help") == "0"
+def test_the_options_are_documented(exit_of, capsys):
+    assert exit_of(pretrain_umt, "--help") == "0"
     text = capsys.readouterr().out
     assert "{random,tube,clip_row,frame_row,attention}" in text and "k400-middle-f8x224" in text
