@@ -20,7 +20,6 @@ from .configuration_videomamba import VideoMambaConfig
 from .conversion_clip import build_clip, is_clip_visual_encoder, rename_clip
 from .conversion_video_text import (
     POSITION_IDS,
-    fusion_layer,
     is_video_text,
     part,
     rename_video_text,
@@ -197,7 +196,6 @@ def _convert_video_text(
     try:
         vision_config = infer_config(encoder, alignment_interval)
         config = video_text_config(state_dict, vision_config, text_num_attention_heads)
-        first_fusion_layer = fusion_layer(state_dict)
     except (ValueError, StrictDataclassError) as error:
         raise CheckpointError(str(error)) from error
     model = VideoMambaForVideoTextRetrieval(config)
@@ -206,7 +204,7 @@ def _convert_video_text(
         if name == POSITION_IDS and torch.equal(tensor.flatten(), torch.arange(tensor.numel())):
             continue  # no weight, and no other than those of Transformers
         inner = name.removeprefix("vision_encoder.")
-        renamed[rename_video_text(rename(inner) if inner != name else name, first_fusion_layer)] = tensor
+        renamed[rename_video_text(rename(inner) if inner != name else name, config.fusion_layer)] = tensor
     if len(renamed) < len(state_dict) - (POSITION_IDS in state_dict):
         raise CheckpointError("The checkpoint does not fit: two of its tensors have one place in the model.")
     _load(model, renamed)

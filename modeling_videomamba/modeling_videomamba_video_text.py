@@ -408,24 +408,18 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         losses: dict[str, torch.Tensor] = {}
         if return_loss:
             counts = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-            same = torch.eye(len(input_ids), dtype=torch.bool, device=input_ids.device)
             if video_ids is not None:
                 counts = video_ids >= 0
-                same = (video_ids[:, None] == video_ids) | ~counts
-            scores = logits_per_video.detach()
+            tokens = videos.last_hidden_state
             losses["loss_contrastive"] = contrastive_loss(
                 video_embeds, text_embeds, self.bounded_temperature, video_ids
             )
+            negatives = self._draw_negatives(logits_per_video.detach(), video_ids)
             losses["loss_matching"] = self.matching_loss(
-                videos.last_hidden_state,
-                texts.last_hidden_state,
-                attention_mask,
-                negative_videos=draw_negatives(hard_negative_weights(scores.T, same)),
-                negative_texts=draw_negatives(hard_negative_weights(scores, same)),
-                counts=counts,
+                tokens, texts.last_hidden_state, attention_mask, *negatives, counts
             )
             if mlm_input_ids is not None and mlm_labels is not None:
-                logits = self.masked_lm_logits(videos.last_hidden_state, mlm_input_ids, attention_mask)
+                logits = self.masked_lm_logits(tokens, mlm_input_ids, attention_mask)
                 losses["loss_masked_lm"] = masked_lm_loss(logits, mlm_labels.masked_fill(~counts[:, None], -100))
             if teacher_features is not None and aligned_features is not None:
                 kind = self.videomamba.config.alignment_loss
@@ -439,6 +433,17 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
             video_embeds=video_embeds,
             text_embeds=text_embeds,
         )
+
+    @staticmethod
+    def _draw_negatives(
+        logits_per_video: torch.Tensor, video_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The video and the text that each pair is to be told from, as [`matching_loss`] takes them."""
+        same = torch.eye(len(logits_per_video), dtype=torch.bool, device=logits_per_video.device)
+        if video_ids is not None:
+            same = (video_ids[:, None] == video_ids) | (video_ids < 0)
+        videos = draw_negatives(hard_negative_weights(logits_per_video.T, same))
+        return videos, draw_negatives(hard_negative_weights(logits_per_video, same))
 
     @staticmethod
     def _check(pixel_values, input_ids, video_ids, mlm_input_ids, mlm_labels, teacher_features, return_loss) -> None:

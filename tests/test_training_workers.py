@@ -68,8 +68,8 @@ def start(tmp_path):
         process.communicate()
 
 
-def wait_for_end(processes):
-    assert not psutil.wait_procs(processes, timeout=30)[1]
+def alive_after_30_seconds(processes):
+    return psutil.wait_procs(processes, timeout=30)[1]
 
 
 def test_workers_are_no_forks_of_a_process_with_threads(start):
@@ -80,7 +80,7 @@ def test_workers_are_no_forks_of_a_process_with_threads(start):
     output = process.communicate(timeout=60)[0].split()
     assert {int(pid) for pid in output} == {worker.pid for worker in workers} and len(output) == 4
     assert process.returncode == 7
-    wait_for_end(workers)
+    assert not alive_after_30_seconds(workers)
 
 
 def test_a_signal_to_all_processes_leaves_the_workers(start):
@@ -95,4 +95,4 @@ def test_workers_end_with_their_run_however_that_ends(start):
     servers = {psutil.Process(worker.ppid()) for worker in workers}
     time.sleep(0.5)
     process.kill()
-    wait_for_end([*workers, *(servers if LINUX else ())])
+    assert not alive_after_30_seconds([*workers, *(servers if LINUX else ())])
