@@ -401,6 +401,17 @@ def test_hard_negatives_are_drawn_by_their_weights():
     torch.testing.assert_close(shares, weights[0], rtol=0, atol=0.03)
 
 
+def test_negatives_are_the_video_and_the_text_that_look_alike():
+    draw = VideoMambaForVideoTextRetrieval._draw_negatives
+    logits = torch.zeros(4, 4)  # videos by texts
+    logits[0, 1] = logits[2, 0] = 60.0
+    videos, texts = draw(logits, None)
+    assert (videos[0], texts[0]) == (2, 1)  # text 0 looks like video 2, video 0 like text 1
+    for ids, others in (([5, -1, 6, 5], {2}), ([5, 6, -1, 5], {1}), ([5, -1, -1, 5], {-1})):
+        videos, texts = draw(logits, torch.tensor(ids))  # neither the same video nor what doesn't count
+        assert {int(videos[0]), int(texts[0])} == others
+
+
 def test_masked_words_alone_are_judged():
     logits, labels = torch.randn(2, 3, 7), torch.tensor([[-100, 2, -100], [4, -100, 0]])
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
