@@ -208,7 +208,7 @@ def _convert_video_text(
     if len(renamed) < len(state_dict) - (POSITION_IDS in state_dict):
         raise CheckpointError("The checkpoint does not fit: two of its tensors have one place in the model.")
     _load(model, renamed)
-    return ConvertedCheckpoint(model.eval(), VideoMambaVideoProcessor.for_model(vision_config), VIDEO_TEXT)
+    return ConvertedCheckpoint(model.eval(), VideoMambaProcessor.video_processor_for(vision_config), VIDEO_TEXT)
 
 
 def load_state_dict(path: str | os.PathLike) -> StateDict:

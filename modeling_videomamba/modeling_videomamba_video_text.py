@@ -484,7 +484,8 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         Args:
             vision (`str` or `os.PathLike`): Directory or Hub id; of masked pretraining, its decoders are kept.
             text (`str` or `os.PathLike`): Directory or Hub id of a BERT.
-            changes: Fields of [`VideoMambaVideoTextConfig`].
+            changes: Fields of [`VideoMambaVideoTextConfig`]; with the prefix `vision_` or `text_` arguments of the
+                `from_pretrained` of a tower, such as fields of its configuration, or `text_revision`.
 
         Raises:
             `OSError`: if there is no such model.
@@ -498,14 +499,18 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         ... )
         ```
         """
-        text_config = AutoConfig.from_pretrained(text)
-        video_encoder = VideoMambaForMaskedPreTraining.from_pretrained(vision)
+        of_vision, of_text = (
+            {name.removeprefix(prefix): changes.pop(name) for name in list(changes) if name.startswith(prefix)}
+            for prefix in ("vision_", "text_")
+        )
+        text_config = AutoConfig.from_pretrained(text, **of_text)
+        video_encoder = VideoMambaForMaskedPreTraining.from_pretrained(vision, **of_vision)
         changes.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", True))
         config = cls.config_class(vision_config=video_encoder.config, text_config=text_config, **changes)
         model = cls(config)
         model.videomamba.load_state_dict(video_encoder.videomamba.state_dict())
         model.alignment_decoders.load_state_dict(video_encoder.alignment_decoders.state_dict())
-        bert = BertForMaskedLM.from_pretrained(text)
+        bert = BertForMaskedLM.from_pretrained(text, **of_text)
         model.text_model.embeddings.load_state_dict(bert.bert.embeddings.state_dict())
         for index, layer in enumerate(bert.bert.encoder.layer):
             fused = index - config.fusion_layer

@@ -1,6 +1,10 @@
 """Processor of videos and texts."""
 
+from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+from .configuration_videomamba import VideoMambaConfig
+from .video_processing_videomamba import VideoMambaVideoProcessor
 
 
 class VideoMambaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
@@ -29,6 +33,15 @@ class VideoMambaProcessor(ProcessorMixin):
 
     def __init__(self, video_processor=None, tokenizer=None):
         super().__init__(video_processor, tokenizer)
+
+    @staticmethod
+    def video_processor_for(config: VideoMambaConfig) -> VideoMambaVideoProcessor:
+        """As of the released models, for a video encoder: frames are squeezed to its resolution, none is cropped."""
+        height, width = config.input_size
+        processor = VideoMambaVideoProcessor.for_model(config)
+        processor.size = {"height": height, "width": width}
+        processor.resample = PILImageResampling.BICUBIC
+        return processor
 
     @property
     def model_input_names(self) -> list[str]:

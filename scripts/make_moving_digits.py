@@ -1,13 +1,20 @@
-"""Writes clips of moving handwritten digits as mp4 files, in the `videofolder` layout of `datasets`.
+"""Writes clips of moving handwritten digits as mp4 files, with labels or with captions.
 
-    python scripts/make_moving_digits.py OUTPUT_DIR
+    python scripts/make_moving_digits.py OUTPUT_DIR [--captions]
 
 Each clip shows one of scikit-learn's 8x8 digits, enlarged, drifting over noise in one of eight directions, which is its
-label. Digits that leave the frame come back on the other side: at any moment the digit is equally likely anywhere, so
-that no single frame tells the direction. The test clips show digits that no training clip shows.
+label, in the `videofolder` layout of `datasets`. Digits that leave the frame come back on the other side: at any moment
+the digit is equally likely anywhere, so that no single frame tells the direction. The test clips show digits that no
+training clip shows.
+
+With --captions, train.jsonl and test.jsonl have a caption for each clip, such as "a red seven moves up and to the left,
+fast, over blue". No test clip has a caption that another clip has.
 """
 
 import argparse
+import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -28,27 +35,56 @@ DIRECTIONS = {
     "up-left": (-1, -1),
     "up-right": (-1, 1),
 }
+COLORS = {
+    "red": (1.0, 0.25, 0.25),
+    "green": (0.25, 1.0, 0.25),
+    "blue": (0.35, 0.45, 1.0),
+    "yellow": (1.0, 1.0, 0.25),
+    "purple": (1.0, 0.35, 1.0),
+    "white": (1.0, 1.0, 1.0),
+}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SPEEDS = {"slowly": (1.0, 1.5), "fast": (3.0, 4.0)}  # pixels of a frame
+GROUNDS = {
+    "gray": (1.0, 1.0, 1.0),
+    "red": (1.5, 0.0, 0.0),
+    "green": (0.0, 1.5, 0.0),
+    "blue": (0.0, 0.0, 2.0),
+    "brown": (1.2, 0.8, 0.0),
+}
+NUM_HELD_OUT = 512  # captions, of 4800
 FRAME_SIZE = 64
 DIGIT_SIZE = 32
 NUM_FRAMES = 16
 FPS = 8
 
 
-def draw_clip(digit: np.ndarray, step: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Frames `(NUM_FRAMES, FRAME_SIZE, FRAME_SIZE, 3)`, uint8, of an 8x8 `digit` with values from 0 to 16."""
+def draw_clip(
+    digit: np.ndarray,
+    step: tuple[int, int],
+    rng: np.random.Generator,
+    color: tuple[float, float, float] | None = None,
+    speeds: tuple[float, float] = (2.0, 4.0),
+    ground: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> np.ndarray:
+    """
+    Frames `(NUM_FRAMES, FRAME_SIZE, FRAME_SIZE, 3)`, uint8, of an 8x8 `digit` with values from 0 to 16, in a `color`
+    (RGB from 0 to 1) or any bright one, at a speed between two, in pixels of a frame, over noise whose colours have the
+    strengths `ground`.
+    """
     picture = Image.fromarray((digit * 255 / 16).astype(np.uint8)).resize(
         (DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BILINEAR
     )
-    color = rng.uniform(0.6, 1.0, size=3)
+    paint = rng.uniform(0.6, 1.0, size=3) if color is None else np.array(color)
     canvas = np.zeros((FRAME_SIZE, FRAME_SIZE, 3))
-    canvas[:DIGIT_SIZE, :DIGIT_SIZE] = np.asarray(picture)[..., None] * color
+    canvas[:DIGIT_SIZE, :DIGIT_SIZE] = np.asarray(picture)[..., None] * paint
     start = rng.uniform(0, FRAME_SIZE, size=2)
-    velocity = rng.uniform(2.0, 4.0) * np.array(step) / np.linalg.norm(step)
+    velocity = rng.uniform(*speeds) * np.array(step) / np.linalg.norm(step)
     noise = rng.uniform(0, 60, size=(NUM_FRAMES, FRAME_SIZE, FRAME_SIZE, 1))
     frames = [
         np.roll(canvas, np.round(start + velocity * index).astype(int), axis=(0, 1)) for index in range(NUM_FRAMES)
     ]
-    return np.clip(np.stack(frames) + noise, 0, 255).astype(np.uint8)
+    return np.clip(np.stack(frames) + noise * np.array(ground), 0, 255).astype(np.uint8)
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
@@ -63,23 +99,74 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
+def write_labelled(folder: Path, digits: np.ndarray, num_clips: int, rng: np.random.Generator) -> None:
+    """Clips in a folder of each direction."""
+    for index in tqdm(range(num_clips), desc=folder.name, unit="clip"):
+        label = list(DIRECTIONS)[index % len(DIRECTIONS)]
+        path = folder / label / f"{index:05}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_mp4(path, draw_clip(digits[rng.integers(len(digits))], DIRECTIONS[label], rng))
+
+
+def captions() -> list[tuple[str, int, str, str, str]]:
+    """Colour, digit, direction, speed and ground of all captions, in an order of their own."""
+    found = list(itertools.product(COLORS, range(len(NUMBERS)), DIRECTIONS, SPEEDS, GROUNDS))
+    return [found[index] for index in np.random.default_rng(0).permutation(len(found))]
+
+
+def caption(color: str, number: int, direction: str, speed: str, ground: str) -> str:
+    """A sentence."""
+    vertical, _, horizontal = direction.rpartition("-") if direction not in ("up", "down") else (direction, "", "")
+    way = " and ".join(part for part in (vertical, horizontal and f"to the {horizontal}") if part)
+    return f"a {color} {NUMBERS[number]} moves {way}, {speed}, over {ground}"
+
+
+def write_captioned(
+    folder: Path,
+    digits: dict[int, np.ndarray],
+    chosen: Iterator[tuple[str, int, str, str, str]],
+    rng: np.random.Generator,
+) -> None:
+    """Clips in a folder, and their captions in a list beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
+        for index, (color, number, direction, speed, ground) in enumerate(tqdm(chosen, desc=folder.name, unit="clip")):
+            digit = digits[number][rng.integers(len(digits[number]))]
+            path = folder / f"{index:05}.mp4"
+            frames = draw_clip(digit, DIRECTIONS[direction], rng, COLORS[color], SPEEDS[speed], GROUNDS[ground])
+            write_mp4(path, frames)
+            text = caption(color, number, direction, speed, ground)
+            file.write(json.dumps({"path": f"{folder.name}/{path.name}", "caption": text}) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--captions", action="store_true", help="instead of labels")
     parser.add_argument("--train-clips", type=int, default=4096, help="training clips in all (default: 4096)")
-    parser.add_argument("--test-clips", type=int, default=800, help="test clips in all (default: 800)")
+    parser.add_argument("--test-clips", type=int, help=f"test clips in all (default: 800, or {NUM_HELD_OUT} captions)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    test_clips = args.test_clips or (NUM_HELD_OUT if args.captions else 800)
+    if args.captions and test_clips > NUM_HELD_OUT:
+        parser.error(f"--test-clips must be at most {NUM_HELD_OUT} with --captions, got {test_clips}")
 
-    train_digits, test_digits = train_test_split(load_digits().images, test_size=0.25, random_state=0)
-    splits = {"train": (train_digits, args.train_clips), "test": (test_digits, args.test_clips)}
-    for split, (digits, num_clips) in splits.items():
-        rng = np.random.default_rng([args.seed, split == "test"])
-        for index in tqdm(range(num_clips), desc=split, unit="clip"):
-            label = list(DIRECTIONS)[index % len(DIRECTIONS)]
-            path = args.output_dir / split / label / f"{index:05}.mp4"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_mp4(path, draw_clip(digits[rng.integers(len(digits))], DIRECTIONS[label], rng))
+    data = load_digits()
+    train_digits, test_digits, train_numbers, test_numbers = train_test_split(
+        data.images, data.target, test_size=0.25, random_state=0
+    )
+    splits = {
+        "train": (train_digits, train_numbers, args.train_clips),
+        "test": (test_digits, test_numbers, test_clips),
+    }
+    for split, (digits, numbers, num_clips) in splits.items():
+        rng, folder = np.random.default_rng([args.seed, split == "test"]), args.output_dir / split
+        if not args.captions:
+            write_labelled(folder, digits, num_clips, rng)
+            continue
+        kept = captions()[:NUM_HELD_OUT] if split == "test" else captions()[NUM_HELD_OUT:]
+        by_number = {number: digits[numbers == number] for number in range(len(NUMBERS))}
+        write_captioned(folder, by_number, itertools.islice(itertools.cycle(kept), num_clips), rng)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from modeling_videomamba.training.arguments import DataArguments, RunArguments, 
 from modeling_videomamba.training.augmentation import AugmentationArguments
 from modeling_videomamba.training.models import ModelArguments
 from modeling_videomamba.training.optimization import OptimizationArguments
-from modeling_videomamba.training.pretraining import PretrainingArguments, PretrainingRun
-from modeling_videomamba.training.run import Arguments, run_or_exit
+from modeling_videomamba.training.pretraining import PretrainingArguments, PretrainingRun, UnlabelledArguments
+from modeling_videomamba.training.run import run_or_exit
 
 CLASSES = (
     DataArguments,
@@ -29,7 +29,7 @@ CLASSES = (
 
 def main() -> None:
     *groups, pretraining = parse_arguments(__doc__ or "", Path(__file__).parent / "recipes" / "umt", *CLASSES)
-    run_or_exit(lambda: PretrainingRun(Arguments(*groups), pretraining))
+    run_or_exit(lambda: PretrainingRun(UnlabelledArguments(*groups), pretraining))
 
 
 if __name__ == "__main__":

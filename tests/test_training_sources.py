@@ -125,7 +125,7 @@ def test_shards(tmp_path, clip, label, streaming):
 )
 def test_lists_without_labels(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    split = load_split(str(tmp_path), "train", labelled=False)
+    split = load_split(str(tmp_path), "train", target=None)
     assert list(split.features) == ["video"]
     assert [example["video"]["path"] for example in split] == [str(tmp_path / "x.mp4"), str(tmp_path / "y.mp4")]
 
@@ -138,7 +138,7 @@ def test_folders_and_shards_without_labels(tmp_path, clip, streaming):
     (tmp_path / "shards").mkdir()
     write_shards(tmp_path / "shards", clip)
     for folder, count in (("flat", 2), ("shards", 6)):
-        split = load_split(str(tmp_path / folder), "train", labelled=False, streaming=streaming)
+        split = load_split(str(tmp_path / folder), "train", target=None, streaming=streaming)
         assert list(split.features) == ["video"] and len(list(split)) == count
         with pytest.raises(ValueError, match="must have a split validation or test, got train"):
             find_evaluation_split(str(tmp_path / folder))
@@ -159,7 +159,7 @@ def test_what_is_wrong_is_said(tmp_path, videofolder, clip):
     for header in ("file", "file,label", "file,label,more"):
         (lists / "train.csv").write_text(f"{header}\n" + "x.mp4,1,2\n"[: 6 + 2 * header.count(",")])
         with pytest.raises(ValueError, match="must have the columns `path`, got file"):
-            load_split(str(lists), "train", labelled=False)
+            load_split(str(lists), "train", target=None)
     (lists / "train.csv").write_text("path,label\nx.mp4,5\n")
     with pytest.raises(ValueError, match="label 5 in the split 'train'.*2 classes"):
         load_split(str(lists), "train", label_names=["a", "b"])

@@ -118,7 +118,8 @@ def training_transform(processor: Processor, args: AugmentationArguments) -> nn.
     if args.min_crop_area is not None:
         steps: list[nn.Module] = [v2.RandomResizedCrop(crop, (args.min_crop_area, 1.0), interpolation=interpolation)]
     else:
-        steps = [v2.Resize(processor.size["shortest_edge"], interpolation), v2.CenterCrop(crop)]
+        size = processor.size.get("shortest_edge") or (processor.size["height"], processor.size["width"])
+        steps = [v2.Resize(size, interpolation), v2.CenterCrop(crop)]
     if args.flip:
         steps.append(v2.RandomHorizontalFlip())
     fill = [255 * value for value in processor.image_mean]

@@ -35,6 +35,7 @@ class LabelledArguments(Arguments):
     """What a run with labels is told."""
 
     data: LabelledDataArguments
+    model: ModelArguments
     augmentation: LabelledAugmentationArguments
 
 

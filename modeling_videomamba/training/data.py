@@ -5,6 +5,7 @@ A run is one sequence of batches, each a function of the seed and its number: th
 seed and the epoch, the random choices of an example from these and its index. So a run can go on at any batch.
 """
 
+import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,11 @@ class BrokenImageError(ValueError):
     """A file that is not an image, or that can't be decoded."""
 
 
-BROKEN = (BrokenVideoError, BrokenImageError, OSError)
+class MissingCaptionError(ValueError):
+    """An example without a text."""
+
+
+BROKEN = (BrokenVideoError, BrokenImageError, MissingCaptionError, OSError)
 
 
 def derive_seed(*numbers: int) -> int:
@@ -167,8 +172,9 @@ def _process(processor: Processor, clips: list[torch.Tensor], num_crops: int = 1
 class Examples(torch.utils.data.Dataset):
     """
     Examples of a split by their keys `(epoch, index)`: `pixel_values` of all views, `label` (0 where there is none),
-    `index`, `name` and `valid`. A negative index stands for nothing, and a broken file is not `valid`: both are zeros,
-    so that batches keep their size.
+    `caption` (one of those that there are) and `video_id` (the same for the same file), `index`, `name` and `valid`. A
+    negative index stands for nothing, and a broken file is not `valid`: both are zeros, so that batches keep their
+    size.
 
     Args:
         split: Of [`load_split`].
@@ -188,13 +194,21 @@ class Examples(torch.utils.data.Dataset):
         return self.item(self.split[max(index, 0)] if index >= 0 else None, epoch, index)
 
     def item(self, example: dict[str, Any] | None, epoch: int, index: int) -> dict[str, Any]:
-        item = {"pixel_values": torch.zeros(self.views.shape), "label": 0, "index": index, "valid": False}
-        item |= {"name": "", "broken": None}
+        item: dict[str, Any] = {
+            "pixel_values": torch.zeros(self.views.shape),
+            "label": 0,
+            "index": index,
+            "valid": False,
+        }
+        item |= {"name": "", "broken": None, "caption": "", "video_id": -1}
         if example is None:
             return item
         media = example["image" if "image" in example else "video"]
         item |= {"label": example.get("label", 0), "name": media["path"] or f"example {index}"}
         try:
+            if "captions" in example:
+                caption = draw_caption(example["captions"], item["name"], derive_seed(self.seed, epoch, index, 1))
+                item |= {"caption": caption, "video_id": media_id(media)}
             item["pixel_values"] = self.views(example, derive_seed(self.seed, epoch, index))
             item["valid"] = True
         except BROKEN as error:
@@ -202,6 +216,20 @@ class Examples(torch.utils.data.Dataset):
                 raise
             item["broken"] = (item["name"], str(error))
         return item
+
+
+def draw_caption(captions: list[str], name: str, seed: int) -> str:
+    """One of the captions of an example. Raises [`MissingCaptionError`] where there is none, or it is empty."""
+    captions = [caption for caption in captions if caption and not caption.isspace()]
+    if not captions:
+        raise MissingCaptionError(f"{name}: no caption")
+    return captions[np.random.default_rng(seed).integers(len(captions))]
+
+
+def media_id(media: dict[str, Any]) -> int:
+    """A number of 63 bits for a file, by its content or, where that isn't read yet, by its path."""
+    content = media["path"].encode() if media["bytes"] is None else media["bytes"]
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 class StreamedExamples(torch.utils.data.IterableDataset):
@@ -275,15 +303,19 @@ def test_batches(indices: list[int], batch_size: int, rank: int, world_size: int
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    A batch: `pixel_values` `(views * batch, ...)`, and for each of these rows `labels`, `indices` and `valid`;
-    `names` of the examples; `broken`, a list of `(name, reason)`. First comes the first view of every example, so that
-    neighbours, which are mixed with each other, show different examples.
+    A batch: `pixel_values` `(views * batch, ...)`, and for each of these rows `labels`, `indices`, `valid`, `captions`
+    and `video_ids` (negative where it isn't valid); `names` of the examples; `broken`, a list of `(name, reason)`.
+    First comes the first view of every example, so that neighbours, which are mixed with each other, show different
+    examples.
     """
     views = torch.stack([item["pixel_values"] for item in items], dim=1)
-    columns = {"labels": "label", "indices": "index", "valid": "valid"}
+    columns = {"labels": "label", "indices": "index", "valid": "valid", "video_ids": "video_id"}
+    rows = {name: torch.tensor([item[key] for item in items]).repeat(len(views)) for name, key in columns.items()}
+    rows["video_ids"].masked_fill_(~rows["valid"], -1)
     return {
         "pixel_values": views.flatten(0, 1),
-        **{name: torch.tensor([item[key] for item in items]).repeat(len(views)) for name, key in columns.items()},
+        **rows,
+        "captions": [item["caption"] for item in items] * len(views),
         "names": [item["name"] for item in items],
         "broken": [item["broken"] for item in items if item["broken"] is not None],
     }

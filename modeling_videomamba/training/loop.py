@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DynamoBackend, ProjectConfiguration, gather_object, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    ProjectConfiguration,
+    gather_object,
+    send_to_device,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -52,13 +58,16 @@ def start_accelerator(**options: Any) -> Accelerator:
     return accelerator
 
 
-def make_accelerator(run: RunArguments, optimization: OptimizationArguments) -> Accelerator:
+def make_accelerator(
+    run: RunArguments, optimization: OptimizationArguments, find_unused_parameters: bool = False
+) -> Accelerator:
     """An accelerator for a run, which then is on its way: its folder exists, its seeds are set."""
     report_to = None if run.report_to == "none" else run.report_to
     accelerator = start_accelerator(
         mixed_precision=optimization.mixed_precision,
         dynamo_backend=DynamoBackend.INDUCTOR if optimization.torch_compile else None,
         log_with=report_to,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         project_config=ProjectConfiguration(project_dir=str(run.output_dir), logging_dir=str(run.output_dir / "logs")),
     )
     if accelerator.device.type == "cpu":

@@ -3,6 +3,7 @@
 from typing import Literal, get_args
 
 import torch
+from accelerate import Accelerator
 
 from ..configuration_videomamba import VideoMambaConfig
 
@@ -56,6 +57,28 @@ def make_masks(
     # the tokens whose exponential clocks, at the rate of their attention, ring first: drawn without replacement
     clocks = -torch.log1p(-noise.flatten(2)) / attention.clamp(min=torch.finfo(attention.dtype).tiny)
     return _hide(clocks, _count(mask_ratio, rows * columns)).flatten(1)
+
+
+def draw_noise(
+    accelerator: Accelerator, grid: tuple[int, int, int], rows: int, num_views: int, seed: int
+) -> torch.Tensor:
+    r"""
+    Noise of the batch of this process, as part of those of the batches of all: several have the masks of one.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        grid (`tuple`): Of [`token_grid`].
+        rows (`int`): Of the batch: the first view of every example, then the second.
+        num_views (`int`): Views of each example.
+        seed (`int`): The same on all processes.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, T', rows, columns)`, on the device of the process.
+    """
+    generator = torch.Generator(accelerator.device).manual_seed(seed)
+    shape = (num_views, accelerator.num_processes, rows // num_views)
+    noise = torch.rand(*shape, *grid, generator=generator, device=accelerator.device)
+    return noise[:, accelerator.process_index].flatten(0, 1)
 
 
 def token_grid(config: VideoMambaConfig, pixel_values: torch.Tensor) -> tuple[int, int, int]:

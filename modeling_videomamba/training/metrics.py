@@ -62,6 +62,27 @@ def retrieval_recall(
     Raises:
         `ValueError`: if the shapes do not fit, or a video has no text.
     """
+    ranks = _ranks(video_to_text, text_to_video, video_of_text)
+    return {
+        f"{direction}_r{k}": 100 * (rank < k).double().mean().item()
+        for direction, rank in ranks.items()
+        for k in (1, 5, 10)
+    }
+
+
+def retrieval_metrics(
+    video_to_text: torch.Tensor, text_to_video: torch.Tensor, video_of_text: torch.Tensor
+) -> dict[str, float]:
+    """[`retrieval_recall`], and `video_to_text_median_rank` and `text_to_video_median_rank`, from 1 on."""
+    ranks = _ranks(video_to_text, text_to_video, video_of_text)
+    medians = {f"{name}_median_rank": 1 + rank.double().quantile(0.5).item() for name, rank in ranks.items()}
+    return {**retrieval_recall(video_to_text, text_to_video, video_of_text), **medians}
+
+
+def _ranks(
+    video_to_text: torch.Tensor, text_to_video: torch.Tensor, video_of_text: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Number of wrong candidates before the best true one `(queries,)`, in each direction."""
     videos, texts = video_to_text.shape
     if text_to_video.shape != (texts, videos) or video_of_text.shape != (texts,):
         raise ValueError(
@@ -72,15 +93,9 @@ def retrieval_recall(
     if not matches.any(dim=1).all():
         without = (~matches.any(dim=1)).nonzero().flatten().tolist()
         raise ValueError(f"`video_of_text` gives no text to the videos {without}.")
-    ranks = {"video_to_text": _ranks(video_to_text, matches), "text_to_video": _ranks(text_to_video, matches.T)}
-    return {
-        f"{direction}_r{k}": 100 * (rank < k).double().mean().item()
-        for direction, rank in ranks.items()
-        for k in (1, 5, 10)
-    }
+    return {"video_to_text": _before(video_to_text, matches), "text_to_video": _before(text_to_video, matches.T)}
 
 
-def _ranks(scores: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    """Number of wrong candidates before the best true one, `(queries,)`."""
+def _before(scores: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
     best = scores.masked_fill(~matches, float("-inf")).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~matches).sum(dim=1)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.logging import get_logger
 from torch import nn
@@ -24,25 +24,39 @@ Classifier = VideoMambaForVideoClassification
 
 
 @dataclass
-class ModelArguments:
-    """What the run starts from, exactly one of `model`, `config` and `size`, and how it changes."""
+class StartArguments:
+    """What a run starts from, and how it changes."""
+
+    starts: ClassVar[tuple[str, ...]]  # arguments of which exactly one is given
 
     model: str | None = field(default=None, metadata={"help": "directory or Hub id to start from"})
     config: Path | None = field(
         default=None, metadata={"help": "configuration (JSON) of a model to train from scratch"}
     )
-    size: str | None = field(default=None, metadata={"help": "train from scratch: tiny, small, middle or base"})
     num_frames: int | None = field(default=None, metadata={"help": "frames of a clip, if others than the model's"})
     image_size: int | None = field(default=None, metadata={"help": "pixels of a side, if others than the model's"})
-    tubelet_size: int | None = field(default=None, metadata={"help": "frames of a token, where it is not the model's"})
     drop_path_rate: float | None = field(
         default=None, metadata={"help": "stochastic depth, if another than the model's"}
     )
 
     def __post_init__(self):
-        given = [name for name in ("model", "config", "size") if getattr(self, name) is not None]
+        given = [name for name in self.starts if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"pass one of --model, --config and --size, got {' and '.join(given) or 'none'}")
+            *others, last = (f"--{name}" for name in self.starts)
+            raise ValueError(f"pass one of {', '.join(others)} and {last}, got {' and '.join(given) or 'none'}")
+
+
+@dataclass
+class ModelArguments(StartArguments):
+    """What the run starts from, exactly one of `model`, `config` and `size`, and how it changes."""
+
+    starts = ("model", "config", "size")
+
+    size: str | None = field(default=None, metadata={"help": "train from scratch: tiny, small, middle or base"})
+    tubelet_size: int | None = field(default=None, metadata={"help": "frames of a token, where it is not the model's"})
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.size is not None and self.size not in VIDEOMAMBA_SIZES:
             raise ValueError(f"--size must be one of {', '.join(VIDEOMAMBA_SIZES)}, got {self.size}")
 
@@ -147,7 +161,7 @@ def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMa
     return VideoMambaConfig(**fields)
 
 
-def load_processor(args: ModelArguments, model: VideoMambaPreTrainedModel, kind: str) -> Processor:
+def load_processor(args: StartArguments, model: VideoMambaPreTrainedModel, kind: str) -> Processor:
     """The processor of a model; mean and standard deviation are those of the checkpoint, if it has a processor."""
     processor_class = VideoMambaImageProcessor if kind == "image" else VideoMambaVideoProcessor
     processor = processor_class.for_model(model.config)

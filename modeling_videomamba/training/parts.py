@@ -15,8 +15,8 @@ Place: TypeAlias = tuple[Path, int]
 
 class Parts:
     r"""
-    Tensors of examples by key, in safetensors files of a folder, a file for each batch. Each process writes files of its
-    own, which get their names when they are whole.
+    Tensors of examples by key, in safetensors files of a folder, a file for each batch. Each process writes files of
+    its own, which get their names when they are whole.
 
     Args:
         folder (`Path`): May hold parts of before, also by another number of processes.
@@ -29,7 +29,7 @@ class Parts:
         """
         Where each example is: a file, and a row in it. Raises `ValueError` for a file that others have broken.
         """
-        places = {}
+        places: dict[str, Place] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:

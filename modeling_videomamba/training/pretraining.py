@@ -19,8 +19,8 @@ from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
 from .diagnosis import RunError
 from .evaluation import Predictions, predict
 from .loop import Batch
-from .masks import MaskType, make_masks, token_grid
-from .models import load_pretraining_model
+from .masks import MaskType, draw_noise, make_masks, token_grid
+from .models import ModelArguments, load_pretraining_model
 from .pictures import Picture, draw_alignment, restore_pixels
 from .probes import clip_features, probe_accuracy
 from .reports import model_card
@@ -74,20 +74,29 @@ class PretrainingArguments:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
+@dataclass
+class UnlabelledArguments(Arguments):
+    """What a run without labels is told."""
+
+    model: ModelArguments
+
+
 class PretrainingRun(TrainingRun):
     r"""
     A run of masked pretraining: the features of the visible tokens of a clip are aligned with those that a frozen CLIP
     model gives to the same tokens of the whole clip.
 
     Args:
-        args ([`Arguments`]): Of the run; the data need no labels.
+        args ([`UnlabelledArguments`]): Of the run.
         pretraining ([`PretrainingArguments`]): The teacher and the masks.
 
     Raises:
         `OSError`, `ValueError`: for data, models or values that don't fit.
     """
 
-    def __init__(self, args: Arguments, pretraining: PretrainingArguments):
+    args: UnlabelledArguments
+
+    def __init__(self, args: UnlabelledArguments, pretraining: PretrainingArguments):
         self.pretraining = pretraining
         self.metric, self.minimize = "evaluation_loss", True
         if pretraining.probe_data is not None:
@@ -115,7 +124,7 @@ class PretrainingRun(TrainingRun):
 
     def load_data(self) -> None:
         data = self.args.data
-        options: dict[str, Any] = {"data_root": data.data_root, "labelled": False}
+        options: dict[str, Any] = {"data_root": data.data_root, "target": None}
         self.train_split = load_split(data.data, "train", streaming=data.streaming, **options)
         self.kind = media_kind(self.train_split)
         names = split_names(data.data)
@@ -185,14 +194,8 @@ class PretrainingRun(TrainingRun):
         return {"loss": alignment_loss(aligned, take_visible(features, hidden), self.model.config.alignment_loss)}
 
     def _noise(self, pixel_values: torch.Tensor, seed: int) -> torch.Tensor:
-        """Of the batch of this process, as part of those of the batches of all: several have the masks of one."""
-        accelerator, views = self.accelerator, self.args.augmentation.num_sample
-        generator = torch.Generator(accelerator.device).manual_seed(seed)
-        # rows are the first view of every clip, then the second
-        shape = (views, accelerator.num_processes, len(pixel_values) // views)
         grid = token_grid(self.model.config, pixel_values)
-        noise = torch.rand(*shape, *grid, generator=generator, device=accelerator.device)
-        return noise[:, accelerator.process_index].flatten(0, 1)
+        return draw_noise(self.accelerator, grid, len(pixel_values), self.args.augmentation.num_sample, seed)
 
     def _masks(self, noise: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
         return make_masks(noise, self.pretraining.mask_type, self.pretraining.mask_ratio, attention)

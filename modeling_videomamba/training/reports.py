@@ -17,6 +17,16 @@ METRICS = {
     "linear_accuracy": "Accuracy of a linear probe",
     "evaluation_loss": "Distance from the teacher's features",
     "mean_feature_loss": "Distance of the teacher's mean feature from them",
+    **{
+        f"{key}_{metric}": f"{way}, {name}"
+        for key, way in (("text_to_video", "Text to video"), ("video_to_text", "Video to text"))
+        for metric, name in (
+            ("r1", "recall at 1 (%)"),
+            ("r5", "recall at 5 (%)"),
+            ("r10", "recall at 10 (%)"),
+            ("median_rank", "median rank"),
+        )
+    },
 }
 LOSSES = ("loss", "evaluation_loss", "mean_feature_loss")
 MAX_NAMED_CLASSES = 40

@@ -24,7 +24,7 @@ from .checkpoints import replace_files
 from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, test_batches
 from .diagnosis import RunError
 from .loop import Batch, Trainer, make_accelerator
-from .models import ModelArguments, load_processor
+from .models import StartArguments, load_processor
 from .optimization import OptimizationArguments
 from .reports import draw_curves
 from .sources import Split
@@ -40,7 +40,7 @@ class Arguments:
     """What every run is told."""
 
     data: DataArguments
-    model: ModelArguments
+    model: StartArguments
     augmentation: AugmentationArguments
     optimization: OptimizationArguments
     run: RunArguments
@@ -62,11 +62,12 @@ class TrainingRun(ABC):
     kind: str  # of the data: "video" or "image"
     metric: str  # by which the best model is chosen
     minimize = False
+    find_unused_parameters = False  # whether some get no gradient in a step
 
     def __init__(self, args: Arguments):
         self.args = args
         logging.disable_progress_bar()  # of loading and saving weights, which would break into the loop's own
-        self.accelerator = make_accelerator(args.run, args.optimization)
+        self.accelerator = make_accelerator(args.run, args.optimization, self.find_unused_parameters)
         if self.accelerator.is_main_process:
             self._check_output_dir()
             if args.run.push_to_hub is not None:  # now rather than after days
@@ -74,7 +75,7 @@ class TrainingRun(ABC):
         with self.accelerator.main_process_first():  # the others find what it has put into the cache
             self.load_data()
         self.model = self.load_model()
-        self.processor = load_processor(args.model, self.model, self.kind)
+        self.processor = self.load_processor()
         self.trainer = Trainer(
             accelerator=self.accelerator,
             model=self.model,
@@ -112,6 +113,12 @@ class TrainingRun(ABC):
     def card(self, metrics: dict[str, float]) -> ModelCard:
         """The card of the model as it is now."""
 
+    # What it may do otherwise
+
+    def load_processor(self) -> Any:
+        """The processor of the model, which is saved with it."""
+        return load_processor(self.args.model, self.model, self.kind)
+
     def argument_groups(self) -> list[Any]:
         """Dataclasses of all arguments of the run."""
         args = self.args
@@ -121,6 +128,18 @@ class TrainingRun(ABC):
         """What the model sees of a training example."""
         augmentation = self.args.augmentation
         return TrainingViews(self.processor, training_transform(self.processor, augmentation), augmentation.num_sample)
+
+    def examples_per_epoch(self) -> int:
+        """Training examples that all processes see in an epoch, where the data are no stream."""
+        return len(self.train_split)
+
+    def batches(self, start: int, end: int) -> Iterable[Batch]:
+        """The training batches of this process from number `start` on."""
+        return self.batches_of(self.train_split, self.training_views(), start, end)
+
+    def start(self) -> str | None:
+        """Directory or Hub id that the model started from."""
+        return self.args.model.model
 
     def report(self) -> dict[str, Any]:
         """Draws and prints what the run leaves besides its curves, and returns what its summary says besides."""
@@ -152,10 +171,10 @@ class TrainingRun(ABC):
 
     # Batches
 
-    def batches(self, start: int, end: int) -> Iterable[Batch]:
-        """The training batches of this process from number `start` on."""
+    def batches_of(self, split: Split, views: TrainingViews | TestViews, start: int, end: int) -> Iterable[Batch]:
+        """The batches that this process has of a training split from number `start` to `end`."""
         args, accelerator = self.args, self.accelerator
-        examples = self._examples(self.train_split, self.training_views())
+        examples = self._examples(split, views)
         if self.streaming:
             return self._stream(examples, start)
         sampler = TrainingBatches(
@@ -222,9 +241,10 @@ class TrainingRun(ABC):
         if args.run.steps_per_epoch is not None:
             raise ValueError("--steps-per-epoch is for --streaming")
         examples = self.views_per_step // args.augmentation.num_sample
-        if len(self.train_split) < examples:
-            raise ValueError(f"fewer training examples ({len(self.train_split)}) than one step takes ({examples})")
-        return len(self.train_split) // examples
+        available = self.examples_per_epoch()
+        if available < examples:
+            raise ValueError(f"fewer training examples ({available}) than one step takes ({examples})")
+        return available // examples
 
     # The run
 
@@ -251,7 +271,7 @@ class TrainingRun(ABC):
 
     def card_facts(self) -> dict[str, Any]:
         """What the card of any run says of its training."""
-        args, progress, start = self.args, self.trainer.progress, self.args.model.model
+        args, progress, start = self.args, self.trainer.progress, self.start()
         broken = len(progress.broken)
         return {
             "model_name": args.run.push_to_hub or args.run.output_dir.name,

@@ -1,15 +1,28 @@
 """Where videos and images come from: everything that `datasets` loads, under one pair of columns."""
 
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, Video, get_dataset_split_names, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    Video,
+    get_dataset_split_names,
+    load_dataset,
+)
 from PIL import Image as PILImage
 
 LIST_BUILDERS = {".csv": "csv", ".jsonl": "json", ".json": "json"}
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 EVALUATION_SPLITS = ("validation", "test")
+PATH_COLUMNS = ("path", "video", "image")  # the latter in the lists of the original release
+CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 Split: TypeAlias = Dataset | IterableDataset
+Target = Literal["label", "captions"]
 
 
 def load_split(
@@ -18,7 +31,7 @@ def load_split(
     *,
     data_root: Path | None = None,
     streaming: bool = False,
-    labelled: bool = True,
+    target: Target | None = "label",
     regression: bool = False,
     label_names: list[str] | None = None,
 ) -> Split:
@@ -28,21 +41,23 @@ def load_split(
     Args:
         data (`str`):
             One of: a folder in the `videofolder` or `imagefolder` layout of `datasets` (`train/LABEL/*.mp4`, or files
-            beside a `metadata.csv` with `file_name,label`); a folder with `train.csv` or `train.jsonl`, and the same
-            for `val` and `test`, of `path,label`; a folder of `webdataset` shards (`train-*.tar`, labels as `cls` or as
-            `label` in `json`); the id of a data set on the Hub.
+            beside a `metadata.csv` with `file_name,label`); a folder with `train.csv`, `train.json` or `train.jsonl`,
+            and the same for `val` and `test`, of `path,label`; a folder of `webdataset` shards (`train-*.tar`, labels
+            as `cls` or as `label` in `json`); the id of a data set on the Hub. Captions, one or a list, are a column
+            `caption`, `captions`, `text` or `txt`, or in `json`.
         split (`str`): `"train"`, `"validation"` or `"test"`, or another split of a data set on the Hub.
         data_root (`Path`, *optional*):
             What the paths of a list are relative to, by default the folder of the list. Addresses (`https://...`) stay.
         streaming (`bool`, defaults to `False`): Whether to read shards as they come, without a copy on disk.
-        labelled (`bool`, defaults to `True`): Whether labels are wanted; without, the data needn't have any.
+        target (`str`, *optional*, defaults to `"label"`):
+            What is wanted of each example besides: `"label"`, `"captions"`, or nothing.
         regression (`bool`, defaults to `False`): Whether whole numbers are values to predict rather than classes.
         label_names (`list[str]`, *optional*):
             Names of the classes, in order. Without them they are those of the data set, else the labels found in it.
 
     Returns:
-        `Dataset` or `IterableDataset`: with a column `video` or `image` (a dictionary with `path` and `bytes`), and, if
-        `labelled`, a column `label`: a `ClassLabel`, or floating point for regression.
+        `Dataset` or `IterableDataset`: with a column `video` or `image` (a dictionary with `path` and `bytes`), and a
+        column `label`, a `ClassLabel`, or floating point for regression; or `captions`, a list of texts.
 
     Raises:
         `FileNotFoundError`, `ValueError`: if there is no such data or split, it lacks a column, or a label is not one
@@ -51,15 +66,17 @@ def load_split(
     name = f"split {split!r} of {data}"
     lists = _lists(data, split)
     if lists:
-        loaded = _load_list(lists, split, streaming, str(data_root or data), labelled)
+        loaded = _load_list(lists, split, streaming, str(data_root or data), target)
     elif data_root is not None:
         raise ValueError(f"`data_root` is for lists of files: {data} has no {split}.csv or {split}.jsonl.")
     else:
         loaded = _known(load_dataset(data, split=split, streaming=streaming))
     loaded = _with_media(loaded, name)
-    if not labelled:
-        return loaded.select_columns([media_kind(loaded)])
-    return _with_labels(loaded, name, regression, label_names)
+    if target == "label":
+        return _with_labels(loaded, name, regression, label_names)
+    if target == "captions":
+        loaded = _with_captions(loaded, name)
+    return loaded.select_columns([media_kind(loaded), *([target] if target else [])])
 
 
 def find_evaluation_split(data: str) -> str:
@@ -86,12 +103,12 @@ def _lists(data: str, split: str) -> list[Path]:
     return [path for name in names if (path := Path(data) / name).is_file()]
 
 
-def _load_list(paths: list[Path], split: str, streaming: bool, root: str, labelled: bool) -> Split:
+def _load_list(paths: list[Path], split: str, streaming: bool, root: str, target: Target | None) -> Split:
     if len(paths) > 1:
         raise ValueError(f"Split {split!r} must be one list of files, got {', '.join(map(str, paths))}.")
     builder, options = LIST_BUILDERS[paths[0].suffix], {}
-    wanted = ["path", "label"] if labelled else ["path"]
-    if builder == "csv":
+    wanted = ["path", "label"] if target == "label" else ["path"]
+    if builder == "csv" and target != "captions":
         with paths[0].open(encoding="utf-8-sig") as file:
             header = [name.strip() for name in file.readline().split(",")]
         if Path(header[0]).suffix and len(header) <= 2:  # as in the lists of the original release
@@ -99,6 +116,9 @@ def _load_list(paths: list[Path], split: str, streaming: bool, root: str, labell
     loaded = _known(
         load_dataset(builder, data_files={split: str(paths[0])}, split=split, streaming=streaming, **options)
     )
+    found = next((column for column in PATH_COLUMNS if column in loaded.features), "path")
+    if found != "path":
+        loaded = loaded.rename_column(found, "path")
     if set(wanted) - set(loaded.features):
         columns = " and ".join(f"`{name}`" for name in wanted)
         raise ValueError(f"{paths[0]} must have the columns {columns}, got {', '.join(loaded.features)}.")
@@ -129,6 +149,29 @@ def _with_media(split: Split, name: str) -> Split:
     kind = "image" if isinstance(features[column], Image) else "video"
     split = split.cast_column(column, Video(decode=False) if kind == "video" else Image(decode=False))
     return split if column == kind else split.rename_column(column, kind)  # which would decode it, if it came first
+
+
+def _with_captions(split: Split, name: str) -> Split:
+    """With the column `captions`, lists of texts."""
+    column = next((column for column in CAPTION_COLUMNS if column in split.features), None)
+    field = None
+    if column is None and "json" in split.features:
+        field = next((column for column in CAPTION_COLUMNS if column in split.features["json"]), None)
+        column = "json"
+    if column is None or (column == "json" and field is None):
+        known = ", ".join(f"`{column}`" for column in CAPTION_COLUMNS)
+        raise ValueError(f"The {name} must have one of the columns {known}, got {', '.join(split.features)}.")
+    kind = media_kind(split)
+    features = split.features.copy()
+    features = type(features)({kind: features[kind], "captions": List(Value("string"))})
+    options = {"column": column, "field": field}
+    others = [other for other in split.features if other != kind]
+    return split.map(_captions_of, fn_kwargs=options, remove_columns=others, features=features)
+
+
+def _captions_of(example: dict[str, Any], column: str, field: str | None) -> dict[str, Any]:
+    value = example[column] if field is None else example[column][field]
+    return {"captions": value if isinstance(value, list) else [] if value is None else [value]}
 
 
 def _label_in_json(example: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Videos and texts as a dual encoder sees them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    r"""
+    Texts of at most `max_length` tokens, and which of them have been cut.
+
+    Returns:
+        `tuple`: `input_ids` and `attention_mask`, int64 of shape `(texts, length)`; booleans of shape `(texts,)`.
+    """
+    options = {"return_token_type_ids": False, "truncation": True, "max_length": max_length}
+    tokens = tokenizer(texts, padding=True, return_tensors="pt", **options)
+    is_cut = tokens["attention_mask"].sum(dim=1) == max_length
+    for row in is_cut.nonzero().flatten().tolist():  # or of just that length
+        is_cut[row] = len(tokenizer(texts[row], verbose=False)["input_ids"]) > max_length
+    return dict(tokens), is_cut
+
+
+def mean_directions(video_features: torch.Tensor) -> torch.Tensor:
+    r"""
+    Mean over the frames of their l2-normalised features, of which cosines are linear.
+
+    Args:
+        video_features (`torch.Tensor` of shape `(videos, frames, projection_dim)`): `pooler_output` of
+            `get_video_features`.
+
+    Returns:
+        `torch.Tensor` of shape `(videos, projection_dim)`, float32.
+    """
+    return F.normalize(video_features.float(), dim=-1).mean(dim=1)
+
+
+@torch.no_grad()
+def encode_texts(
+    accelerator: Accelerator,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    *,
+    max_length: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """l2-normalised features `(texts, projection_dim)`, float32, of which every process computes a share."""
+    rank, count = accelerator.process_index, accelerator.num_processes
+    found: list[tuple[int, torch.Tensor]] = []
+    for start in range(rank * batch_size, len(texts), count * batch_size):
+        tokens, _ = tokenize(tokenizer, texts[start : start + batch_size], max_length)
+        with accelerator.autocast():
+            features = model.get_text_features(**{name: value.to(model.device) for name, value in tokens.items()})
+        found.append((start, F.normalize(features.pooler_output.float(), dim=-1).cpu()))
+    return torch.cat([features for _, features in sorted(gather_object(found), key=lambda part: part[0])])

@@ -1,0 +1,343 @@
+"""Pretraining on videos and images with texts (UMT; paper, section 4.4): from arguments to a published model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import concatenate_datasets
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import AutoTokenizer, BertTokenizer, DataCollatorForLanguageModeling
+from transformers.modeling_utils import PreTrainedModel
+
+from ..modeling_videomamba_pretraining import take_visible
+from ..processing_videomamba import VideoMambaProcessor
+from .arguments import DataArguments
+from .augmentation import training_transform
+from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
+from .diagnosis import RunError
+from .evaluation import predict
+from .loop import Batch
+from .masks import MaskType, draw_noise, make_masks, token_grid
+from .metrics import retrieval_metrics
+from .reports import model_card
+from .retrieval import encode_texts, mean_directions, tokenize
+from .run import Arguments, TrainingRun
+from .sources import Split, find_evaluation_split, load_split, media_kind
+from .teacher import load_teacher
+from .video_text_models import (
+    VideoTextModelArguments,
+    image_processor_of,
+    load_video_text_model,
+    load_video_text_processor,
+    make_tokenizer,
+)
+
+CARD_USE = """
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{model_name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{model_name}", trust_remote_code=True)
+inputs = processor(videos="clip.mp4", text=["a dog runs", "a cat sleeps"], padding=True, return_tensors="pt")
+print(model(**inputs).logits_per_video.softmax(-1))
+"""
+
+
+@dataclass
+class CaptionedDataArguments(DataArguments):
+    """Videos and images with captions."""
+
+    more_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "further training data like --data, also of images where that has videos"},
+    )
+    evaluation_data: str | None = field(
+        default=None,
+        metadata={"help": "data with a split validation or test to evaluate on; those of --data if left out"},
+    )
+    image_share: float = field(default=0.5, metadata={"help": "with --streaming of both: share of batches of images"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.image_share < 1:
+            raise ValueError(f"--image-share must be between 0 and 1, got {self.image_share}")
+
+
+@dataclass
+class VideoTextArguments:
+    """The teacher, the masks, the texts, and how the model is judged on its way."""
+
+    teacher: str | None = field(
+        default=None, metadata={"help": "directory or Hub id of a CLIP model with whose tokens the video's are aligned"}
+    )
+    video_mask_type: MaskType | None = field(
+        default=None, metadata={"help": "which tokens are hidden; none if left out"}
+    )
+    video_mask_ratio: float = field(default=0.8, metadata={"help": "share of the tokens that is hidden"})
+    image_mask_type: MaskType | None = None
+    image_mask_ratio: float = 0.5
+    mlm_probability: float = field(default=0.5, metadata={"help": "share of words to guess, 0 for none"})
+    max_text_length: int = field(default=32, metadata={"help": "tokens of a text; how many are longer is reported"})
+    evaluation_examples: int = field(
+        default=1000, metadata={"help": "at most so many, on which retrieval is evaluated"}
+    )
+
+    def __post_init__(self):
+        for kind in ("video", "image"):
+            ratio = getattr(self, f"{kind}_mask_ratio")
+            if not 0 <= ratio < 1:
+                raise ValueError(f"`{kind}_mask_ratio` must be at least 0 and below 1, got {ratio}.")
+            if getattr(self, f"{kind}_mask_type") == "attention" and self.teacher is None:
+                raise ValueError(f"`{kind}_mask_type` attention is that of a `teacher`: pass one.")
+        if not 0 <= self.mlm_probability < 1:
+            raise ValueError(f"`mlm_probability` must be at least 0 and below 1, got {self.mlm_probability}.")
+        for name, least in (("max_text_length", 3), ("evaluation_examples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+
+    def mask(self, kind: str) -> tuple[MaskType | None, float]:
+        """Type and ratio of the masks of `"video"` or `"image"`."""
+        if kind == "video":
+            return self.video_mask_type, self.video_mask_ratio
+        return self.image_mask_type, self.image_mask_ratio
+
+
+@dataclass
+class CaptionedArguments(Arguments):
+    """What a run on videos and texts is told."""
+
+    data: CaptionedDataArguments
+    model: VideoTextModelArguments
+
+
+class VideoTextRun(TrainingRun):
+    r"""
+    A run of pretraining on videos and images with texts: contrastive, matching, masked language modelling and, with a
+    teacher, alignment of tokens.
+
+    Args:
+        args ([`CaptionedArguments`]): Of the run.
+        pretraining ([`VideoTextArguments`]): The teacher, the masks and the texts.
+
+    Raises:
+        `OSError`, `ValueError`: for data, models or values that don't fit.
+    """
+
+    args: CaptionedArguments
+    model: Any
+    processor: VideoMambaProcessor
+    metric = "text_to_video_r1"
+    find_unused_parameters = True  # of images the temporal positions, and whatever the objectives at hand don't take
+
+    def __init__(self, args: CaptionedArguments, pretraining: VideoTextArguments):
+        self.pretraining = pretraining
+        super().__init__(args)
+        self.tokenizer = self.processor.tokenizer
+        longest = self.model.config.text_config.max_position_embeddings
+        if pretraining.max_text_length > longest:
+            raise ValueError(f"--max-text-length must be at most {longest}, got {pretraining.max_text_length}")
+        self.mask_words = DataCollatorForLanguageModeling(
+            self.tokenizer, mlm_probability=pretraining.mlm_probability or None, mlm=pretraining.mlm_probability > 0
+        )
+        self.teacher: nn.Module | None = None
+        if pretraining.teacher is not None:
+            encoder = self.model.videomamba.config
+            self.teacher = load_teacher(pretraining.teacher, encoder, self.processor.video_processor)
+            self.teacher.to(self.accelerator.device)
+        self.evaluated = 0
+
+    def argument_groups(self) -> list[Any]:
+        return [*super().argument_groups(), self.pretraining]
+
+    # Data and models
+
+    def load_data(self) -> None:
+        data = self.args.data
+        self.splits = self._load_training_splits()
+        self.kind = "video" if "video" in self.splits else "image"
+        self.train_split = self.splits[self.kind]
+        source = data.evaluation_data or data.data
+        self.evaluation_name = find_evaluation_split(source)
+        root = data.data_root if data.evaluation_data is None else None
+        self.evaluation_split = load_split(source, self.evaluation_name, data_root=root, target="captions")
+        if data.clip_seconds is not None and "video" in self.splits:
+            self.splits["video"] = cut_into_windows(self.splits["video"], data.clip_seconds, data.clip_stride_seconds)
+
+    def _load_training_splits(self) -> dict[str, Split]:
+        """One for each kind, videos first."""
+        data = self.args.data
+        found: dict[str, list[Any]] = {"video": [], "image": []}
+        for source in (data.data, *data.more_data):
+            root = data.data_root if source == data.data else None
+            split = load_split(source, "train", data_root=root, streaming=data.streaming, target="captions")
+            found[media_kind(split)].append(split)
+        for kind, splits in found.items():
+            if data.streaming and len(splits) > 1:
+                raise ValueError(
+                    f"--streaming takes one source of {kind}s, got {len(splits)}: put shards in one folder"
+                )
+        return {kind: concatenate_datasets(splits) for kind, splits in found.items() if splits}
+
+    def load_model(self) -> PreTrainedModel:
+        return load_video_text_model(self.args.model)
+
+    def load_processor(self) -> VideoMambaProcessor:
+        tokenizer = self._made_tokenizer() if self.args.model.makes_tokenizer else None
+        return load_video_text_processor(self.args.model, self.model, tokenizer)
+
+    @property
+    def _tokenizer_folder(self) -> Any:
+        return self.args.run.output_dir / "tokenizer"
+
+    def _made_tokenizer(self) -> Any:
+        """From the captions; that of the run where it goes on."""
+        if self._tokenizer_folder.exists():
+            return AutoTokenizer.from_pretrained(self._tokenizer_folder)
+        if self.streaming:
+            raise ValueError("--streaming needs --tokenizer: one is made of captions that are all there")
+        vocab: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            captions = chain.from_iterable(chain.from_iterable(split["captions"] for split in self.splits.values()))
+            vocab[0] = make_tokenizer(captions, self.model.config.text_config.vocab_size).get_vocab()
+        return BertTokenizer(vocab=broadcast_object_list(vocab)[0])
+
+    def train(self) -> None:
+        if self.accelerator.is_main_process and self.args.model.makes_tokenizer:
+            self.tokenizer.save_pretrained(self._tokenizer_folder)
+        super().train()
+
+    # Batches, each of one kind
+
+    def views_of(self, kind: str) -> TrainingViews:
+        """What the model sees of a training example."""
+        augmentation, processor = self.args.augmentation, self._processor_of(kind)
+        return TrainingViews(processor, training_transform(processor, augmentation), augmentation.num_sample)
+
+    def _processor_of(self, kind: str) -> Any:
+        processor = self.processor.video_processor
+        return image_processor_of(processor) if kind == "image" else processor
+
+    @cached_property
+    def batches_per_epoch(self) -> dict[str, int]:
+        """Of each kind, on each process."""
+        if not self.streaming:
+            size = self.args.optimization.batch_size * self.accelerator.num_processes
+            return {kind: len(split) // size for kind, split in self.splits.items()}
+        count = (self.args.run.steps_per_epoch or 0) * self.args.optimization.gradient_accumulation_steps
+        if len(self.splits) == 1:
+            return {self.kind: count}
+        images = round(count * self.args.data.image_share)
+        return {"video": count - images, "image": images}
+
+    def examples_per_epoch(self) -> int:
+        size = self.args.optimization.batch_size * self.accelerator.num_processes
+        return sum(self.batches_per_epoch.values()) * size
+
+    def batches(self, start: int, end: int) -> Iterator[Batch]:
+        before = dict.fromkeys(self.splits, 0)
+        order = self._kinds(end)
+        for _ in range(start):
+            before[next(order)] += 1
+        loaders = {
+            kind: iter(self.batches_of(split, self.views_of(kind), before[kind], end))
+            for kind, split in self.splits.items()
+        }
+        for kind in order:
+            yield next(loaders[kind])
+
+    def _kinds(self, end: int) -> Iterator[str]:
+        """Of each batch up to `end`: those of an epoch in an order of their own, the same on every process."""
+        names, counts = list(self.batches_per_epoch), list(self.batches_per_epoch.values())
+        for epoch in range(-(-end // sum(counts))):
+            order = np.random.default_rng(derive_seed(self.args.run.seed, epoch)).permutation(
+                np.repeat(np.arange(len(names)), counts)
+            )
+            yield from (names[index] for index in order[: end - epoch * len(order)])
+
+    # What the loop asks for
+
+    def objective(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """The losses of a batch, the same for each of its rows, and whether its text was cut."""
+        pixel_values = batch["pixel_values"]
+        tokens, is_cut = tokenize(self.tokenizer, batch["captions"], self.pretraining.max_text_length)
+        inputs = {"video_ids": batch["video_ids"], **self._hidden_words(tokens["input_ids"])}
+        inputs |= self._hidden_tokens(pixel_values, batch["seed"])
+        inputs = {name: value.to(pixel_values.device) for name, value in (tokens | inputs).items()}
+        outputs = model(pixel_values, **inputs, return_loss=True)
+        losses = {name: value for name, value in outputs.items() if name.startswith("loss")}
+        rows = {name: value.float().expand(len(pixel_values)) for name, value in losses.items()}
+        return {**rows, "cut_texts": is_cut.float().to(pixel_values.device)}
+
+    def _hidden_words(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.pretraining.mlm_probability:
+            return {}
+        masked, labels = self.mask_words.torch_mask_tokens(input_ids.clone())
+        return {"mlm_input_ids": masked, "mlm_labels": labels}
+
+    def _hidden_tokens(self, pixel_values: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+        """Masks, and what the teacher says of the tokens that stay visible."""
+        mask_type, ratio = self.pretraining.mask("video" if pixel_values.ndim == 5 else "image")
+        features, attention = None, None
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                features, attention = self.teacher(pixel_values, output_attention=mask_type == "attention")
+        grid = token_grid(self.model.videomamba.config, pixel_values)
+        if mask_type is None:
+            hidden = torch.zeros(len(pixel_values), int(np.prod(grid)), dtype=torch.bool, device=pixel_values.device)
+        else:
+            noise = draw_noise(self.accelerator, grid, len(pixel_values), self.args.augmentation.num_sample, seed)
+            hidden = make_masks(noise, mask_type, ratio, attention)
+        found = {} if mask_type is None else {"bool_masked_pos": hidden}
+        return found if features is None else {**found, "teacher_features": take_visible(features, hidden)}
+
+    # Evaluation
+
+    def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
+        """Retrieval by the dual encoder among at most `evaluation_examples`."""
+        bare, split, wanted = self.model, self.evaluation_split, self.pretraining
+        if self.trainer.ema is not None:
+            bare = self.trainer.ema.module
+        indices = np.unique(np.linspace(0, len(split) - 1, wanted.evaluation_examples).round().astype(int)).tolist()
+        batches = self.batches_once(split, TestViews(self._processor_of(media_kind(split))), indices)
+
+        def score(pixel_values: torch.Tensor) -> torch.Tensor:
+            return mean_directions(bare.get_video_features(pixel_values).pooler_output)
+
+        found = predict(self.accelerator, model, score, batches)
+        if not found.scores:
+            raise RunError(f"No example of the {self.evaluation_name} split could be read to evaluate on.")
+        texts, owners = [], []
+        for row, index in enumerate(sorted(found.scores)):
+            texts += split[index]["captions"]
+            owners += [row] * len(split[index]["captions"])
+        options = {"max_length": wanted.max_text_length, "batch_size": self.args.optimization.batch_size}
+        was_training = bare.training
+        text_embeds = encode_texts(self.accelerator, bare.eval(), self.tokenizer, texts, **options)
+        bare.train(was_training)
+        self.evaluated = len(found.scores)
+        scores = torch.stack([found.scores[index] for index in sorted(found.scores)]) @ text_embeds.T
+        return retrieval_metrics(scores, scores.T, torch.tensor(owners)), found.broken
+
+    # What it leaves
+
+    def report(self) -> dict[str, Any]:
+        return {"evaluated": self.evaluated}
+
+    def start(self) -> str | None:
+        return self.args.model.model or self.args.model.vision
+
+    def card(self, metrics: dict[str, float]) -> ModelCard:
+        facts = self.card_facts()
+        return model_card(
+            pipeline_tag=None,
+            split=self.evaluation_name,
+            examples=self.evaluated,
+            results=metrics,
+            use=CARD_USE.format(model_name=facts["model_name"]),
+            **facts,
+        )

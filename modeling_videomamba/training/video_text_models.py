@@ -1,0 +1,139 @@
+"""The model of videos and texts that a run starts from, and its processor."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BertTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ..configuration_videomamba import VideoMambaVideoTextConfig
+from ..image_processing_videomamba import VideoMambaImageProcessor
+from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
+from ..processing_videomamba import VideoMambaProcessor
+from ..video_processing_videomamba import VideoMambaVideoProcessor
+from .models import StartArguments
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass
+class VideoTextModelArguments(StartArguments):
+    """What the run starts from: a model of videos and texts, a VideoMamba and a BERT, or a configuration."""
+
+    starts = ("model", "config", "vision")
+
+    vision: str | None = field(default=None, metadata={"help": "directory or Hub id of a VideoMamba, with --text"})
+    text: str | None = field(default=None, metadata={"help": "directory or Hub id of a BERT, with --vision"})
+    fusion_layer: int | None = field(
+        default=None, metadata={"help": "with --text: the first layer of BERT that attends to the video (9)"}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "with --config: directory or Hub id; without, one is made of the captions"}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.vision is None) != (self.text is None):
+            raise ValueError("--vision and --text go together")
+        if self.fusion_layer is not None and self.text is None:
+            raise ValueError(f"--fusion-layer {self.fusion_layer} is for --text")
+        if self.tokenizer is not None and self.config is None:
+            raise ValueError(f"--tokenizer {self.tokenizer} is for --config")
+
+    @property
+    def makes_tokenizer(self) -> bool:
+        """Whether there is no tokenizer yet."""
+        return self.config is not None and self.tokenizer is None
+
+
+def load_video_text_model(args: VideoTextModelArguments) -> VideoMambaForVideoTextRetrieval:
+    r"""
+    The model to train. Position embeddings are resized to the frames and the resolution that are asked for, and an
+    image model inflated.
+
+    Args:
+        args ([`VideoTextModelArguments`]): Of the run.
+
+    Raises:
+        `OSError`, `ValueError`: if there is no such model, or a value does not fit.
+    """
+    changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
+    if args.config is not None:
+        values = json.loads(args.config.read_text("utf-8"))
+        values["vision_config"] = {**values.get("vision_config", {}), **changes}
+        model = VideoMambaForVideoTextRetrieval(VideoMambaVideoTextConfig(**values))
+    elif args.model is not None:
+        model = load_trained(args.model, **changes)
+    elif args.vision is not None and args.text is not None:
+        options: dict[str, Any] = {f"vision_{name}": value for name, value in changes.items()}
+        if args.fusion_layer is not None:
+            options["fusion_layer"] = args.fusion_layer
+        model = VideoMambaForVideoTextRetrieval.from_video_text_pretrained(args.vision, args.text, **options)
+    encoder = model.videomamba
+    if encoder.config.num_frames is None:
+        encoder.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames)
+    encoder.resize_position_embeddings(image_size=args.image_size, num_frames=args.num_frames)
+    return model
+
+
+def load_trained(path: str, **vision_changes: Any) -> VideoMambaForVideoTextRetrieval:
+    r"""
+    A model of videos and texts as it was saved.
+
+    Args:
+        path (`str`): Directory or Hub id.
+        vision_changes: Fields of the configuration of its video encoder.
+
+    Raises:
+        `OSError`, `ValueError`: if there is no such model, or it is another one.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if not isinstance(config, VideoMambaVideoTextConfig):
+        raise ValueError(f"{path} must be a model of videos and texts (videomamba_video_text), got {config.model_type}")
+    for name, value in vision_changes.items():
+        setattr(config.vision_config, name, value)
+    model, info = VideoMambaForVideoTextRetrieval.from_pretrained(path, config=config, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{path} has no weights for {', '.join(sorted(info['missing_keys']))}")
+    return model
+
+
+def load_video_text_processor(
+    args: VideoTextModelArguments, model: VideoMambaForVideoTextRetrieval, tokenizer: PreTrainedTokenizerBase | None
+) -> VideoMambaProcessor:
+    r"""
+    The processor of a model; `tokenizer` is that of a model that has none yet.
+
+    Raises:
+        `OSError`, `ValueError`: if there is no such tokenizer, or it knows more tokens than the model.
+    """
+    video_processor = VideoMambaProcessor.video_processor_for(model.videomamba.config)
+    if args.model is not None:
+        saved = AutoProcessor.from_pretrained(args.model)
+        for name in ("image_mean", "image_std", "rescale_factor", "resample"):
+            setattr(video_processor, name, getattr(saved.video_processor, name))
+        if saved.video_processor.size.shortest_edge is not None:
+            video_processor.size = {"shortest_edge": max(model.videomamba.config.input_size)}
+        tokenizer = saved.tokenizer
+    elif tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.text)
+    vocab_size = model.text_model.config.vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer knows {len(tokenizer)} tokens, the model {vocab_size} (`vocab_size`)")
+    return VideoMambaProcessor(video_processor, tokenizer)
+
+
+def image_processor_of(video_processor: VideoMambaVideoProcessor) -> VideoMambaImageProcessor:
+    """A processor that prepares images as frames are."""
+    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
+    return VideoMambaImageProcessor(**{name: getattr(video_processor, name) for name in names})
+
+
+def make_tokenizer(captions: Iterable[str], vocab_size: int) -> BertTokenizer:
+    """A tokenizer of BERT (WordPiece, lower case) with at most `vocab_size` tokens, made of captions."""
+    empty = BertTokenizer(vocab={token: index for index, token in enumerate(SPECIAL_TOKENS)})
+    found = set(empty.train_new_from_iterator(captions, vocab_size).get_vocab()) - set(SPECIAL_TOKENS)
+    # in an order of their own, which that of the training isn't
+    return BertTokenizer(vocab={token: index for index, token in enumerate([*SPECIAL_TOKENS, *sorted(found)])})
