@@ -95,9 +95,13 @@ class VideoMambaFusionLayer(BertLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, video_hidden_states: torch.Tensor
     ) -> torch.Tensor:
-        """Texts `(batch, length, D)` and videos `(batch, tokens, vision_hidden_size)` to texts."""
+        """Texts `(batch, length, D)` and videos `(batch or 1, tokens, vision_hidden_size)` to texts."""
         hidden_states, _ = self.attention(hidden_states, attention_mask)
+        shape = hidden_states.shape
+        if len(video_hidden_states) == 1:  # whose keys and values are computed once for all texts
+            hidden_states = hidden_states.flatten(0, 1).unsqueeze(0)
         hidden_states, _ = self.crossattention(hidden_states, encoder_hidden_states=video_hidden_states)
+        hidden_states = hidden_states.view(shape)
         return apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
         )
@@ -284,7 +288,7 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
 
         Args:
             video_hidden_states (`torch.Tensor` of shape `(pairs, tokens, vision_hidden_size)`):
-                `last_hidden_state` of [`get_video_features`].
+                `last_hidden_state` of [`get_video_features`]. One video, with all texts, takes much less time.
             text_hidden_states (`torch.Tensor` of shape `(pairs, length, D)`):
                 `last_hidden_state` of [`get_text_features`].
             attention_mask (`torch.Tensor` of shape `(pairs, length)`, *optional*): 1 for tokens, 0 for padding.

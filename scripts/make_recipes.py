@@ -4,7 +4,8 @@
 
 PUBLISHED.json has the arguments of the original programs (`tests/golden/recipes.json`). Each recipe gives them under
 our names and says, in its first lines, what to start from and on how many GPUs the run was made; learning rates are
-scaled to the batch of the run at hand. Those of pretrain_umt.py are in a folder of their own, `umt`.
+scaled to the batch of the run at hand. Those of pretrain_umt.py and of pretrain_video_text.py are in folders of their
+own, `umt` and `video-text`.
 """
 
 import argparse
@@ -29,6 +30,8 @@ PROGRAMS = {
 }
 CLIP_MODELS = {"clip_b16": "CLIP B/16, openai/clip-vit-base-patch16"}
 CROP_AREA = 0.66**2  # the smallest of the original's crops
+VIDEO_TEXT_CROP_AREA = 0.5
+VIDEO_TEXT_GPUS = {"5m": 16, "17m": 32, "25m": 32}  # as the original's launchers have it, whose files don't name them
 # Fields of these runs contradict the runs that they belong to: the size by their folder, and the frames by their name.
 # Masked pretraining has an epoch more in its files than in the paper, for the sake of a last checkpoint.
 MISTAKES: dict[str, dict[str, Any]] = {
@@ -141,6 +144,53 @@ def pretraining_recipe(args: dict[str, Any]) -> dict[str, Any]:
     return {**values, **optimization({**args, "warmup_lr": 0}), "base_batch_size": VIDEO_BASE}
 
 
+def video_text_recipe(corpus: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Pretraining on videos and texts, on a corpus of so many pairs. Its warm-up begins at zero."""
+    values: dict[str, Any] = {
+        "num_frames": args["num_frames"],
+        "image_size": 224,
+        "drop_path_rate": args["drop_path_rate"],
+        "max_text_length": args["max_text_length"],
+        "mlm_probability": args["mlm_probability"],
+    }
+    for kind in ("video", "image"):
+        if args[f"{kind}_mask_type"] != "none":
+            names = (f"{kind}_mask_type", f"{kind}_mask_ratio")
+            values |= {name: args[name] for name in names}
+    return values | {
+        "flip": True,
+        "min_crop_area": VIDEO_TEXT_CROP_AREA,
+        "epochs": args["epochs"],
+        "batch_size": args["batch_size_per_gpu"],
+        "learning_rate": args["learning_rate"],
+        "min_learning_rate": round(args["learning_rate"] * args["min_lr_multiplier"], 10),
+        "warmup_learning_rate": 0.0,
+        "warmup_epochs": args["warmup_epochs"],
+        "weight_decay": args["weight_decay"],
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+        "base_batch_size": args["batch_size_per_gpu"] * VIDEO_TEXT_GPUS[corpus],
+    }
+
+
+def make_video_text_recipes(published: dict[str, Any]) -> dict[str, str]:
+    """Text of each recipe of pretrain_video_text.py by its name."""
+    recipes = {}
+    for run, args in published["video_text"].items():
+        found = re.fullmatch(r"exp_pt/videomamba_middle_(\d+m)(_unmasked)?", run)
+        if found is None:
+            continue  # an evaluation
+        corpus, unmasked = found[1], bool(found[2])
+        start = "--vision MODEL, VideoMamba middle after masked pretraining, --text google-bert/bert-base-uncased"
+        start += f"; --teacher MODEL, {CLIP_MODELS['clip_b16']}"
+        if unmasked:
+            start = f"--model MODEL, what the recipe {corpus} has left"
+        head = f"# {run} of the released runs, {VIDEO_TEXT_GPUS[corpus]} GPUs.\n# Start: {start}.\n"
+        values = yaml.safe_dump(video_text_recipe(corpus, args), sort_keys=False)
+        recipes[f"video-text/{corpus}{'-unmasked' if unmasked else ''}"] = head + values
+    return recipes
+
+
 def describe(run: str, args: dict[str, Any]) -> str:
     """The comment at the head of a recipe."""
     size = str(args["model"]).removeprefix("videomamba_")
@@ -168,8 +218,8 @@ def describe(run: str, args: dict[str, Any]) -> str:
 
 
 def make_recipes(published: dict[str, Any]) -> dict[str, str]:
-    """Text of every recipe by its name, `umt/...` for those of masked pretraining."""
-    recipes = {}
+    """Text of every recipe by its name, `umt/...` for those of masked pretraining, `video-text/...` for retrieval."""
+    recipes = make_video_text_recipes(published)
     for run, entry in published["runs"].items():
         program = "main.py" if entry["program"] == "run_with_submitit.py" else entry["program"]
         defaults = dict(published["defaults"][program])
@@ -191,7 +241,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("published", type=Path)
     args = parser.parse_args()
-    (FOLDER / "umt").mkdir(parents=True, exist_ok=True)
+    for folder in ("umt", "video-text"):
+        (FOLDER / folder).mkdir(parents=True, exist_ok=True)
     for name, text in make_recipes(json.loads(args.published.read_text("utf-8"))).items():
         (FOLDER / f"{name}.yaml").write_text(text, "utf-8")
 

@@ -9,6 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 import pretrain_umt
+import pretrain_video_text
 from make_recipes import make_recipes
 from modeling_videomamba.modeling_videomamba import VideoMambaLayer
 from modeling_videomamba.training.arguments import LabelledDataArguments, RunArguments, parse_arguments
@@ -22,6 +23,7 @@ CLASSES = (LabelledDataArguments, ModelArguments, LabelledAugmentationArguments,
 PUBLISHED = json.loads((GOLDEN / "recipes.json").read_text("utf-8"))
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PRETRAINING_NAMES = sorted(path.stem for path in (RECIPES / "umt").glob("*.yaml"))
+VIDEO_TEXT_NAMES = sorted(path.stem for path in (RECIPES / "video-text").glob("*.yaml"))
 
 
 def parse(monkeypatch, *words, classes=CLASSES, folder=RECIPES):
@@ -31,8 +33,9 @@ def parse(monkeypatch, *words, classes=CLASSES, folder=RECIPES):
 
 def test_the_recipes_are_those_of_the_released_runs():
     made = make_recipes(PUBLISHED)
-    assert set(made) == {*NAMES, *(f"umt/{name}" for name in PRETRAINING_NAMES)} and len(NAMES) == 62
-    assert len(made) == len(PUBLISHED["runs"])
+    others = {f"umt/{name}" for name in PRETRAINING_NAMES} | {f"video-text/{name}" for name in VIDEO_TEXT_NAMES}
+    assert set(made) == {*NAMES, *others} and len(NAMES) == 62
+    assert len(made) == len(PUBLISHED["runs"]) + len(VIDEO_TEXT_NAMES)
     for name, text in made.items():
         assert (RECIPES / f"{name}.yaml").read_text("utf-8") == text, name
 
@@ -85,6 +88,28 @@ def test_recipes_of_masked_pretraining(monkeypatch, name):
     views, scale = scaled(optimization, augmentation, 32)
     assert views == 2048 and scale * optimization.learning_rate == pytest.approx(1.2e-3)
     assert augmentation.flip and optimization.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("corpus", ["5m", "17m", "25m"])
+def test_recipes_of_video_text_pretraining(monkeypatch, corpus):
+    words = ["--data", "x", "--more-data", "y", "z", "--output-dir", "o"]
+    masked = [*words, "--recipe", corpus, "--vision", "v", "--text", "b", "--teacher", "t"]
+    unmasked = [*words, "--recipe", f"{corpus}-unmasked", "--model", "o/last"]
+    expected = (
+        (masked, 128, 4e-4, (10, 1), ("attention", 0.8), ("attention", 0.5)),
+        (unmasked, 64, 8e-5, (1, 0.2), (None, 0.8), (None, 0.5)),
+    )
+    gpus = 16 if corpus == "5m" else 32
+    for words, batch_size, rate, epochs, *masks in expected:
+        groups = parse(monkeypatch, *words, classes=pretrain_video_text.CLASSES, folder=RECIPES / "video-text")
+        data, model, augmentation, optimization, _, pretraining = groups
+        views, scale = scaled(optimization, augmentation, gpus)
+        assert (optimization.batch_size, views, scale) == (batch_size, batch_size * gpus, 1)
+        assert (optimization.learning_rate, optimization.min_learning_rate) == pytest.approx((rate, rate / 100))
+        assert (optimization.epochs, optimization.warmup_epochs) == epochs
+        assert [pretraining.mask(kind) for kind in ("video", "image")] == masks
+        assert (pretraining.mlm_probability, pretraining.max_text_length, model.drop_path_rate) == (0.5, 32, 0.25)
+        assert data.more_data == ["y", "z"] and augmentation.flip
 
 
 def test_the_command_line_goes_before_the_recipe(monkeypatch):

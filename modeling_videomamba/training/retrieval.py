@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+TEXTS_AT_ONCE = 64
+
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
@@ -42,19 +44,13 @@ def mean_directions(video_features: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_texts(
-    accelerator: Accelerator,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    *,
-    max_length: int,
-    batch_size: int,
+    accelerator: Accelerator, model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
 ) -> torch.Tensor:
     """l2-normalised features `(texts, projection_dim)`, float32, of which every process computes a share."""
     rank, count = accelerator.process_index, accelerator.num_processes
     found: list[tuple[int, torch.Tensor]] = []
-    for start in range(rank * batch_size, len(texts), count * batch_size):
-        tokens, _ = tokenize(tokenizer, texts[start : start + batch_size], max_length)
+    for start in range(rank * TEXTS_AT_ONCE, len(texts), count * TEXTS_AT_ONCE):
+        tokens, _ = tokenize(tokenizer, texts[start : start + TEXTS_AT_ONCE], max_length)
         with accelerator.autocast():
             features = model.get_text_features(**{name: value.to(model.device) for name, value in tokens.items()})
         found.append((start, F.normalize(features.pooler_output.float(), dim=-1).cpu()))

@@ -315,9 +315,8 @@ class VideoTextRun(TrainingRun):
         for row, index in enumerate(sorted(found.scores)):
             texts += split[index]["captions"]
             owners += [row] * len(split[index]["captions"])
-        options = {"max_length": wanted.max_text_length, "batch_size": self.args.optimization.batch_size}
         was_training = bare.training
-        text_embeds = encode_texts(self.accelerator, bare.eval(), self.tokenizer, texts, **options)
+        text_embeds = encode_texts(self.accelerator, bare.eval(), self.tokenizer, texts, wanted.max_text_length)
         bare.train(was_training)
         self.evaluated = len(found.scores)
         scores = torch.stack([found.scores[index] for index in sorted(found.scores)]) @ text_embeds.T
