@@ -363,7 +363,9 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
         videos = torch.cat([own, negative_videos.clamp(min=0), own])
         texts = torch.cat([own, own, negative_texts.clamp(min=0)])
         mask = None if attention_mask is None else attention_mask[texts]
-        logits = self.matching_logits_of_encoded(video_hidden_states[videos], text_hidden_states[texts], mask)
+        # `index_select` adds its gradients in order, which indexing doesn't with several threads
+        chosen = video_hidden_states.index_select(0, videos), text_hidden_states.index_select(0, texts)
+        logits = self.matching_logits_of_encoded(*chosen, mask)
         labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
         counts = torch.cat([counts, counts & (negative_videos >= 0), counts & (negative_texts >= 0)])
         return mean_where(F.cross_entropy(logits.float(), labels, reduction="none"), counts)

@@ -80,7 +80,7 @@ def read_frames(
         except RuntimeError as error:
             raise BrokenVideoError("torchcodec decoder", str(error)) from error
     else:
-        name, file = _open_source(video)
+        name, file = open_source(video)
         with VideoFile(name, file) as reader:
             metadata = reader.metadata
             indices = _wanted(metadata, sample_indices)
@@ -92,7 +92,7 @@ def read_frames(
 
 def read_metadata(video: VideoSource) -> VideoMetadata:
     """Number, rate and duration of the frames of a video, of which none is decoded; raises as [`read_frames`] does."""
-    name, file = _open_source(video)
+    name, file = open_source(video)
     with VideoFile(name, file) as reader:
         return reader.metadata
 
@@ -274,7 +274,7 @@ def _wanted(metadata: VideoMetadata, sample_indices) -> list[int]:
     return metadata.frames_indices
 
 
-def _open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
+def open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
     """A name for errors, and a path of an existing file or its bytes."""
     if isinstance(video, dict):
         path, data = video.get("path"), video.get("bytes")

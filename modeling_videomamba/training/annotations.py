@@ -11,6 +11,8 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, Video
 
+from .sources import VIDEO_SUFFIXES
+
 KNOWN_FORMATS = """the known formats are
 - JSON of the original release, VindLU and others: a list of {video or image, caption}, where captions may be lists;
 - MSR-VTT: JSON of {videos, sentences}, or a CSV with video_id and sentence;
@@ -26,8 +28,6 @@ LSMDC_LINE = re.compile(rf"[^\t]+_{LSMDC_TIME}-{LSMDC_TIME}\t")
 LSMDC_NUM_COLUMNS = 6
 ALL_SPLITS = "all"
 PICKLE_SUFFIXES = {".p", ".pickle", ".pkl"}
-VIDEO_SUFFIXES = {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"}
-VIDEO_SUFFIXES |= {".webm", ".wmv"}
 NUM_SHOWN = 5
 Pairs = Iterable[tuple[Any, Any]]
 

@@ -21,7 +21,7 @@ from accelerate.utils import (
     gather_object,
     send_to_device,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -327,12 +327,11 @@ class Trainer:
 
     def _save_ema(self, folder: Path) -> None:
         if self.ema is not None:
-            weights = {name: tensor.contiguous() for name, tensor in self.ema.state_dict().items()}
-            save_file(weights, folder / EMA_FILE)
+            save_model(self.ema, str(folder / EMA_FILE))
 
     def _load_ema(self, folder: Path) -> None:
         if self.ema is not None:
-            self.ema.load_state_dict(load_file(folder / EMA_FILE))
+            load_model(self.ema, folder / EMA_FILE)
 
     # Beginning, and records
 

@@ -1,6 +1,7 @@
 """The model of videos and texts that a run starts from, and its processor."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,8 +133,22 @@ def image_processor_of(video_processor: VideoMambaVideoProcessor) -> VideoMambaI
 
 
 def make_tokenizer(captions: Iterable[str], vocab_size: int) -> BertTokenizer:
-    """A tokenizer of BERT (WordPiece, lower case) with at most `vocab_size` tokens, made of captions."""
+    r"""
+    A tokenizer of BERT (WordPiece, lower case) that knows the characters of captions and their most frequent words. The
+    same captions give the same one, which the trainer of `tokenizers` doesn't promise.
+
+    Raises:
+        `ValueError`: if `vocab_size` has no room for the characters.
+    """
     empty = BertTokenizer(vocab={token: index for index, token in enumerate(SPECIAL_TOKENS)})
-    found = set(empty.train_new_from_iterator(captions, vocab_size).get_vocab()) - set(SPECIAL_TOKENS)
-    # in an order of their own, which that of the training isn't
-    return BertTokenizer(vocab={token: index for index, token in enumerate([*SPECIAL_TOKENS, *sorted(found)])})
+    backend = empty.backend_tokenizer
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        words = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
+        counts.update(word for word, _ in words)
+    characters = sorted({character for word in counts for character in word})
+    tokens = [*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters)]
+    if len(tokens) > vocab_size:
+        raise ValueError(f"`vocab_size` must be at least {len(tokens)} for the characters, got {vocab_size}.")
+    words = sorted(counts.keys() - set(characters), key=lambda word: (-counts[word], word))
+    return BertTokenizer(vocab={token: index for index, token in enumerate([*tokens, *words][:vocab_size])})

@@ -4,13 +4,13 @@ The windows of videos that lie in a folder or in shards, tar files of videos.
 A video is known by its path, and by size and time of its file: where they are others, it is another video.
 """
 
-import io
 import itertools
 import json
 import math
-import os
+import re
 import tarfile
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +18,12 @@ import fsspec
 import torch
 from datasets import Features, IterableDataset, Value
 
-from ..video_decoding import VideoFile
+from ..video_decoding import VideoFile, VideoSource, open_source
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .data import BROKEN, Examples, TestViews
+from .sources import VIDEO_SUFFIXES
 
 SHARD_SUFFIX = ".tar"
-VIDEO_SUFFIXES = (
-    ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm .wmv".split()  # noqa: SIM905
-)
-MEMBER = f"{SHARD_SUFFIX}::"  # between a shard and the name of a video in it
-VECTORS = ("embedding", "direction")
 Media = dict[str, Any]  # `path` and `bytes`, as the `Video` feature of `datasets` has them
 
 
@@ -60,13 +56,13 @@ class Window(NamedTuple):
 
 def is_shard(path: str) -> bool:
     """Whether it is a shard and no video."""
-    return path.endswith(SHARD_SUFFIX)
+    return path.lower().endswith(SHARD_SUFFIX)
 
 
 def split_path(path: str) -> tuple[str, str | None]:
     """The file of a video, and its name in there if that is a shard."""
-    shard, found, member = path.partition(MEMBER)
-    return (shard + SHARD_SUFFIX, member) if found else (path, None)
+    found = re.fullmatch(r"(.+?\.tar)::(.+)", path, re.IGNORECASE | re.DOTALL)
+    return (found[1], found[2]) if found else (path, None)
 
 
 def find_files(data: list[str]) -> list[Source]:
@@ -83,7 +79,7 @@ def find_files(data: list[str]) -> list[Source]:
     """
     if len(data) == 1 and Path(data[0]).is_dir():
         root = Path(data[0])
-        suffixes = (*VIDEO_SUFFIXES, SHARD_SUFFIX)
+        suffixes = (*sorted(VIDEO_SUFFIXES), SHARD_SUFFIX)
         paths = [path for path in root.rglob("*") if path.suffix.lower() in suffixes and not path.is_dir()]
         if not paths:
             raise ValueError(f"{root}: there is no video, which would end in one of {', '.join(suffixes)}")
@@ -120,44 +116,58 @@ def read_videos(files: list[Source], root: str, complete: Container[Source]) -> 
 
 def locate(root: str, path: str) -> str:
     """Where a file is, by its path in the collection."""
-    return path if "://" in path else os.path.join(root, path)  # noqa: PTH118 - an absolute one stays as it is
+    return path if "://" in path else str(Path(root) / path)  # an absolute one stays as it is
 
 
 def _read_shard(file: Source, location: str, complete: Container[Source]) -> Iterator[dict[str, Any]]:
-    with fsspec.open(location, "rb") as opened:
-        seekable = opened.seekable()
-        with tarfile.open(fileobj=opened, mode="r:" if seekable else "r|") as archive:
-            for member in archive:
-                video = file._replace(path=f"{file.path}::{member.name}")
-                if not member.isfile() or Path(member.name).suffix.lower() not in VIDEO_SUFFIXES or video in complete:
-                    continue
-                media = {"path": f"{location}::{member.name}", "bytes": archive.extractfile(member).read()}  # type: ignore[union-attr]
-                yield {**video._asdict(), "video": media, "error": None}
-        if seekable:  # tarfile takes a file that is cut at a header for one that ends there
+    with _open_shard(location) as (opened, archive):
+        for member in archive:
+            video = file._replace(path=f"{file.path}::{member.name}")
+            if not member.isfile() or Path(member.name).suffix.lower() not in VIDEO_SUFFIXES or video in complete:
+                continue
+            media = {"path": f"{location}::{member.name}", "bytes": _read_member(archive, member)}
+            yield {**video._asdict(), "video": media, "error": None}
+        if opened.seekable():  # tarfile takes a file that is cut at a header for one that ends there
             opened.seek(archive.offset)
             if len(opened.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("truncated: it has no end mark")
 
 
+@contextmanager
+def _open_shard(location: str) -> Iterator[tuple[Any, tarfile.TarFile]]:
+    """The file, and the archive in it. What is passed over is not read where that can be."""
+    with (
+        fsspec.open(location, "rb") as opened,
+        tarfile.open(fileobj=opened, mode="r:" if opened.seekable() else "r|") as archive,
+    ):
+        yield opened, archive
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # as it is of a member that is a file
+    return file.read()
+
+
 def read_media(root: str, path: str) -> Media:
-    """A video by its path in the collection. Raises `OSError` where a shard or its member can't be read."""
-    name, member = split_path(path)
+    """A video by its path in the collection. Raises `OSError` where a shard can't be read, or has no such member."""
+    name, wanted = split_path(path)
     location = locate(root, name)
-    if member is None:
+    if wanted is None:
         return {"path": location, "bytes": None}
     try:
-        with fsspec.open(location, "rb") as opened, tarfile.open(fileobj=opened, mode="r|") as archive:
-            for found in archive:
-                if found.name == member and found.isfile():
-                    return {"path": path, "bytes": archive.extractfile(found).read()}  # type: ignore[union-attr]
+        with _open_shard(location) as (_, archive):
+            for member in archive:
+                if member.name == wanted and member.isfile():
+                    return {"path": f"{location}::{wanted}", "bytes": _read_member(archive, member)}
     except tarfile.TarError as error:
         raise OSError(f"{location}: {error}") from error
-    raise FileNotFoundError(f"{location}: has no {member}")
+    raise FileNotFoundError(f"{location}: has no {wanted}")
 
 
-def open_video(media: Media) -> VideoFile:
-    """Raises `BrokenVideoError` or `OSError` for what can't be read."""
-    return VideoFile(media["path"], media["path"] if media["bytes"] is None else io.BytesIO(media["bytes"]))
+def open_video(video: VideoSource) -> VideoFile:
+    """A video of [`read_media`], or any other. Raises `BrokenVideoError` or `OSError` for what can't be read."""
+    return VideoFile(*open_source(video))
 
 
 def cut_video(video: Source, duration: float | None, clip_seconds: float) -> list[Window]:

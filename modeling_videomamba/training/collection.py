@@ -1,0 +1,157 @@
+"""A collection of videos that can be searched: an embedding of each window of each video, in a table on disk."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, Features, List, Value, load_from_disk
+
+from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
+from .parts import Parts
+from .retrieval import mean_directions
+from .windows import Source, Window
+
+VECTORS = ("embedding", "direction")
+
+
+def check_faiss() -> None:
+    """Raises `ImportError` where FAISS is missing."""
+    if find_spec("faiss") is None:
+        raise ImportError('searching needs FAISS: `pip install "modeling-videomamba[search]"`')
+
+
+def embed(model: VideoMambaForVideoTextRetrieval, pixel_values: torch.Tensor) -> torch.Tensor:
+    """
+    Mean over the frames of the normalised embedding of each, `(windows, projection_dim)`, float32: its inner product
+    with the normalised embedding of a text is what [`similarities`] computes.
+    """
+    return mean_directions(model.get_video_features(pixel_values).pooler_output)
+
+
+class Collection:
+    r"""
+    A folder with a finished `table`, if there is one, and with `parts`, the embeddings of a run that hasn't ended. A
+    table has a row for each window with `embedding`, `direction` (its unit vector), and a FAISS index of each.
+
+    Args:
+        folder (`Path`): May not exist yet.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.table_folder = folder, folder / "table"
+        self.before = folder / ".table.before"
+        self.parts = Parts(folder / "parts")
+
+    def index_file(self, name: str) -> Path:
+        """The FAISS index of a column of vectors."""
+        return self.table_folder / f"{name}.faiss"
+
+    def recover(self) -> None:
+        """Makes good what a kill may have left while a table was replaced."""
+        if self.before.exists() and not self.table_folder.exists():
+            self.before.rename(self.table_folder)
+
+    def load(self) -> Dataset:
+        """The finished table. Raises `FileNotFoundError` if there is none."""
+        if not self.table_folder.exists():
+            raise FileNotFoundError(f"{self.folder} has no finished index")
+        return load_from_disk(str(self.table_folder))
+
+    def windows(self) -> list[Window]:
+        """Of the finished table, in its order."""
+        if not self.table_folder.exists():
+            return []
+        columns = self.load().select_columns(list(Window._fields)).to_dict()
+        return [Window(*row) for row in zip(*(columns[name] for name in Window._fields), strict=True)]
+
+    def embedded(self, files: Iterable[Source]) -> set[Window]:
+        """The windows that needn't be embedded again, of files that are as they were."""
+        windows = {*self.windows(), *(_window(key) for key in self.parts.places())}
+        current = set(files)
+        return {window for window in windows if window.file in current}
+
+    def finish(self, files: Iterable[Source]) -> list[Window]:
+        """
+        Makes table and parts one table, without what is not of `files` as they are, and returns its windows. Raises
+        `ValueError` if there is none.
+        """
+        windows = sorted(self.embedded(files), key=lambda window: (window.path, window.start))
+        if not windows:
+            raise ValueError("no video could be read")
+        before = self.windows()
+        if windows != before:
+            self._replace(self._table(windows, before))
+        shutil.rmtree(self.parts.folder, ignore_errors=True)
+        return windows
+
+    def _table(self, windows: list[Window], before: list[Window]) -> Dataset:
+        rows = {window: row for row, window in enumerate(before)}
+        kept = [index for index, window in enumerate(windows) if window in rows]
+        fresh = [index for index, window in enumerate(windows) if window not in rows]
+        vectors = []
+        if kept:
+            table = self.load().select_columns("embedding").with_format("torch")
+            vectors.append(table[[rows[windows[index]] for index in kept]]["embedding"])
+        if fresh:
+            places = {_window(key): place for key, place in self.parts.places().items()}
+            vectors.append(self.parts.read([places[windows[index]] for index in fresh], "embedding"))
+        embedding = torch.cat(vectors)[torch.tensor(kept + fresh).argsort()]
+        columns: dict[str, Any] = dict(zip(Window._fields, map(list, zip(*windows, strict=True)), strict=True))
+        columns |= {"embedding": embedding.numpy(), "direction": F.normalize(embedding, dim=-1).numpy()}
+        types = ("string", "int64", "int64", "float64", "float64", "int64")
+        features = Features({name: Value(dtype) for name, dtype in zip(Window._fields, types, strict=True)})
+        features |= dict.fromkeys(VECTORS, List(Value("float32"), length=embedding.shape[1]))
+        return Dataset.from_dict(columns, features=features)
+
+    def _replace(self, table: Dataset) -> None:
+        """The table and its indexes appear at once."""
+        import faiss
+
+        writing = self.folder / ".table.writing"
+        for left in (writing, self.before):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        table.save_to_disk(str(writing))
+        for name in VECTORS:
+            table.add_faiss_index(name, metric_type=faiss.METRIC_INNER_PRODUCT)
+            table.save_faiss_index(name, str(writing / self.index_file(name).name))
+            table.drop_index(name)
+        if self.table_folder.exists():
+            self.table_folder.rename(self.before)
+        writing.rename(self.table_folder)
+        shutil.rmtree(self.before, ignore_errors=True)
+
+
+def _window(key: str) -> Window:
+    return Window(*json.loads(key))
+
+
+def complete_videos(windows: set[Window]) -> frozenset[Source]:
+    """The videos of which all windows are there."""
+    counts: dict[Source, int] = {}
+    for window in windows:
+        counts[window.video] = counts.get(window.video, 0) + 1
+    return frozenset(window.video for window in windows if counts[window.video] == window.windows)
+
+
+def describe_changes(before: list[Window], known: set[Window], now: list[Window], broken: dict[str, str]) -> str:
+    r"""
+    What a run did, in a line.
+
+    Args:
+        before, now (`list[Window]`): Of the finished table.
+        known (`set[Window]`): What had been embedded before the run.
+        broken (`dict[str, str]`): Why what can't be read can't, by its path.
+    """
+    fresh = [window for window in now if window not in known]
+    embedded, present = {window.path for window in fresh}, {window.path for window in now}
+    stale = {window.path for window in before} - {window.path for window in set(before) & set(now)}
+    changed = {path for path in stale if path in present or path in broken}
+    return (
+        f"embedded {len(fresh)} clips of {len(embedded)} videos, kept {len(present - embedded)}, "
+        f"changed {len(changed)}, removed {len(stale - changed)}, broken {len(broken)}"
+    )

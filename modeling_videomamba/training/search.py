@@ -1,0 +1,186 @@
+"""Searching a collection of videos: candidates by embeddings, judged by the fusion layers, as filmstrips."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import BatchEncoding
+
+from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
+from ..processing_videomamba import VideoMambaProcessor
+from ..video_processing_videomamba import VideoMambaVideoProcessor
+from .collection import Collection, embed
+from .data import BROKEN
+from .pictures import restore_pixels
+from .reports import pyplot
+from .video_text_models import load_trained
+from .windows import Window, locate, open_video, read_media, window_pixels
+
+MAX_STRIP_FRAMES = 8
+FUSED_TOGETHER = 8  # windows of a batch
+
+
+@dataclass
+class Hit:
+    """
+    A window that was found: its cosine with the query, mean over the frames for a text; where they are known, the
+    probability that it matches the text, and what the model sees of it, `pixels` `(1, frames, 3, height, width)`.
+    """
+
+    window: Window
+    similarity: float
+    probability: float | None = None
+    pixels: torch.Tensor | None = None
+
+    @property
+    def time(self) -> str:
+        """From when to when, in minutes and seconds."""
+        end = "end" if self.window.end is None else _minutes(self.window.end)
+        return f"{_minutes(self.window.start)}\N{EN DASH}{end}"
+
+
+def _minutes(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02}"
+
+
+class Search:
+    r"""
+    A search in the finished table of a collection.
+
+    Args:
+        collection ([`Collection`]): Has a table.
+        column (`str`): What is compared: `"embedding"` with texts, `"direction"` with clips.
+        root (`str`): What the paths of its videos are relative to.
+        processor ([`VideoMambaVideoProcessor`]): Of the model.
+
+    `left_out` gets the reason for each file that isn't as it was when it was indexed, which is not among the hits.
+    """
+
+    def __init__(self, collection: Collection, column: str, root: str, processor: VideoMambaVideoProcessor):
+        self.column, self.root, self.processor = column, root, processor
+        self.table = collection.load()
+        self.rows = self.table.select_columns(list(Window._fields))
+        self.table.load_faiss_index(column, str(collection.index_file(column)))
+        self.left_out: dict[str, str] = {}
+        self._unchanged: set[str] = set()
+
+    def candidates(self, query: torch.Tensor, at_once: int) -> Iterator[Hit]:
+        r"""
+        All windows, the most similar first.
+
+        Args:
+            query (`torch.Tensor` of shape `(projection_dim,)`): l2-normalised.
+            at_once (`int`): How many are wanted; for more FAISS is asked again.
+        """
+        seen: set[int] = set()
+        while len(seen) < len(self.rows):
+            at_once = min(at_once, len(self.rows))
+            for similarity, row in zip(*self.table.search(self.column, query.cpu().numpy(), at_once), strict=True):
+                if row not in seen:
+                    seen.add(row)
+                    window = Window(**self.rows[int(row)])
+                    if self._is_unchanged(window):
+                        yield Hit(window, float(similarity))
+            at_once *= 4
+
+    def _is_unchanged(self, window: Window) -> bool:
+        name = window.file.path
+        if name not in self._unchanged and name not in self.left_out:
+            if changed := self._change(window):
+                self.left_out[name] = f"{name}: {changed} since it was indexed"
+            else:
+                self._unchanged.add(name)
+        return name in self._unchanged
+
+    def _change(self, window: Window) -> str | None:
+        if "://" in window.file.path:
+            return None
+        try:
+            found = Path(locate(self.root, window.file.path)).stat()
+        except OSError:
+            return "removed"
+        return None if (found.st_size, found.st_mtime_ns) == (window.size, window.mtime) else "changed"
+
+    def with_pixels(self, hits: Iterable[Hit]) -> Iterator[Hit]:
+        """Those of which the frames can be read."""
+        for hit in hits:
+            try:
+                if hit.pixels is None:
+                    with open_video(read_media(self.root, hit.window.path)) as reader:
+                        hit.pixels = window_pixels(reader, hit.window.start, hit.window.end, self.processor)
+            except BROKEN as error:
+                self.left_out[hit.window.path] = str(error)
+            else:
+                yield hit
+
+
+def load_retrieval_model(name: str) -> tuple[VideoMambaForVideoTextRetrieval, VideoMambaProcessor]:
+    """A model of videos and texts and its processor. Raises `OSError` or `ValueError` where there is none there."""
+    try:
+        return load_trained(name).eval(), VideoMambaProcessor.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"the model {name} can't be loaded: {error}") from error
+
+
+def embed_clip(path: str, model: VideoMambaForVideoTextRetrieval, processor: VideoMambaProcessor) -> torch.Tensor:
+    """The direction of all of a video as one window, `(projection_dim,)`; raises as [`open_video`] does."""
+    with open_video(path) as reader:
+        pixels = window_pixels(reader, 0.0, None, processor.video_processor)
+    return F.normalize(embed(model, pixels.to(model.device))[0], dim=-1)
+
+
+class Text:
+    r"""
+    A text as a model sees it: `embedding` `(projection_dim,)`, l2-normalised, and what the fusion layers go on with.
+
+    Raises:
+        `ValueError`: if it is empty, or has more tokens than the model has positions.
+    """
+
+    def __init__(self, text: str, model: VideoMambaForVideoTextRetrieval, processor: VideoMambaProcessor):
+        if not text.strip():
+            raise ValueError("the text is empty")
+        self.model = model
+        self.tokens: BatchEncoding = processor(text=[text], return_tensors="pt").to(model.device)
+        length, longest = self.tokens["input_ids"].shape[1], model.text_model.config.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"the text has {length} tokens, of which the model takes at most {longest}")
+        features = model.get_text_features(self.tokens["input_ids"], self.tokens["attention_mask"])
+        self.hidden_states = features.last_hidden_state
+        self.embedding = F.normalize(features.pooler_output.float(), dim=-1)[0]
+
+    def rerank(self, hits: list[Hit]) -> list[Hit]:
+        """The hits, which have pixels, by the probability that they match the text, which they get."""
+        for first in range(0, len(hits), FUSED_TOGETHER):
+            batch = hits[first : first + FUSED_TOGETHER]
+            pixels = torch.cat([hit.pixels for hit in batch]).to(self.model.device)  # type: ignore[misc]
+            videos = self.model.get_video_features(pixels).last_hidden_state
+            texts = self.hidden_states.expand(len(batch), -1, -1)
+            mask = self.tokens["attention_mask"].expand(len(batch), -1)
+            logits = self.model.matching_logits_of_encoded(videos, texts, mask)
+            for hit, probability in zip(batch, logits.float().softmax(-1)[:, 1].tolist(), strict=True):
+                hit.probability = probability
+        return sorted(hits, key=lambda hit: -(hit.probability or 0))
+
+
+def draw_filmstrips(hits: list[Hit], processor: VideoMambaVideoProcessor, path: Path) -> None:
+    """A row for each of the hits, which have pixels: frames as the model sees them, under where they are and scores."""
+    plots = pyplot()
+    figure, axes = plots.subplots(len(hits), figsize=(14, 2 * len(hits) + 0.5), squeeze=False, layout="constrained")
+    for axis, hit in zip(axes[:, 0], hits, strict=True):
+        assert hit.pixels is not None
+        frames = restore_pixels(hit.pixels, processor)[0].movedim(1, -1)
+        shown = np.linspace(0, len(frames) - 1, min(len(frames), MAX_STRIP_FRAMES)).round().astype(int)
+        gap = max(1, frames.shape[2] // 32)
+        strip = F.pad(frames[shown], (0, 0, 0, gap), value=1.0)  # white between the frames
+        axis.imshow(strip.movedim(0, 1).flatten(1, 2).numpy(), aspect="equal")
+        match = "" if hit.probability is None else f", match {hit.probability:.3f}"
+        title = f"{hit.window.path}  {hit.time}  similarity {hit.similarity:.3f}{match}"
+        axis.set_title(title, fontsize=9, parse_math=False)
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    plots.close(figure)

@@ -1,0 +1,267 @@
+"""Finds videos, and the moment in them, by a text or by another clip, with a model of videos and texts.
+
+    accelerate launch scripts/search_videos.py index FOLDER OUT --model DIR_OR_ID
+    python scripts/search_videos.py query OUT "a dog runs"
+
+`index` embeds every window of every video of FOLDER, of the videos in its tar shards too; instead of FOLDER it takes
+the paths or addresses of shards. It may be stopped at any moment and started again, also on another number of
+processes; started later, it embeds what is new or has changed. `query` searches OUT, where `index` has left its table.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from datasets.distributed import split_dataset_by_node
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Plain
+from transformers import logging
+
+from classify import MAX_PICTURE_ROWS, PICTURE_SUFFIXES
+from modeling_videomamba.training.arguments import check_settings
+from modeling_videomamba.training.collection import (
+    Collection,
+    check_faiss,
+    complete_videos,
+    describe_changes,
+    embed,
+)
+from modeling_videomamba.training.loop import start_accelerator
+from modeling_videomamba.training.parts import Parts
+from modeling_videomamba.training.search import Hit, Search, Text, draw_filmstrips, embed_clip, load_retrieval_model
+from modeling_videomamba.training.teacher_cache import digest
+from modeling_videomamba.training.windows import Source, Windows, find_files, is_shard, stream_videos
+from modeling_videomamba.training.workers import iterate
+
+RERANKED = 32
+SETTINGS = "settings.json"
+# a process waits for the others, whose videos may be longer, and for the main one, which writes the table
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(days=7))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    index = commands.add_parser("index", help="embed videos, those that are new or changed")
+    index.add_argument(
+        "data", nargs="+", metavar="FOLDER", help="with videos or tar shards; or paths or URLs of shards"
+    )
+    index.add_argument("out", type=Path, metavar="OUT", help="folder of the index")
+    index.add_argument("--model", required=True, metavar="DIR_OR_ID", help="of videos and texts")
+    index.add_argument("--clip-seconds", type=float, default=10.0, help="longest window of a video (default: 10)")
+    index.add_argument("--batch-size", type=int, default=8, help="windows of a batch on each process (default: 8)")
+    index.add_argument("--num-workers", type=int, default=4, help="decoding processes of each process (default: 4)")
+    index.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"])
+    index.add_argument("--on-broken-video", choices=["skip", "raise"], default="skip", help="default: skip, and tell")
+    query = commands.add_parser("query", help="search what is indexed")
+    query.add_argument("out", type=Path, metavar="OUT", help="folder of the index")
+    query.add_argument("text", nargs="?", help="what the videos are to show")
+    query.add_argument("--video", metavar="CLIP", help="what they are to be like, instead of a text")
+    query.add_argument("--top-k", type=int, default=10, help="hits to show (default: 10)")
+    query.add_argument(
+        "--rerank", type=int, metavar="K", help=f"candidates to judge more exactly (default: {RERANKED})"
+    )
+    query.add_argument("--picture", type=Path, metavar="OUT.png", help="draw the hits as filmstrips")
+    query.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args()
+
+
+def check_index_args(args: argparse.Namespace) -> None:
+    if not args.clip_seconds > 0:
+        raise ValueError(f"--clip-seconds must be positive, got {args.clip_seconds}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.num_workers < 0:
+        raise ValueError(f"--num-workers must not be negative, got {args.num_workers}")
+
+
+def check_query_args(args: argparse.Namespace) -> None:
+    if (args.text is None) == (args.video is None):
+        raise ValueError("pass one of a text and --video")
+    if args.top_k < 1:
+        raise ValueError(f"--top-k must be at least 1, got {args.top_k}")
+    if args.rerank is not None and args.rerank < 0:
+        raise ValueError(f"--rerank must not be negative, got {args.rerank}")
+    if args.rerank is not None and args.video is not None:
+        raise ValueError(f"--rerank {args.rerank}: candidates are judged by a text, not by --video")
+    if args.picture is None:
+        return
+    if args.picture.suffix not in PICTURE_SUFFIXES:
+        raise ValueError(f"--picture {args.picture}: must end in {', '.join(PICTURE_SUFFIXES)}")
+    if not args.picture.absolute().parent.is_dir():
+        raise ValueError(f"--picture {args.picture}: there is no such folder")
+    if args.top_k > MAX_PICTURE_ROWS:
+        raise ValueError(f"--picture shows at most {MAX_PICTURE_ROWS} hits, got --top-k {args.top_k}")
+
+
+# Indexing
+
+
+def index(args: argparse.Namespace) -> None:
+    check_index_args(args)
+    accelerator = start_accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[PATIENCE])
+    found: list[list[Source]] = [find_files(args.data) if accelerator.is_main_process else []]
+    (files,) = broadcast_object_list(found)
+    with accelerator.main_process_first():
+        model, processor = load_retrieval_model(args.model)
+    folder = str(Path(args.data[0]).resolve()) if Path(args.data[0]).is_dir() else ""
+    collection = Collection(args.out)
+    if accelerator.is_main_process:
+        settings = {
+            "model": str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
+            "weights": digest(model, processor.video_processor.to_dict()),
+            "folder": folder,
+            "clip_seconds": args.clip_seconds,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        check_settings(args.out / SETTINGS, settings, f"{args.out} is an index of another run")
+        collection.recover()
+    accelerator.wait_for_everyone()
+    before, known = collection.windows(), collection.embedded(files)
+    accelerator.wait_for_everyone()  # nobody writes before all have read
+
+    broken: dict[str, str] = {}
+    complete = complete_videos(known)
+    if remaining := [file for file in files if is_shard(file.path) or file not in complete]:
+        stream = stream_videos(remaining, folder, complete)
+        stream = split_dataset_by_node(stream, accelerator.process_index, accelerator.num_processes)
+        partial = {window for window in known if window.video not in complete}
+        windows = Windows(stream, processor.video_processor, args.clip_seconds, partial)
+        share = -(-len(remaining) // accelerator.num_processes)
+        batches = iterate(windows, min(args.num_workers, share), batch_size=args.batch_size)
+        total = None if any(is_shard(file.path) for file in remaining) else share
+        with tqdm(total=total, unit="video", desc="videos of this process") as bar:
+            model = model.to(accelerator.device)
+            broken = embed_all(accelerator, model, batches, collection.parts, bar, args.on_broken_video == "raise")
+    broken = dict(gather_object(list(broken.items())))
+    if accelerator.is_main_process:
+        for reason in broken.values():
+            print(f"broken: {reason}")
+        now = collection.finish(files)
+        print(describe_changes(before, known, now, broken))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def embed_all(
+    accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Any]], parts: Parts, bar: Any, stop: bool
+) -> dict[str, str]:
+    """Embeds windows; returns the reason for each file that can't be read, or raises `ValueError` if it is to stop."""
+    broken: dict[str, str] = {}
+    seen: set[str] = set()
+    for batch in batches:
+        keys = [name for name in batch["names"] if name]
+        if keys:
+            pixels = batch["pixel_values"][batch["valid"]].to(accelerator.device)
+            with torch.inference_mode(), accelerator.autocast():
+                parts.write(keys, {"embedding": embed(model, pixels)})
+        broken = dict(batch["broken"]) | broken  # the first reason for each
+        if broken and stop:
+            raise ValueError("; ".join(broken.values()))
+        paths = {json.loads(key)[0] for key in keys} | {path for path, _ in batch["broken"]}
+        bar.update(len(paths - seen))
+        seen |= paths
+    return broken
+
+
+# Searching
+
+
+def query(args: argparse.Namespace) -> None:
+    check_query_args(args)
+    collection = Collection(args.out)
+    collection.load()  # before the model, which takes longer
+    settings = json.loads((args.out / SETTINGS).read_text("utf-8"))
+    model, processor = load_retrieval_model(settings["model"])
+    if digest(model, processor.video_processor.to_dict()) != settings["weights"]:
+        raise ValueError(f"{settings['model']} has other weights, or another processor, than when {args.out} was made")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    column = "embedding" if args.video is None else "direction"
+    search = Search(collection, column, settings["folder"], processor.video_processor)
+    with torch.inference_mode():
+        hits, times = find(args, search, model, processor)
+    if args.picture is not None and hits:
+        draw_filmstrips(hits, processor.video_processor, args.picture)
+    if args.json:
+        print_json(hits, search, times)
+    else:
+        print_table(hits, search, times)
+    for reason in search.left_out.values():
+        print(f"left out: {reason}", file=sys.stderr)
+
+
+def find(args: argparse.Namespace, search: Search, model: Any, processor: Any) -> tuple[list[Hit], dict[str, float]]:
+    """The hits, best first, and the milliseconds that it took to find candidates and to re-rank them."""
+    reranked = 0 if args.text is None else RERANKED if args.rerank is None else args.rerank
+    wanted = max(args.top_k, reranked)
+    began = time.perf_counter()
+    text = None if args.text is None else Text(args.text, model, processor)
+    wanted_vector = embed_clip(args.video, model, processor) if text is None else text.embedding
+    found = search.candidates(wanted_vector, wanted)
+    candidates = chain(list(islice(found, wanted)), found)
+    times = {"search_ms": 1000 * (time.perf_counter() - began)}
+    best: list[Hit] = []
+    if text is not None and reranked:
+        began = time.perf_counter()
+        best = text.rerank(list(islice(search.with_pixels(candidates), reranked)))
+        times["rerank_ms"] = 1000 * (time.perf_counter() - began)
+    others = search.with_pixels(candidates) if args.picture is not None else candidates
+    return list(islice(chain(best, others), args.top_k)), times
+
+
+def print_table(hits: list[Hit], search: Search, times: dict[str, float]) -> None:
+    table = Table("rank", "video", "time", "similarity", "match")
+    for column in (table.columns[0], *table.columns[2:]):
+        column.justify, column.no_wrap = "right", True
+    table.columns[1].overflow = "fold"
+    for rank, hit in enumerate(hits, 1):
+        match = "" if hit.probability is None else f"{hit.probability:.3f}"
+        table.add_row(str(rank), Plain(hit.window.path), hit.time, f"{hit.similarity:.3f}", match)
+    Console().print(table)
+    took = f"searching {times['search_ms']:.0f} ms"
+    if "rerank_ms" in times:
+        took += f", re-ranking {times['rerank_ms']:.0f} ms"
+    print(f"{len(search.rows)} clips; {took}")
+
+
+def print_json(hits: list[Hit], search: Search, times: dict[str, float]) -> None:
+    found = [
+        {
+            "path": hit.window.path,
+            "start": hit.window.start,
+            "end": hit.window.end,
+            "similarity": hit.similarity,
+            "match": hit.probability,
+        }
+        for hit in hits
+    ]
+    report = {"hits": found, "left_out": list(search.left_out.values()), "clips": len(search.rows), **times}
+    print(json.dumps(report, indent=2))
+
+
+def main() -> None:
+    args = parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        check_faiss()
+        {"index": index, "query": query}[args.command](args)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""pretrain_video_text.py, launched as a user launches it, and evaluate_retrieval.py on what it leaves."""
+
+import csv
+import json
+import random
+import shutil
+import sys
+import tarfile
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    pipeline,
+)
+
+import evaluate_retrieval
+import pretrain_video_text
+from make_moving_digits import NUMBERS
+from modeling_videomamba import VideoMambaForVideoTextRetrieval
+from modeling_videomamba.training.parts import Parts
+from modeling_videomamba.training.video_text import CaptionedDataArguments, VideoTextArguments
+from modeling_videomamba.training.video_text_models import VideoTextModelArguments, make_tokenizer
+from tests.conftest import tiny_config
+from tests.launching import (
+    SCRIPTS,
+    assert_finished,
+    last_weights,
+    launch,
+    launched,
+    run,
+    start,
+    summary,
+    wait_until,
+    write_broken_videos,
+)
+from tests.models import build
+
+WIDTHS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+VISION = {**tiny_config(patch_size=8, alignment_size=16).to_diff_dict(), "num_labels": 2}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """63 training and 24 test clips with captions, and a broken one among each."""
+    folder = tmp_path_factory.mktemp("clips")
+    command = (sys.executable, SCRIPTS / "make_moving_digits.py", folder, "--captions")
+    assert_finished(run(*command, "--train-clips", 63, "--test-clips", 24))
+    truncated, _, text, _ = write_broken_videos(folder / "broken", folder / "test" / "00005.mp4")
+    for name, split in ((truncated, "train"), (text, "test")):
+        shutil.move(folder / "broken" / name, folder / split / name)
+        with (folder / f"{split}.jsonl").open("a") as file:
+            file.write(json.dumps({"path": f"{split}/{name}", "caption": "a broken clip"}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """32 pictures of digits, two captions each, as the original release lists them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    data, entries = load_digits(), []
+    for index in range(32):
+        picture = Image.fromarray((data.images[index] * 255 / 16).astype(np.uint8)).resize((40, 32))
+        picture.save(folder / f"{index:03}.png")
+        number = NUMBERS[data.target[index]]
+        entries.append({"image": f"{index:03}.png", "caption": [f"a white {number}", f"the number {number}"]})
+    (folder / "train.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory, clips):
+    """A VideoMamba, a BERT with its tokenizer, and a CLIP."""
+    folder = tmp_path_factory.mktemp("starts")
+    build(**{**VISION, "num_frames": 2}).save_pretrained(folder / "vision")
+    captions = [json.loads(line)["caption"] for line in (clips / "train.jsonl").read_text().splitlines()]
+    tokenizer = make_tokenizer(captions, 150)
+    tokenizer.save_pretrained(folder / "text")
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**WIDTHS, vocab_size=160)).save_pretrained(folder / "text")
+    clip = CLIPVisionConfig(**WIDTHS, image_size=32, patch_size=8, projection_dim=16)
+    CLIPVisionModelWithProjection(clip).save_pretrained(folder / "clip")
+    crop = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The configuration of a model from scratch."""
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    vision = {"hidden_size": 48, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8, "num_frames": 8}
+    vision["initializer_range"] = 0.15
+    text = {**WIDTHS, "vocab_size": 160, "max_position_embeddings": 32}
+    values = {"vision_config": vision, "text_config": text, "fusion_layer": 2, "projection_dim": 32}
+    path.write_text(json.dumps(values))
+    return path
+
+
+def losses(folder):
+    """The lines of the log that have losses."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+def test_a_masked_and_an_unmasked_stage_on_images_and_videos(clips, pictures, starts, tmp_path):
+    options = ("--data", clips, "--more-data", pictures, "--on-broken-video", "skip", "--report-to", "none")
+    options += ("--log-steps", 1, "--max-text-length", 8, "--max-grad-norm", 1)
+    masks = ("--teacher", starts / "clip", "--video-mask-type", "attention", "--image-mask-type", "random")
+    begin = ("--vision", starts / "vision", "--text", starts / "text", "--fusion-layer", 1, "--num-frames", 4)
+    common = (*options, "--output-dir", tmp_path / "masked", "--batch-size", 8, "--epochs", 2, "--drop-path-rate", 0.1)
+    text = assert_finished(launch("pretrain_video_text.py", 2, *common, *masks, *begin, "--num-sample", 2))
+    found = summary(tmp_path / "masked")
+    assert found["steps"] == 2 * (64 // 16 + 32 // 16) and found["evaluated"] == 24
+    assert {path.rsplit("/", 1)[-1] for path in found["broken"]} == {"truncated.mp4", "text.mp4"}
+    assert "not a video" in text and 1 <= found["metrics"]["text_to_video_median_rank"] <= 24
+    for line in losses(tmp_path / "masked"):
+        parts = [line[f"loss_{name}"] for name in ("contrastive", "matching", "masked_lm", "alignment")]
+        assert line["loss"] == pytest.approx(sum(parts), rel=1e-3) and min(parts) > 0
+    cut = [line["cut_texts"] for line in losses(tmp_path / "masked")]
+    assert min(cut) == 0 and max(cut) == 1  # those of pictures are short
+
+    recipe = tmp_path / "unmasked.yaml"
+    recipe.write_text(
+        "epochs: 1\nlearning_rate: 1.0e-4\nmin_crop_area: 0.5\nflip: true\ngradient_checkpointing: true\n"
+    )
+    last = ("--model", tmp_path / "masked" / "last", "--recipe", recipe, "--warmup-epochs", 0, "--ema-decay", 0.9)
+    last += ("--mixed-precision", "bf16", "--mlm-probability", 0, "--num-frames", 6, "--batch-size", 16)
+    assert_finished(launch("pretrain_video_text.py", 1, *options, *last, "--output-dir", tmp_path / "unmasked"))
+    names = {name for line in losses(tmp_path / "unmasked") for name in line if name.startswith("loss_")}
+    assert names == {"loss_contrastive", "loss_matching"} and summary(tmp_path / "unmasked")["steps"] == 6
+
+    model = AutoModel.from_pretrained(tmp_path / "unmasked" / "best")
+    assert type(model) is VideoMambaForVideoTextRetrieval and model.config.fusion_layer == 1
+    vision = model.config.vision_config
+    assert (vision.num_frames, vision.alignment_size, vision.drop_path_rate) == (6, 16, 0.1)
+    processor = AutoProcessor.from_pretrained(tmp_path / "unmasked" / "best")
+    assert processor.video_processor.num_frames == 6 and dict(processor.video_processor.size)["height"] == 32
+    assert processor.tokenizer.get_vocab() == BertTokenizer.from_pretrained(starts / "text").get_vocab()
+    card = ModelCard.load(tmp_path / "masked" / "best" / "README.md")
+    assert "Text to video, recall at 1" in card.text and "from `vision`" in card.text and str(tmp_path) not in card.text
+
+
+def test_kills_change_nothing(clips, pictures, config, tmp_path):
+    """Two processes, two kinds of batches, a tokenizer made of the captions."""
+    options = ("--data", clips, "--more-data", pictures, "--config", config, "--on-broken-video", "skip", "--resume")
+    options += ("--report-to", "none", "--save-steps", 2, "--epochs", 3, "--batch-size", 4, "--drop-path-rate", 0.2)
+    options += ("--min-crop-area", 0.5, "--video-mask-type", "tube")
+
+    def command(name):
+        return launched("pretrain_video_text.py", 2, *options, "--output-dir", tmp_path / name)
+
+    assert_finished(run(*command("whole")))
+    process, states = start(*command("killed")), tmp_path / "killed" / "states"
+    wait_until(lambda: list(states.glob("step-*")), process)
+    time.sleep(random.Random(0).uniform(0, 0.3))
+    assert process.poll() is None, "the run has ended before it was killed"
+    for one in (*psutil.Process(process.pid).children(recursive=True), process):
+        one.kill()
+    process.communicate()
+    assert "resumed after step" in assert_finished(run(*command("killed")))
+    whole, killed = last_weights(tmp_path / "whole"), last_weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert summary(tmp_path / "whole")["metrics"] == summary(tmp_path / "killed")["metrics"]
+
+
+@pytest.fixture(scope="module")
+def learned(clips, config, tmp_path_factory):
+    """A model that has learnt 32 clips by heart, and these clips, twice each with other captions."""
+    folder = tmp_path_factory.mktemp("learned")
+    lines = [json.loads(line) for line in (clips / "train.jsonl").read_text().splitlines()[:32]]
+    for split in ("train", "test"):
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["path", "caption"], *([line["path"], line["caption"]] for line in lines)])
+    options = ("--data", folder, "--data-root", clips, "--config", config, "--epochs", 80, "--evaluation-epochs", 40)
+    options += ("--learning-rate", 4e-3, "--batch-size", 16, "--max-grad-norm", 1, "--report-to", "none")
+    options += ("--warmup-epochs", 5, "--output-dir", folder / "model", "--num-workers", 1)
+    assert_finished(launch("pretrain_video_text.py", 1, *options))
+    return folder
+
+
+def test_it_learns_what_clips_show(learned, clips):
+    found = summary(learned / "model")
+    assert found["metrics"]["text_to_video_r1"] > 80 and found["metrics"]["video_to_text_r1"] > 80
+    first, last = losses(learned / "model")[0], losses(learned / "model")[-1]
+    for name in ("loss_contrastive", "loss_matching", "loss_masked_lm"):
+        assert last[name] < 0.8 * first[name], name
+    classifier = pipeline("zero-shot-video-classification", str(learned / "model" / "last"), trust_remote_code=True)
+    lines = [json.loads(line) for line in (clips / "train.jsonl").read_text().splitlines()[:32]]
+    labels = [line["caption"] for line in lines]
+    best = [
+        classifier(str(clips / line["path"]), candidate_labels=labels, hypothesis_template="{}", top_k=1)[0]["label"]
+        for line in lines[:8]
+    ]
+    assert sum(label == line["caption"] for label, line in zip(best, lines, strict=False)) >= 6
+
+
+def archive(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, source in files:
+            tar.add(source, name)
+
+
+def test_streams_of_images_and_videos(clips, pictures, config, starts, tmp_path):
+    entries = json.loads((pictures / "train.json").read_text())
+    for name in ("videos", "images"):
+        (tmp_path / name).mkdir()
+    for shard in range(2):
+        files = []
+        for index in range(shard, 16, 2):
+            caption = tmp_path / f"{index}.txt"
+            caption.write_text(json.loads((clips / "train.jsonl").read_text().splitlines()[index])["caption"])
+            files += [(f"{index}.mp4", clips / "train" / f"{index:05}.mp4"), (f"{index}.txt", caption)]
+        archive(tmp_path / "videos" / f"train-{shard}.tar", files)
+        files = []
+        for index in range(shard, 16, 2):
+            captions = tmp_path / f"{index}.json"
+            captions.write_text(json.dumps({"captions": entries[index]["caption"]}))
+            files += [(f"{index}.png", pictures / entries[index]["image"]), (f"{index}.json", captions)]
+        archive(tmp_path / "images" / f"train-{shard}.tar", files)
+    options = ("--data", tmp_path / "videos", "--more-data", tmp_path / "images", "--evaluation-data", clips)
+    options += ("--streaming", "--steps-per-epoch", 4, "--image-share", 0.25, "--epochs", 2, "--batch-size", 4)
+    options += ("--config", config, "--tokenizer", starts / "text", "--num-workers", 1, "--log-steps", 1)
+    options += ("--warmup-epochs", 0, "--on-broken-video", "skip", "--evaluation-examples", 12, "--report-to", "none")
+    assert_finished(launch("pretrain_video_text.py", 2, *options, "--output-dir", tmp_path / "model"))
+    assert summary(tmp_path / "model")["steps"] == 8 and summary(tmp_path / "model")["evaluated"] in (11, 12)
+
+
+def test_what_is_wrong_is_explained(clips, pictures, config, starts, tmp_path, exit_of):
+    def fails(message, *options):
+        assert message in exit_of(pretrain_video_text, *options, "--output-dir", tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    common = ("--data", clips, "--config", config)
+    fails("pass one of --model, --config and --vision, got none", "--data", clips)
+    fails("--vision and --text go together", "--data", clips, "--vision", "v")
+    fails("--fusion-layer 2 is for --text", *common, "--fusion-layer", 2)
+    fails("--tokenizer t is for --config", "--data", clips, "--model", "m", "--tokenizer", "t")
+    fails("must be a model of videos and texts", "--data", clips, "--model", starts / "vision")
+    fails("--max-text-length must be at most 32, got 40", *common, "--max-text-length", 40)
+    fails("must have a split validation or test", "--data", pictures, "--config", config)
+    fails("--streaming needs", *common, "--streaming")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "train.csv").write_text("path,title\nx.mp4,y\n")
+    fails("must have one of the columns `captions`, `caption`", "--data", tmp_path / "none", "--config", config)
+    small = json.loads(config.read_text())
+    small["text_config"]["vocab_size"] = 9
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    options = ("--data", clips, "--config", tmp_path / "small.json", "--tokenizer", starts / "text")
+    fails("the tokenizer knows", *options)
+
+
+def test_values_out_of_range_are_explained():
+    for name, value in (("video_mask_ratio", 1.0), ("mlm_probability", 1.0), ("max_text_length", 2)):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least .*, got {value}"):
+            VideoTextArguments(**{name: value})
+    with pytest.raises(ValueError, match="`image_mask_type` attention is that of a `teacher`"):
+        VideoTextArguments(image_mask_type="attention")
+    with pytest.raises(ValueError, match="--image-share must be between 0 and 1, got 0"):
+        CaptionedDataArguments("x", image_share=0)
+    with pytest.raises(ValueError, match="got model and vision"):
+        VideoTextModelArguments(model="m", vision="v", text="t")
+
+
+def test_a_tokenizer_of_captions_knows_their_words():
+    tokenizer = make_tokenizer(["A red seven moves up", "a blue seven moves"], 100)
+    assert tokenizer.tokenize("a seven moves") == ["a", "seven", "moves"]
+    assert tokenizer.get_vocab() == make_tokenizer(["a red seven moves up", "a blue seven moves"], 100).get_vocab()
+    assert tokenizer.mask_token_id == 4 and tokenizer("seven").input_ids[0] == tokenizer.cls_token_id
+
+
+# evaluate_retrieval.py
+
+
+def brute_force(folder, clips, lines):
+    """Similarities and matching scores of all pairs, straight from the model."""
+    model = AutoModel.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(text=[line["caption"] for line in lines], padding=True, return_tensors="pt")
+    pixels = processor(videos=[str(clips / line["path"]) for line in lines], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        scores = model(pixels, **inputs).logits_per_video
+        videos = model.get_video_features(pixels).last_hidden_state
+        texts = model.get_text_features(**inputs).last_hidden_state
+        matches = [
+            model.matching_logits_of_encoded(video.expand(len(texts), -1, -1), texts, inputs["attention_mask"])[:, 1]
+            for video in videos
+        ]
+    return scores, torch.stack(matches)
+
+
+def ranks(scores):
+    return [(row > row[index]).sum().item() for index, row in enumerate(scores)]
+
+
+def test_retrieval_is_that_of_all_pairs(learned, clips, tmp_path):
+    lines = [json.loads(line) for line in (clips / "train.jsonl").read_text().splitlines()[:32]]
+    scores, matches = brute_force(learned / "model" / "last", clips, lines)
+    options = (learned / "model" / "last", "--data", learned, "--data-root", clips, "--num-workers", 1)
+    options += ("--batch-size", 5, "--top-k", 10)
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}"
+        text = assert_finished(launch("evaluate_retrieval.py", processes, *options, "--output-dir", output))
+        assert "32 videos, 32 texts" in text
+        found = json.loads((output / "metrics.json").read_text())
+        for way, table in (("video_to_text", scores), ("text_to_video", scores.T)):
+            expected = np.array(ranks(table))
+            for k in (1, 5, 10):
+                assert found["dual_encoder"][f"{way}_r{k}"] == pytest.approx(100 * (expected < k).mean())
+            assert found["dual_encoder"][f"{way}_median_rank"] == np.median(expected) + 1
+        for way, table, by in (("video_to_text", scores, matches), ("text_to_video", scores.T, matches.T)):
+            first = table >= table.topk(10, dim=1).values[:, -1:]
+            expected = np.array(ranks(torch.where(first, by + 1000, table)))
+            for k in (1, 5, 10):
+                assert found["top_10_by_fusion"][f"{way}_r{k}"] == pytest.approx(100 * (expected < k).mean(), abs=3.2)
+
+    # what is encoded is not encoded again, also where some of it is missing, and by another number of processes
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "2" / "videos").iterdir()}
+    lost = next(iter(before))
+    lost.unlink()
+    assert_finished(launch("evaluate_retrieval.py", 1, *options, "--output-dir", tmp_path / "2"))
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "2" / "videos").iterdir()}
+    assert {path for path in after if path in before} == set(before) - {lost}
+    assert all(after[path] == before[path] for path in set(before) - {lost})
+    assert set(Parts(tmp_path / "2" / "videos").places()) == {str(index) for index in range(32)}
+    first, second = ((tmp_path / name / "metrics.json").read_text() for name in ("1", "2"))
+    assert first == second
+
+
+def test_retrieval_with_annotations_of_a_benchmark(learned, clips, tmp_path, exit_of, monkeypatch, capsys):
+    lines = [json.loads(line) for line in (clips / "train.jsonl").read_text().splitlines()[:6]]
+    videos = {f"v_{index}": line for index, line in enumerate(lines)}
+    (tmp_path / "videos").mkdir()
+    annotations = {}
+    for name, line in videos.items():
+        shutil.copy(clips / line["path"], tmp_path / "videos" / f"{name}.mp4")
+        words = line["caption"].split(", ")
+        annotations[name] = {"duration": 2.0, "timestamps": [[0, 1]] * len(words), "sentences": words}
+    (tmp_path / "videos" / "v_0.mp4").write_text("no video")
+    annotations["v_gone"] = {"duration": 2.0, "timestamps": [[0, 1]], "sentences": ["gone"]}
+    (tmp_path / "val_1.json").write_text(json.dumps(annotations))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    common = (learned / "model" / "last", "--annotations", tmp_path / "val_1.json", "--videos", tmp_path / "videos")
+    common += ("--num-workers", 0, "--first-seconds", 1, "--max-text-length", 6)
+    assert "1 of the 7 videos" in exit_of(evaluate_retrieval, *common, "--output-dir", tmp_path / "raise")
+    for paragraphs, texts in (((), 15), (("--paragraphs",), 5)):
+        output = tmp_path / f"{texts}"
+        command = (sys.executable, SCRIPTS / "evaluate_retrieval.py", *common, "--on-broken-video", "skip", *paragraphs)
+        text = assert_finished(run(*command, "--output-dir", output, "--top-k", 0))
+        found = json.loads((output / "metrics.json").read_text())
+        assert (found["videos"], found["texts"]) == (5, texts) and set(found) >= {"dual_encoder", "cut_texts"}
+        assert "left out: v_gone: no such file below" in text and "v_0.mp4: not a video" in text
+        assert len(found["broken"]) == 2 and found["cut_texts"] == 5
+    other = ("--output-dir", tmp_path / "5", "--on-broken-video", "skip", "--top-k", 0)
+    assert "paragraphs True -> False" in exit_of(evaluate_retrieval, *common, *other)
+
+
+def test_retrieval_explains_what_it_lacks(learned, clips, starts, tmp_path, exit_of):
+    def fails(message, *options):
+        assert message in exit_of(evaluate_retrieval, *options, "--output-dir", tmp_path / "out")
+
+    model = learned / "model" / "last"
+    fails("pass one of --data and --annotations", model)
+    fails("--annotations and --videos go together", model, "--annotations", "x")
+    fails("--top-k must be at least 0, got -1", model, "--data", clips, "--top-k", -1)
+    fails("must be a model of videos and texts", starts / "vision", "--data", clips)
+    fails("--max-text-length must be at most 32, got 64", model, "--data", clips, "--max-text-length", 64)
+    fails("text.mp4: not a video", model, "--data", clips, "--num-workers", 0)
