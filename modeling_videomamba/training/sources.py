@@ -21,10 +21,8 @@ LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": 
 EVALUATION_SPLITS = ("validation", "test")
 PATH_COLUMNS = ("path", "video", "image")  # the latter in the lists of the original release
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
-VIDEO_SUFFIXES = frozenset(
-    (".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv")
-    + (".ts", ".vob", ".webm", ".wmv")
-)
+VIDEO_SUFFIXES = {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
+VIDEO_SUFFIXES |= {".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
 Split: TypeAlias = Dataset | IterableDataset
 Target = Literal["label", "captions"]
 
