@@ -33,6 +33,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 NANO = ROOT / "hub_cards" / "videomamba-nano"
+NANO_VIDEO_TEXT = NANO.with_name("videomamba-nano-video-text")
 
 _kernel = selective_scan_backends()["cpu"]
 needs_kernel = pytest.mark.skipif(not _kernel.usable, reason=_kernel.reason)

@@ -45,13 +45,17 @@ def mean_directions(video_features: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def encode_texts(
     accelerator: Accelerator, model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
-) -> torch.Tensor:
-    """l2-normalised features `(texts, projection_dim)`, float32, of which every process computes a share."""
+) -> tuple[torch.Tensor, int]:
+    """
+    l2-normalised features `(texts, projection_dim)`, float32, of which every process computes a share, and how many
+    texts have been cut.
+    """
     rank, count = accelerator.process_index, accelerator.num_processes
-    found: list[tuple[int, torch.Tensor]] = []
+    found: list[tuple[int, torch.Tensor, int]] = []
     for start in range(rank * TEXTS_AT_ONCE, len(texts), count * TEXTS_AT_ONCE):
-        tokens, _ = tokenize(tokenizer, texts[start : start + TEXTS_AT_ONCE], max_length)
+        tokens, is_cut = tokenize(tokenizer, texts[start : start + TEXTS_AT_ONCE], max_length)
         with accelerator.autocast():
             features = model.get_text_features(**{name: value.to(model.device) for name, value in tokens.items()})
-        found.append((start, F.normalize(features.pooler_output.float(), dim=-1).cpu()))
-    return torch.cat([features for _, features in sorted(gather_object(found), key=lambda part: part[0])])
+        found.append((start, F.normalize(features.pooler_output.float(), dim=-1).cpu(), int(is_cut.sum())))
+    found = sorted(gather_object(found), key=lambda part: part[0])
+    return torch.cat([features for _, features, _ in found]), sum(cut for *_, cut in found)

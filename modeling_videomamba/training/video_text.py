@@ -38,6 +38,7 @@ from .video_text_models import (
     make_tokenizer,
 )
 
+DEFAULT_IMAGE_SHARE = 0.5
 CARD_USE = """
 from transformers import AutoModel, AutoProcessor
 
@@ -60,11 +61,13 @@ class CaptionedDataArguments(DataArguments):
         default=None,
         metadata={"help": "data with a split validation or test to evaluate on; those of --data if left out"},
     )
-    image_share: float = field(default=0.5, metadata={"help": "with --streaming of both: share of batches of images"})
+    image_share: float | None = field(
+        default=None, metadata={"help": "with --streaming of videos and images: share of batches of images (0.5)"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.image_share < 1:
+        if self.image_share is not None and not 0 < self.image_share < 1:
             raise ValueError(f"--image-share must be between 0 and 1, got {self.image_share}")
 
 
@@ -149,7 +152,7 @@ class VideoTextRun(TrainingRun):
             encoder = self.model.videomamba.config
             self.teacher = load_teacher(pretraining.teacher, encoder, self.processor.video_processor)
             self.teacher.to(self.accelerator.device)
-        self.evaluated = 0
+        self.evaluated = self.cut_texts = 0
 
     def argument_groups(self) -> list[Any]:
         return [*super().argument_groups(), self.pretraining]
@@ -181,6 +184,8 @@ class VideoTextRun(TrainingRun):
                 raise ValueError(
                     f"--streaming takes one source of {kind}s, got {len(splits)}: put shards in one folder"
                 )
+        if data.image_share is not None and not (data.streaming and all(found.values())):
+            raise ValueError(f"--image-share {data.image_share} is for --streaming of both videos and images")
         return {kind: concatenate_datasets(splits) for kind, splits in found.items() if splits}
 
     def load_model(self) -> PreTrainedModel:
@@ -231,7 +236,7 @@ class VideoTextRun(TrainingRun):
         count = (self.args.run.steps_per_epoch or 0) * self.args.optimization.gradient_accumulation_steps
         if len(self.splits) == 1:
             return {self.kind: count}
-        images = round(count * self.args.data.image_share)
+        images = round(count * (self.args.data.image_share or DEFAULT_IMAGE_SHARE))
         return {"video": count - images, "image": images}
 
     def examples_per_epoch(self) -> int:
@@ -316,7 +321,8 @@ class VideoTextRun(TrainingRun):
             texts += split[index]["captions"]
             owners += [row] * len(split[index]["captions"])
         was_training = bare.training
-        text_embeds = encode_texts(self.accelerator, bare.eval(), self.tokenizer, texts, wanted.max_text_length)
+        options = (self.accelerator, bare.eval(), self.tokenizer, texts, wanted.max_text_length)
+        text_embeds, self.cut_texts = encode_texts(*options)
         bare.train(was_training)
         self.evaluated = len(found.scores)
         scores = torch.stack([found.scores[index] for index in sorted(found.scores)]) @ text_embeds.T
@@ -325,7 +331,8 @@ class VideoTextRun(TrainingRun):
     # What it leaves
 
     def report(self) -> dict[str, Any]:
-        return {"evaluated": self.evaluated}
+        print(f"evaluated on {self.evaluated} examples; {self.cut_texts} texts were longer than the model was shown")
+        return {"evaluated": self.evaluated, "cut_texts": self.cut_texts}
 
     def start(self) -> str | None:
         return self.args.model.model or self.args.model.vision
