@@ -105,8 +105,9 @@ def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.json"
     vision = {"hidden_size": 48, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8, "num_frames": 8}
     vision["initializer_range"] = 0.15
-    text = {**WIDTHS, "vocab_size": 160, "max_position_embeddings": 32}
+    text = {**WIDTHS, "vocab_size": 160, "max_position_embeddings": 32, "initializer_range": 0.1}
     values = {"vision_config": vision, "text_config": text, "fusion_layer": 2, "projection_dim": 32}
+    values["initializer_range"] = 0.1
     path.write_text(json.dumps(values))
     return path
 
@@ -132,7 +133,7 @@ def test_a_masked_and_an_unmasked_stage_on_images_and_videos(clips, pictures, st
         parts = [line[f"loss_{name}"] for name in ("contrastive", "matching", "masked_lm", "alignment")]
         assert line["loss"] == pytest.approx(sum(parts), rel=1e-3) and min(parts) > 0
     cut = [line["cut_texts"] for line in losses(tmp_path / "masked")]
-    assert min(cut) == 0 and max(cut) == 1  # those of pictures are short
+    assert min(cut) < max(cut) == 1  # those of pictures are shorter
 
     recipe = tmp_path / "unmasked.yaml"
     recipe.write_text(
@@ -150,6 +151,8 @@ def test_a_masked_and_an_unmasked_stage_on_images_and_videos(clips, pictures, st
     assert (vision.num_frames, vision.alignment_size, vision.drop_path_rate) == (6, 16, 0.1)
     processor = AutoProcessor.from_pretrained(tmp_path / "unmasked" / "best")
     assert processor.video_processor.num_frames == 6 and dict(processor.video_processor.size)["height"] == 32
+    backend = processor.tokenizer.backend_tokenizer
+    assert backend.truncation is None and backend.padding is None
     assert processor.tokenizer.get_vocab() == BertTokenizer.from_pretrained(starts / "text").get_vocab()
     card = ModelCard.load(tmp_path / "masked" / "best" / "README.md")
     assert "Text to video, recall at 1" in card.text and "from `vision`" in card.text and str(tmp_path) not in card.text

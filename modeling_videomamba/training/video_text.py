@@ -330,6 +330,12 @@ class VideoTextRun(TrainingRun):
 
     # What it leaves
 
+    def save_model(self, *args: Any) -> None:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # to the length of this run, nor padding to that of its last batch
+        backend.no_padding()
+        super().save_model(*args)
+
     def report(self) -> dict[str, Any]:
         print(f"evaluated on {self.evaluated} examples; {self.cut_texts} texts were longer than the model was shown")
         return {"evaluated": self.evaluated, "cut_texts": self.cut_texts}
