@@ -211,6 +211,7 @@ def test_it_learns_what_clips_show(learned, clips):
 
 def test_the_zero_shot_pipeline_of_a_trained_model(learned, clips):
     """With its own code, from the directory that the script has left."""
+    assert AutoProcessor.from_pretrained(learned / "model" / "last").tokenizer.model_max_length == 32
     lines = first_lines(clips)
     scores, _ = brute_force(learned / "model" / "last", clips, lines)
     classifier = pipeline("zero-shot-video-classification", str(learned / "model" / "last"), trust_remote_code=True)

@@ -209,7 +209,8 @@ class VideoTextRun(TrainingRun):
         if self.accelerator.is_main_process:
             captions = chain.from_iterable(chain.from_iterable(split["captions"] for split in self.splits.values()))
             vocab[0] = make_tokenizer(captions, self.model.config.text_config.vocab_size).get_vocab()
-        return BertTokenizer(vocab=broadcast_object_list(vocab)[0])
+        longest = self.model.text_model.config.max_position_embeddings
+        return BertTokenizer(vocab=broadcast_object_list(vocab)[0], model_max_length=longest)
 
     def train(self) -> None:
         if self.accelerator.is_main_process and self.args.model.makes_tokenizer:
