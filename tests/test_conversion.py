@@ -200,6 +200,10 @@ def test_a_video_text_checkpoint(tmp_path):
     converted = convert_checkpoint(save(tmp_path, {"model": video_text_state_dict()}), text_num_attention_heads=4)
     config, text_config = converted.model.config, converted.model.config.text_config
     assert converted.kind == "video-text" and type(converted.model) is VideoMambaForVideoTextRetrieval
+    frames = torch.zeros(2, 3, 60, 100, dtype=torch.uint8)
+    frames[..., :20] = frames[..., 80:] = 255  # which a crop would cut off
+    pixels = converted.processor(frames, do_sample_frames=False, return_tensors="pt")["pixel_values"][0, 0, 0, 0]
+    assert pixels[0] == pixels[-1] == pixels.max() > pixels[len(pixels) // 2]
     assert (config.fusion_layer, config.projection_dim, text_config.num_hidden_layers) == (2, 32, 4)
     assert (text_config.vocab_size, text_config.intermediate_size, text_config.num_attention_heads) == (120, 96, 4)
     assert config.temperature == pytest.approx(0.07) and config.tie_word_embeddings

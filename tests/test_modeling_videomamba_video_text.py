@@ -280,6 +280,17 @@ def test_words_can_be_added():
     assert logits.shape == (2, 6, 20)
 
 
+def test_one_video_goes_with_all_texts():
+    model, inputs = build(initializer_range=0.5), texts(3)
+    with torch.no_grad():
+        tokens = model.get_video_features(clips(batch=1)).last_hidden_state
+        states = model.get_text_features(**inputs).last_hidden_state
+        one = model.matching_logits_of_encoded(tokens, states, inputs["attention_mask"])
+        several = model.matching_logits_of_encoded(tokens.expand(3, -1, -1), states, inputs["attention_mask"])
+    assert len(one.unique(dim=0)) == 3
+    torch.testing.assert_close(one, several)
+
+
 def test_wrong_arguments_are_refused():
     model, batch = build(), texts()
     for wrong, message in (
@@ -347,6 +358,10 @@ def test_a_model_of_two_towers_has_their_weights(tmp_path):
         tmp_path / "encoder", tmp_path / "bert", fusion_layer=3
     )
     assert torch.equal(model.videomamba.norm.weight, vision.videomamba.norm.weight)
+    model = VideoMambaForVideoTextRetrieval.from_video_text_pretrained(
+        tmp_path / "vision", tmp_path / "bert", fusion_layer=3, vision_drop_path_rate=0.3, text_hidden_dropout_prob=0.2
+    )
+    assert (model.videomamba.config.drop_path_rate, model.text_model.config.hidden_dropout_prob) == (0.3, 0.2)
     with pytest.raises(ValueError, match="`text_config` must be a BertConfig"):
         VideoMambaForVideoTextRetrieval.from_video_text_pretrained(tmp_path / "vision", tmp_path / "vision")
 

@@ -10,7 +10,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 
 from modeling_videomamba.training.evaluation import Predictions, compute_metrics
 from modeling_videomamba.training.losses import classification_loss, distillation_loss, regression_loss
-from modeling_videomamba.training.metrics import ClassificationMetric, retrieval_recall
+from modeling_videomamba.training.metrics import ClassificationMetric, retrieval_metrics, retrieval_recall
+from modeling_videomamba.training.reranking import pairs_to_rank, rerank
 from tests.conftest import GOLDEN
 
 
@@ -45,6 +46,21 @@ def test_recall_of_equal_scores_and_of_wrong_shapes():
         retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 19), texts)
     with pytest.raises(ValueError, match=r"no text to the videos \[19\]"):
         retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 20), texts.clamp(max=18))
+
+
+def test_median_ranks_and_ranking_again():
+    scores = torch.tensor([[0.9, 0.5, 0.1, 0.2], [0.8, 0.4, 0.3, 0.7], [0.0, 0.6, 0.5, 0.2], [0.1, 0.2, 0.3, 0.4]])
+    owners = torch.arange(4)
+    metrics = retrieval_metrics(scores, scores.T, owners)
+    assert metrics["video_to_text_median_rank"] == 1.5 and metrics["text_to_video_median_rank"] == 1.5
+    recall = retrieval_recall(scores, scores.T, owners)
+    assert {name: metrics[name] for name in recall} == recall and set(metrics) > set(recall)
+    pairs = pairs_to_rank(scores, 2)
+    assert pairs.sum(0).min() >= 2 and pairs.sum(1).min() >= 2 and not pairs[0, 2]
+    matches = torch.where(pairs, -scores, torch.nan)  # the other way round
+    ranked = rerank(scores, matches, 2)
+    assert ranked.argsort(dim=1, descending=True).tolist() == [[1, 0, 3, 2], [3, 0, 1, 2], [2, 1, 3, 0], [2, 3, 1, 0]]
+    assert torch.equal(rerank(scores, -scores, 9).argsort(dim=1), (-scores).argsort(dim=1))
 
 
 def test_losses_have_a_value_for_each_example():

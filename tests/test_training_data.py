@@ -1,5 +1,7 @@
 import itertools
 import math
+import shutil
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -20,6 +22,7 @@ from modeling_videomamba.training.augmentation import (
 from modeling_videomamba.training.data import (
     BrokenImageError,
     Examples,
+    MissingCaptionError,
     StreamedExamples,
     TestViews,
     TrainingBatches,
@@ -27,6 +30,7 @@ from modeling_videomamba.training.data import (
     collate,
     cut_into_windows,
     decode_clips,
+    media_id,
     test_batches,
 )
 from modeling_videomamba.training.workers import iterate
@@ -182,6 +186,25 @@ def test_a_broken_file_keeps_its_place(tmp_path, video):
     assert "not a video" in batch["broken"][0][1] and "no such video file" in batch["broken"][1][1]
     with pytest.raises(BrokenVideoError, match=r"text\.mp4: not a video"):
         Examples(split, TestViews(processor()), skip_broken=False)[0, 1]
+
+
+def test_captions_are_drawn_and_files_told_apart(tmp_path, video):
+    copy = shutil.copy(video, tmp_path / "copy.mp4")
+    texts = [["one", " ", "two"], ["three"], ["four"], [" "], []]
+    split = videos(video, copy, video, video, video).add_column("captions", texts)
+    examples = Examples(split, TestViews(processor()), skip_broken=True)
+    drawn = [[examples[epoch, index]["caption"] for index in range(3)] for epoch in range(20)]
+    assert {first for first, *_ in drawn} == {"one", "two"} and all(rest == ["three", "four"] for _, *rest in drawn)
+    assert drawn == [[examples[epoch, index]["caption"] for index in range(3)] for epoch in range(20)]
+    batch = collate([examples[0, index] for index in (0, 1, 2, 3, 4, -1)])
+    ids = batch["video_ids"].tolist()
+    assert ids[0] == ids[2] != ids[1] and min(ids[:3]) >= 0 and ids[3:] == [-1, -1, -1]
+    assert batch["captions"][1:3] == ["three", "four"] and batch["valid"].tolist() == [True] * 3 + [False] * 3
+    assert [reason for _, reason in batch["broken"]] == [f"{video}: no caption"] * 2
+    read = [{"path": name, "bytes": Path(path).read_bytes()} for name, path in (("a", video), ("b", copy))]
+    assert media_id(read[0]) == media_id(read[1]) >= 0  # the same content
+    with pytest.raises(MissingCaptionError):
+        Examples(split, TestViews(processor()), skip_broken=False)[0, 4]
 
 
 def test_the_views_of_a_batch_come_one_after_the_other(video):

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -142,6 +143,58 @@ def test_folders_and_shards_without_labels(tmp_path, clip, streaming):
         assert list(split.features) == ["video"] and len(list(split)) == count
         with pytest.raises(ValueError, match="must have a split validation or test, got train"):
             find_evaluation_split(str(tmp_path / folder))
+
+
+CAPTIONS = [["a dance", "a song"], ["a dog, running"]]
+ORIGINAL = json.dumps([{"video": "x.mp4", "caption": CAPTIONS[0]}, {"video": "y.mp4", "caption": CAPTIONS[1]}])
+LINES = (
+    f'{{"path": "x.mp4", "captions": {json.dumps(CAPTIONS[0])}}}\n{{"path": "y.mp4", "captions": ["a dog, running"]}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "captions"),
+    [
+        ("train.csv", 'path,caption\nx.mp4,a dance\ny.mp4,"a dog, running"\n', [["a dance"], ["a dog, running"]]),
+        ("train.csv", "video,text,label\nx.mp4,a dance,1\ny.mp4,,0\n", [["a dance"], []]),
+        ("train.json", ORIGINAL, CAPTIONS),
+        ("train.jsonl", LINES, CAPTIONS),
+    ],
+)
+def test_lists_with_captions(tmp_path, name, text, captions):
+    (tmp_path / name).write_text(text)
+    split = load_split(str(tmp_path), "train", target="captions")
+    assert list(split.features) == ["video", "captions"] and split["captions"][:] == captions
+    assert [example["video"]["path"] for example in split] == [str(tmp_path / "x.mp4"), str(tmp_path / "y.mp4")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "json"])
+def test_shards_with_captions(tmp_path, clip, streaming, kind):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        for index in range(3):
+            content = (
+                f"clip {index}" if kind == "txt" else json.dumps({"caption": [f"clip {index}", "any"], "label": 1})
+            )
+            (tmp_path / "caption").write_text(content)
+            archive.add(clip, f"{index}.mp4")
+            archive.add(tmp_path / "caption", f"{index}.{kind}")
+    split = load_split(str(tmp_path), "train", target="captions", streaming=streaming)
+    split = pickle.loads(pickle.dumps(split))
+    assert list(split.features) == ["video", "captions"] and split.features["captions"].feature.dtype == "string"
+    others = [] if kind == "txt" else ["any"]
+    assert [example["captions"] for example in split] == [[f"clip {index}", *others] for index in range(3)]
+
+
+def test_a_folder_with_captions(tmp_path, clip):
+    (tmp_path / "train").mkdir()
+    shutil.copy(clip, tmp_path / "train" / "a.mp4")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,caption\na.mp4,a clip\n")
+    split = load_split(str(tmp_path), "train", target="captions")
+    assert list(split.features) == ["video", "captions"] and split[0]["captions"] == ["a clip"]
+    with pytest.raises(ValueError, match="one of the columns `captions`, `caption`, `text`, `txt`, got video, label"):
+        (tmp_path / "train" / "metadata.csv").write_text("file_name,label\na.mp4,1\n")
+        load_split(str(tmp_path), "train", target="captions")
 
 
 def test_what_is_wrong_is_said(tmp_path, videofolder, clip):
