@@ -7,7 +7,7 @@
 CLIPS is what pretrain_video_text.py takes. --annotations takes the files of MSR-VTT, DiDeMo, ActivityNet Captions,
 LSMDC and MSVD as they are published. Videos and texts are ranked by the dual encoder, the first --top-k of each query
 again by the fusion layers. OUTPUT/metrics.json gets the metrics. A run may be stopped at any moment and started again,
-also on another number of processes or with another --top-k: what is encoded stays in OUTPUT, in half precision.
+also on another number of processes or with another --top-k than 0: what is encoded stays in OUTPUT, in half precision.
 """
 
 import hashlib
@@ -39,10 +39,12 @@ from modeling_videomamba.training.reranking import (
     pairs_to_rank,
     rerank,
 )
+from modeling_videomamba.training.retrieval import texts_of
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
 from modeling_videomamba.training.teacher_cache import digest
 from modeling_videomamba.training.video_text_models import image_processor_of, load_trained
 from modeling_videomamba.training.workers import iterate
+from modeling_videomamba.video_decoding import BrokenVideoError
 
 
 @dataclass
@@ -72,6 +74,11 @@ class Arguments:
             raise ValueError("pass one of --data and --annotations")
         if (self.annotations is None) != (self.videos is None):
             raise ValueError("--annotations and --videos go together")
+        other = ("split", "data_root") if self.data is None else ("annotation_split", "names")
+        for name in other:
+            if getattr(self, name) is not None:
+                owner = "--data" if self.data is None else "--annotations"
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is for {owner}")
         for name, least in (("top_k", 0), ("max_text_length", 3), ("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
@@ -88,23 +95,26 @@ def load_videos(args: Arguments) -> tuple[Split, dict[str, str]]:
     else:
         name = args.split or find_evaluation_split(str(args.data))
         split, missing = load_split(str(args.data), name, data_root=args.data_root, target="captions"), {}
-        if args.paragraphs:
-            split = split.map(lambda row: {"captions": [" ".join(row["captions"])]})
+    if args.first_seconds is not None and media_kind(split) == "image":
+        raise ValueError(f"--first-seconds {args.first_seconds}: the data are images")
     if args.first_seconds is not None:
         for name, seconds in (("start", 0.0), ("end", args.first_seconds)):
             split = split.add_column(name, [seconds] * len(split), feature=Value("float64"))
     return split, missing
 
 
-def texts_of(split: Split) -> tuple[list[str], list[int]]:
-    """All texts, and the index of the video of each. Raises `ValueError` for a video without one."""
-    texts, owners = [], []
-    for index, captions in enumerate(split["captions"]):
-        if not captions or not all(caption and caption.strip() for caption in captions):
-            raise ValueError(f"each video must have captions that are not empty, got {captions} for number {index}")
-        texts += captions
-        owners += [index] * len(captions)
-    return texts, owners
+def version_of(path: str | None) -> list[Any]:
+    """Path, size and time of a file, as far as they are known."""
+    found = Path(path).stat() if path is not None and Path(path).is_file() else None
+    return [path, None, None] if found is None else [path, found.st_size, found.st_mtime_ns]
+
+
+def joined(texts: list[str], owners: list[int]) -> tuple[list[str], list[int]]:
+    """The texts of each video as one."""
+    paragraphs: dict[int, list[str]] = {}
+    for text, owner in zip(texts, owners, strict=True):
+        paragraphs.setdefault(owner, []).append(text)
+    return [" ".join(sentences) for sentences in paragraphs.values()], list(paragraphs)
 
 
 class Evaluation:
@@ -122,9 +132,12 @@ class Evaluation:
         longest = self.model.text_model.config.max_position_embeddings
         if args.max_text_length > longest:
             raise ValueError(f"--max-text-length must be at most {longest}, got {args.max_text_length}")
-        self.texts, self.owners = texts_of(self.split)
-        stores = ("videos" if args.top_k else "videos-without-tokens", "texts", f"matches-{args.top_k}")
-        self.videos, self.text_parts, self.matches = (Parts(args.output_dir / name) for name in stores)
+        rows, self.texts, self.owners = texts_of(self.split)
+        self.split = self.split.select(rows)
+        if args.paragraphs:
+            self.texts, self.owners = joined(self.texts, self.owners)
+        stores = ("videos" if args.top_k else "videos-without-tokens", "texts")
+        self.videos, self.text_parts = (Parts(args.output_dir / name) for name in stores)
         if accelerator.is_main_process:
             owner = f"--output-dir {args.output_dir} has an evaluation"
             check_settings(args.output_dir / "settings.json", self._settings(), owner)
@@ -144,10 +157,12 @@ class Evaluation:
             "videos",
         )
         settings = {name: str(value) for name, value in asdict(self.args).items() if name not in free}
-        kind = media_kind(self.split)
-        content = json.dumps([[row[kind]["path"], row["captions"]] for row in self.split])
+        paths = self.split.flatten()[f"{media_kind(self.split)}.path"]
+        content = json.dumps([[version_of(path) for path in paths], self.texts, self.owners])
         settings["data"] = hashlib.sha256(content.encode()).hexdigest()
-        return {**settings, "model": digest(self.model)}
+        settings["mixed_precision"] = self.accelerator.mixed_precision
+        parts = self.model.config.to_diff_dict(), self.processor.to_dict(), self.tokenizer.get_vocab()
+        return {**settings, "model": digest(self.model, *parts)}
 
     def remaining(self, parts: Parts, indices: list[int]) -> list[int]:
         """Those without a part, the same on every process."""
@@ -179,16 +194,20 @@ class Evaluation:
         options = (self.texts, own, self.args.max_text_length, self.text_parts)
         encode_text_parts(self.accelerator, self.model, self.tokenizer, *options)
 
-    def match(self, wanted: dict[int, list[int]], videos: dict[int, Place], texts: dict[int, Place]) -> None:
-        """The pairs that are not yet on disk."""
-        left = self.remaining(self.matches, list(wanted))
+    def match(self, wanted: dict[int, list[int]], videos: dict[int, Place], texts: dict[int, Place]) -> torch.Tensor:
+        """Scores of the pairs, of which those are computed that are not yet on disk."""
+        content = json.dumps([wanted, list(texts)])  # which depend on what could be read
+        matches = Parts(self.args.output_dir / "matches" / hashlib.sha256(content.encode()).hexdigest()[:16])
+        left = self.remaining(matches, list(wanted))
         own = {video: wanted[video] for video in self._share(left)}
         with self._bar("matching", len(wanted), len(wanted) - len(left)) as bar:
 
             def advance() -> None:
                 bar.update(min(self.accelerator.num_processes, bar.total - bar.n))
 
-            match_parts(self.accelerator, self.model, own, videos, texts, self.matches, advance)
+            match_parts(self.accelerator, self.model, own, videos, texts, matches, advance)
+        places = self.places(matches)
+        return Parts.read([places[video] for video in wanted], "match")
 
     def _share(self, indices: list[int]) -> list[int]:
         return indices[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -214,9 +233,7 @@ class Evaluation:
         if self.args.top_k:
             pairs = pairs_to_rank(scores, self.args.top_k)
             wanted = {video: pairs[row].nonzero().flatten().tolist() for video, row in row_of.items()}
-            self.match(wanted, videos, text_places)
-            places = self.places(self.matches)
-            matches = Parts.read([places[video] for video in videos], "match")
+            matches = self.match(wanted, videos, text_places)
             ranked = rerank(scores, matches, self.args.top_k), rerank(scores.T, matches.T, self.args.top_k)
             summary[f"top_{self.args.top_k}_by_fusion"] = retrieval_metrics(*ranked, owners)
         cut = int(Parts.read(text_places.values(), "is_cut").sum())
@@ -248,6 +265,10 @@ def main() -> None:
         summary = evaluation.run()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if BrokenVideoError.__name__ not in str(error):  # which PyTorch can't pass on from a worker as it is
+            raise
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         report(summary, args.output_dir)

@@ -8,8 +8,7 @@ the digit is equally likely anywhere, so that no single frame tells the directio
 training clip shows.
 
 With --captions, train.jsonl and test.jsonl have a caption for each clip, such as "a red seven moves up and to the left,
-fast, over gray". No test clip has a caption that another test clip or a training
-clip has.
+fast, over gray". No test clip has a caption that another test clip or a training clip has.
 """
 
 import argparse
@@ -135,7 +134,9 @@ def main() -> None:
     parser.add_argument("--test-clips", type=int, help=f"test clips in all (default: 800, or {NUM_HELD_OUT} captions)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    test_clips = args.test_clips or (NUM_HELD_OUT if args.captions else 800)
+    test_clips = args.test_clips
+    if test_clips is None:
+        test_clips = NUM_HELD_OUT if args.captions else 800
     if args.captions and test_clips > NUM_HELD_OUT:
         parser.error(f"--test-clips must be at most {NUM_HELD_OUT} with --captions, got {test_clips}")
 

@@ -266,6 +266,7 @@ def test_what_is_wrong_is_explained(clips, pictures, config, starts, tmp_path, e
     fails("--tokenizer t is for --config", "--data", clips, "--model", "m", "--tokenizer", "t")
     fails("must be a model of videos and texts", "--data", clips, "--model", starts / "vision")
     fails("--max-text-length must be at most 32, got 40", *common, "--max-text-length", 40)
+    fails("not one batch of images", *common, "--more-data", pictures, "--batch-size", 40)
     fails("must have a split validation or test", "--data", pictures, "--config", config)
     fails("--streaming needs", *common, "--streaming")
     fails("--image-share 0.2 is for --streaming of both", *common, "--image-share", 0.2)
@@ -280,6 +281,8 @@ def test_what_is_wrong_is_explained(clips, pictures, config, starts, tmp_path, e
 
 
 def test_values_out_of_range_are_explained():
+    with pytest.raises(ValueError, match="`image_mask_ratio` 0.3 is for a `image_mask_type`"):
+        VideoTextArguments(image_mask_ratio=0.3)
     for name, value in (("video_mask_ratio", 1.0), ("mlm_probability", 1.0), ("max_text_length", 2)):
         with pytest.raises(ValueError, match=f"`{name}` must be at least .*, got {value}"):
             VideoTextArguments(**{name: value})
@@ -401,7 +404,7 @@ def test_retrieval_with_annotations_of_a_benchmark(learned, clips, tmp_path, exi
         assert "left out: v_gone: no such file below" in text and "v_0.mp4: not a video" in text
         assert len(found["broken"]) == 2 and found["cut_texts"] == 5
     other = ("--output-dir", tmp_path / "5", "--on-broken-video", "skip", "--top-k", 0)
-    assert "paragraphs True -> False" in exit_of(evaluate_retrieval, *common, *other)
+    assert "other settings: paragraphs True -> False" in exit_of(evaluate_retrieval, *common, *other)
 
 
 def test_retrieval_explains_what_it_lacks(learned, clips, starts, tmp_path, exit_of):
@@ -411,7 +414,14 @@ def test_retrieval_explains_what_it_lacks(learned, clips, starts, tmp_path, exit
     model = learned / "model" / "last"
     fails("pass one of --data and --annotations", model)
     fails("--annotations and --videos go together", model, "--annotations", "x")
+    fails("--names x is for --annotations", model, "--data", clips, "--names", "x")
+    fails("--split x is for --data", model, "--annotations", "x", "--videos", "y", "--split", "x")
     fails("--top-k must be at least 0, got -1", model, "--data", clips, "--top-k", -1)
     fails("must be a model of videos and texts", starts / "vision", "--data", clips)
     fails("--max-text-length must be at most 32, got 64", model, "--data", clips, "--max-text-length", 64)
     fails("text.mp4: not a video", model, "--data", clips, "--num-workers", 0)
+    message = exit_of(evaluate_retrieval, model, "--data", clips, "--num-workers", 1, "--output-dir", tmp_path / "w")
+    assert message.startswith("error: ") and "text.mp4: not a video" in message
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "test.csv").write_text("path,caption\nx.mp4,\n")
+    fails("x.mp4 must have captions, and none that is empty", model, "--data", tmp_path / "empty")

@@ -6,12 +6,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, List, Value, Video
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
 from modeling_videomamba.training.evaluation import Predictions, compute_metrics
 from modeling_videomamba.training.losses import classification_loss, distillation_loss, regression_loss
 from modeling_videomamba.training.metrics import ClassificationMetric, retrieval_metrics, retrieval_recall
 from modeling_videomamba.training.reranking import pairs_to_rank, rerank
+from modeling_videomamba.training.retrieval import texts_of
 from tests.conftest import GOLDEN
 
 
@@ -46,6 +48,25 @@ def test_recall_of_equal_scores_and_of_wrong_shapes():
         retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 19), texts)
     with pytest.raises(ValueError, match=r"no text to the videos \[19\]"):
         retrieval_recall(torch.zeros(20, 20), torch.zeros(20, 20), texts.clamp(max=18))
+
+
+def test_rows_of_one_file_are_one_to_be_found():
+    media = [{"path": path, "bytes": data} for path, data in (("a", None), ("b", b"x"), ("a", None), ("b", b"y"))]
+    features = Features({"video": Video(decode=False), "captions": List(Value("string"))})
+    captions = [["one"], ["two"], ["three", "four"], ["five"]]
+    split = Dataset.from_dict({"video": media, "captions": captions}, features=features)
+    assert texts_of(split) == ([0, 1, 3], ["one", "two", "three", "four", "five"], [0, 1, 0, 0, 2])
+    assert texts_of(split.select([2, 0])) == ([0], ["three", "four", "one"], [0, 0, 0])
+    wrong = Dataset.from_dict({"video": media[:1], "captions": [["one", None]]}, features=features)
+    with pytest.raises(ValueError, match="a must have captions, and none that is empty, got"):
+        texts_of(wrong)
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    scores = torch.eye(4)
+    scores[1, 2] = float("nan")
+    with pytest.raises(ValueError, match="must be numbers, 2 of them are NaN"):
+        retrieval_metrics(scores, scores.T, torch.arange(4))
 
 
 def test_median_ranks_and_ranking_again():

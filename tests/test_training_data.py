@@ -190,7 +190,7 @@ def test_a_broken_file_keeps_its_place(tmp_path, video):
 
 def test_captions_are_drawn_and_files_told_apart(tmp_path, video):
     copy = shutil.copy(video, tmp_path / "copy.mp4")
-    texts = [["one", " ", "two"], ["three"], ["four"], [" "], []]
+    texts = [["one", "two"], ["three"], ["four"], ["five", " "], []]
     split = videos(video, copy, video, video, video).add_column("captions", texts)
     examples = Examples(split, TestViews(processor()), skip_broken=True)
     drawn = [[examples[epoch, index]["caption"] for index in range(3)] for epoch in range(20)]
@@ -200,7 +200,8 @@ def test_captions_are_drawn_and_files_told_apart(tmp_path, video):
     ids = batch["video_ids"].tolist()
     assert ids[0] == ids[2] != ids[1] and min(ids[:3]) >= 0 and ids[3:] == [-1, -1, -1]
     assert batch["captions"][1:3] == ["three", "four"] and batch["valid"].tolist() == [True] * 3 + [False] * 3
-    assert [reason for _, reason in batch["broken"]] == [f"{video}: no caption"] * 2
+    reason = f"{video}: must have captions, and none that is empty, got"
+    assert [reason for _, reason in batch["broken"]] == [f"{reason} ['five', ' ']", f"{reason} []"]
     read = [{"path": name, "bytes": Path(path).read_bytes()} for name, path in (("a", video), ("b", copy))]
     assert media_id(read[0]) == media_id(read[1]) >= 0  # the same content
     with pytest.raises(MissingCaptionError):

@@ -219,10 +219,9 @@ class Examples(torch.utils.data.Dataset):
 
 
 def draw_caption(captions: list[str], name: str, seed: int) -> str:
-    """One of the captions of an example. Raises [`MissingCaptionError`] where there is none, or it is empty."""
-    captions = [caption for caption in captions if caption and not caption.isspace()]
-    if not captions:
-        raise MissingCaptionError(f"{name}: no caption")
+    """One of the captions of an example. Raises [`MissingCaptionError`] where there is none, or one is empty."""
+    if not captions or not all(caption and caption.strip() for caption in captions):
+        raise MissingCaptionError(f"{name}: must have captions, and none that is empty, got {captions}")
     return captions[np.random.default_rng(seed).integers(len(captions))]
 
 

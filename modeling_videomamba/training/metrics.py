@@ -60,7 +60,7 @@ def retrieval_recall(
         `dict[str, float]`: `video_to_text_r1`, `..._r5`, `..._r10`, and the same for `text_to_video`.
 
     Raises:
-        `ValueError`: if the shapes do not fit, or a video has no text.
+        `ValueError`: if the shapes do not fit, a video has no text, or a score is NaN.
     """
     ranks = _ranks(video_to_text, text_to_video, video_of_text)
     return {
@@ -89,6 +89,9 @@ def _ranks(
             f"`video_to_text` is {tuple(video_to_text.shape)}: `text_to_video` must be {(texts, videos)} and "
             f"`video_of_text` {(texts,)}, got {tuple(text_to_video.shape)} and {tuple(video_of_text.shape)}."
         )
+    missing = int(video_to_text.isnan().sum() + text_to_video.isnan().sum())
+    if missing:
+        raise ValueError(f"The scores must be numbers, {missing} of them are NaN.")
     matches = video_of_text == torch.arange(videos, device=video_of_text.device).unsqueeze(1)  # (videos, texts)
     if not matches.any(dim=1).all():
         without = (~matches.any(dim=1)).nonzero().flatten().tolist()

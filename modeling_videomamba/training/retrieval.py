@@ -2,13 +2,46 @@
 
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .sources import media_kind
+
 TEXTS_AT_ONCE = 64
+
+
+def texts_of(split: Dataset) -> tuple[list[int], list[str], list[int]]:
+    r"""
+    What is to be found among captioned videos or images, of which a file may be in several rows.
+
+    Returns:
+        `tuple`: the first row of each file; all texts; and the number of the file that each text belongs to.
+
+    Raises:
+        `ValueError`: for a file without a text, or with an empty one; the message names it.
+    """
+    table = split.with_format("arrow")[:]
+    media = table[media_kind(split)]
+    paths, captions = pc.struct_field(media, "path").to_pylist(), table["captions"].to_pylist()
+    embedded = pc.is_valid(pc.struct_field(media, "bytes")).to_pylist()
+    rows: list[int] = []
+    texts: list[str] = []
+    owners: list[int] = []
+    numbers: dict[Any, int] = {}
+    for row, (path, own) in enumerate(zip(paths, captions, strict=True)):
+        if not own or not all(text and text.strip() for text in own):
+            raise ValueError(f"{path or f'example {row}'} must have captions, and none that is empty, got {own}")
+        number = numbers.setdefault(row if embedded[row] else path, len(rows))  # names in shards may recur
+        if number == len(rows):
+            rows.append(row)
+        texts += own
+        owners += [number] * len(own)
+    return rows, texts, owners
 
 
 def tokenize(

@@ -19,6 +19,7 @@ from ..modeling_videomamba_pretraining import take_visible
 from ..processing_videomamba import VideoMambaProcessor
 from .arguments import DataArguments
 from .augmentation import training_transform
+from .checkpoints import replace_files
 from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
 from .diagnosis import RunError
 from .evaluation import predict
@@ -26,8 +27,8 @@ from .loop import Batch
 from .masks import MaskType, draw_noise, make_masks, token_grid
 from .metrics import retrieval_metrics
 from .reports import model_card
-from .retrieval import encode_texts, mean_directions, tokenize
-from .run import Arguments, TrainingRun
+from .retrieval import encode_texts, mean_directions, texts_of, tokenize
+from .run import ARGUMENTS_FILE, Arguments, TrainingRun
 from .sources import Split, find_evaluation_split, load_split, media_kind
 from .teacher import load_teacher
 from .video_text_models import (
@@ -39,6 +40,7 @@ from .video_text_models import (
 )
 
 DEFAULT_IMAGE_SHARE = 0.5
+DEFAULT_MASK_RATIOS = {"video": 0.8, "image": 0.5}
 CARD_USE = """
 from transformers import AutoModel, AutoProcessor
 
@@ -81,9 +83,9 @@ class VideoTextArguments:
     video_mask_type: MaskType | None = field(
         default=None, metadata={"help": "which tokens are hidden; none if left out"}
     )
-    video_mask_ratio: float = field(default=0.8, metadata={"help": "share of the tokens that is hidden"})
+    video_mask_ratio: float | None = field(default=None, metadata={"help": "share of the tokens that is hidden (0.8)"})
     image_mask_type: MaskType | None = None
-    image_mask_ratio: float = 0.5
+    image_mask_ratio: float | None = field(default=None, metadata={"help": "share of the tokens that is hidden (0.5)"})
     mlm_probability: float = field(default=0.5, metadata={"help": "share of words to guess, 0 for none"})
     max_text_length: int = field(default=32, metadata={"help": "tokens of a text; how many are longer is reported"})
     evaluation_examples: int = field(
@@ -92,10 +94,12 @@ class VideoTextArguments:
 
     def __post_init__(self):
         for kind in ("video", "image"):
-            ratio = getattr(self, f"{kind}_mask_ratio")
-            if not 0 <= ratio < 1:
+            mask_type, ratio = getattr(self, f"{kind}_mask_type"), getattr(self, f"{kind}_mask_ratio")
+            if ratio is not None and not 0 <= ratio < 1:
                 raise ValueError(f"`{kind}_mask_ratio` must be at least 0 and below 1, got {ratio}.")
-            if getattr(self, f"{kind}_mask_type") == "attention" and self.teacher is None:
+            if ratio is not None and mask_type is None:
+                raise ValueError(f"`{kind}_mask_ratio` {ratio} is for a `{kind}_mask_type`: pass one.")
+            if mask_type == "attention" and self.teacher is None:
                 raise ValueError(f"`{kind}_mask_type` attention is that of a `teacher`: pass one.")
         if not 0 <= self.mlm_probability < 1:
             raise ValueError(f"`mlm_probability` must be at least 0 and below 1, got {self.mlm_probability}.")
@@ -105,9 +109,8 @@ class VideoTextArguments:
 
     def mask(self, kind: str) -> tuple[MaskType | None, float]:
         """Type and ratio of the masks of `"video"` or `"image"`."""
-        if kind == "video":
-            return self.video_mask_type, self.video_mask_ratio
-        return self.image_mask_type, self.image_mask_ratio
+        ratio = getattr(self, f"{kind}_mask_ratio")
+        return getattr(self, f"{kind}_mask_type"), DEFAULT_MASK_RATIOS[kind] if ratio is None else ratio
 
 
 @dataclass
@@ -167,8 +170,12 @@ class VideoTextRun(TrainingRun):
         source = data.evaluation_data or data.data
         self.evaluation_name = find_evaluation_split(source)
         root = data.data_root if data.evaluation_data is None else None
-        self.evaluation_split = load_split(source, self.evaluation_name, data_root=root, target="captions")
-        if data.clip_seconds is not None and "video" in self.splits:
+        split = load_split(source, self.evaluation_name, data_root=root, target="captions")
+        rows, *self.evaluation_texts = texts_of(split)
+        self.evaluation_split = split.select(rows)
+        if data.clip_seconds is not None and "video" not in self.splits:
+            raise ValueError(f"--clip-seconds {data.clip_seconds}: the data are images")
+        if data.clip_seconds is not None:
             self.splits["video"] = cut_into_windows(self.splits["video"], data.clip_seconds, data.clip_stride_seconds)
 
     def _load_training_splits(self) -> dict[str, Split]:
@@ -201,20 +208,21 @@ class VideoTextRun(TrainingRun):
 
     def _made_tokenizer(self) -> Any:
         """From the captions; that of the run where it goes on."""
-        if self._tokenizer_folder.exists():
+        if self._tokenizer_folder.exists() and (self.args.run.output_dir / ARGUMENTS_FILE).exists():
             return AutoTokenizer.from_pretrained(self._tokenizer_folder)
         if self.streaming:
             raise ValueError("--streaming needs --tokenizer: one is made of captions that are all there")
         vocab: list[Any] = [None]
         if self.accelerator.is_main_process:
-            captions = chain.from_iterable(chain.from_iterable(split["captions"] for split in self.splits.values()))
+            lists = chain.from_iterable(split["captions"] for split in self.splits.values())
+            captions = (text for texts in lists for text in texts if text is not None)  # reported when they are drawn
             vocab[0] = make_tokenizer(captions, self.model.config.text_config.vocab_size).get_vocab()
         longest = self.model.text_model.config.max_position_embeddings
         return BertTokenizer(vocab=broadcast_object_list(vocab)[0], model_max_length=longest)
 
     def train(self) -> None:
         if self.accelerator.is_main_process and self.args.model.makes_tokenizer:
-            self.tokenizer.save_pretrained(self._tokenizer_folder)
+            replace_files(self._tokenizer_folder, self.tokenizer.save_pretrained)
         super().train()
 
     # Batches, each of one kind
@@ -231,10 +239,20 @@ class VideoTextRun(TrainingRun):
     @cached_property
     def batches_per_epoch(self) -> dict[str, int]:
         """Of each kind, on each process."""
-        if not self.streaming:
-            size = self.args.optimization.batch_size * self.accelerator.num_processes
-            return {kind: len(split) // size for kind, split in self.splits.items()}
-        count = (self.args.run.steps_per_epoch or 0) * self.args.optimization.gradient_accumulation_steps
+        counts = self._stream_batches() if self.streaming else self._split_batches()
+        for kind, count in counts.items():
+            if count == 0:
+                raise ValueError(
+                    f"there is not one batch of {kind}s in an epoch: have more of them, or smaller batches"
+                )
+        return counts
+
+    def _split_batches(self) -> dict[str, int]:
+        size = self.args.optimization.batch_size * self.accelerator.num_processes
+        return {kind: len(split) // size for kind, split in self.splits.items()}
+
+    def _stream_batches(self) -> dict[str, int]:
+        count = (self.args.run.steps_per_epoch or 1) * self.args.optimization.gradient_accumulation_steps
         if len(self.splits) == 1:
             return {self.kind: count}
         images = round(count * (self.args.data.image_share or DEFAULT_IMAGE_SHARE))
@@ -317,16 +335,15 @@ class VideoTextRun(TrainingRun):
         found = predict(self.accelerator, model, score, batches)
         if not found.scores:
             raise RunError(f"No example of the {self.evaluation_name} split could be read to evaluate on.")
-        texts, owners = [], []
-        for row, index in enumerate(sorted(found.scores)):
-            texts += split[index]["captions"]
-            owners += [row] * len(split[index]["captions"])
+        row_of = {index: row for row, index in enumerate(sorted(found.scores))}
+        pairs = [pair for pair in zip(*self.evaluation_texts, strict=True) if pair[1] in row_of]
+        texts, owners = [text for text, _ in pairs], [row_of[index] for _, index in pairs]
         was_training = bare.training
         options = (self.accelerator, bare.eval(), self.tokenizer, texts, wanted.max_text_length)
         text_embeds, self.cut_texts = encode_texts(*options)
         bare.train(was_training)
         self.evaluated = len(found.scores)
-        scores = torch.stack([found.scores[index] for index in sorted(found.scores)]) @ text_embeds.T
+        scores = torch.stack([found.scores[index] for index in row_of]) @ text_embeds.T
         return retrieval_metrics(scores, scores.T, torch.tensor(owners)), found.broken
 
     # What it leaves

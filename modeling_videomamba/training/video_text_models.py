@@ -16,6 +16,7 @@ from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .models import StartArguments
 
+NORMALIZATION = ("image_mean", "image_std", "rescale_factor")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -111,9 +112,11 @@ def load_video_text_processor(
         `OSError`, `ValueError`: if there is no such tokenizer, or it knows more tokens than the model.
     """
     video_processor = VideoMambaProcessor.video_processor_for(model.videomamba.config)
+    if args.vision is not None:
+        _copy_normalization(args.vision, video_processor)
     if args.model is not None:
         saved = AutoProcessor.from_pretrained(args.model)
-        for name in ("image_mean", "image_std", "rescale_factor", "resample"):
+        for name in (*NORMALIZATION, "resample"):
             setattr(video_processor, name, getattr(saved.video_processor, name))
         if saved.video_processor.size.shortest_edge is not None:
             video_processor.size = {"shortest_edge": max(model.videomamba.config.input_size)}
@@ -124,6 +127,16 @@ def load_video_text_processor(
     if len(tokenizer) > vocab_size:
         raise ValueError(f"the tokenizer knows {len(tokenizer)} tokens, the model {vocab_size} (`vocab_size`)")
     return VideoMambaProcessor(video_processor, tokenizer)
+
+
+def _copy_normalization(path: str, video_processor: VideoMambaVideoProcessor) -> None:
+    """That of the processor of a model, if it has one."""
+    try:
+        saved = VideoMambaVideoProcessor.from_pretrained(path)
+    except OSError:
+        return
+    for name in NORMALIZATION:
+        setattr(video_processor, name, getattr(saved, name))
 
 
 def image_processor_of(video_processor: VideoMambaVideoProcessor) -> VideoMambaImageProcessor:
