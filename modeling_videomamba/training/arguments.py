@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-STARTS = {"model", "config", "size"}  # of which one is given
+STARTS = {"model", "config", "size", "vision", "text"}  # those of a recipe give way to any that is given
 
 
 @dataclass

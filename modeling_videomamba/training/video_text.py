@@ -293,9 +293,16 @@ class VideoTextRun(TrainingRun):
         inputs |= self._hidden_tokens(pixel_values, batch["seed"])
         inputs = {name: value.to(pixel_values.device) for name, value in (tokens | inputs).items()}
         outputs = model(pixel_values, **inputs, return_loss=True)
-        losses = {name: value for name, value in outputs.items() if name.startswith("loss")}
-        rows = {name: value.float().expand(len(pixel_values)) for name, value in losses.items()}
+        losses = {name: value.float() for name, value in outputs.items() if name.startswith("loss_")}
+        losses["loss_contrastive"] = losses["loss_contrastive"] * self._share(batch["valid"])
+        losses["loss"] = torch.stack(list(losses.values())).sum()
+        rows = {name: value.expand(len(pixel_values)) for name, value in losses.items()}
         return {**rows, "cut_texts": is_cut.float().to(pixel_values.device)}
+
+    def _share(self, valid: torch.Tensor) -> torch.Tensor:
+        """What makes up for the loop, which weighs by the valid rows of this process: the loss counts those of all."""
+        own = valid.sum().float()
+        return self.accelerator.reduce(own, "mean") / own.clamp(min=1)
 
     def _hidden_words(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.pretraining.mlm_probability:
