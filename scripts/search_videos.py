@@ -105,6 +105,12 @@ def check_query_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--picture shows at most {MAX_PICTURE_ROWS} hits, got --top-k {args.top_k}")
 
 
+def fingerprint(model: Any, processor: Any) -> str:
+    """What embeddings depend on."""
+    parts = model.config.to_diff_dict(), processor.video_processor.to_dict(), processor.tokenizer.get_vocab()
+    return digest(model, *parts)
+
+
 # Indexing
 
 
@@ -120,7 +126,7 @@ def index(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         settings = {
             "model": str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
-            "weights": digest(model, processor.video_processor.to_dict()),
+            "weights": fingerprint(model, processor),
             "folder": folder,
             "clip_seconds": args.clip_seconds,
             "mixed_precision": accelerator.mixed_precision,
@@ -165,8 +171,12 @@ def embed_all(
         if keys:
             pixels = batch["pixel_values"][batch["valid"]].to(accelerator.device)
             with torch.inference_mode(), accelerator.autocast():
-                parts.write(keys, {"embedding": embed(model, pixels)})
-        broken = dict(batch["broken"]) | broken  # the first reason for each
+                embedding = embed(model, pixels)
+            if not embedding.isfinite().all():
+                raise ValueError(f"embeddings are not finite, of one of {', '.join(keys)}: try --mixed-precision no")
+            parts.write(keys, {"embedding": embedding})
+        for path, reason in batch["broken"]:
+            broken.setdefault(path, reason)
         if broken and stop:
             raise ValueError("; ".join(broken.values()))
         paths = {json.loads(key)[0] for key in keys} | {path for path, _ in batch["broken"]}
@@ -184,7 +194,7 @@ def query(args: argparse.Namespace) -> None:
     collection.load()  # before the model, which takes longer
     settings = json.loads((args.out / SETTINGS).read_text("utf-8"))
     model, processor = load_retrieval_model(settings["model"])
-    if digest(model, processor.video_processor.to_dict()) != settings["weights"]:
+    if fingerprint(model, processor) != settings["weights"]:
         raise ValueError(f"{settings['model']} has other weights, or another processor, than when {args.out} was made")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     column = "embedding" if args.video is None else "direction"

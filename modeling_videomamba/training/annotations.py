@@ -223,7 +223,11 @@ def _decode(path: Path, number: int, line: bytes) -> str:
 
 
 def _csv_rows(lines: list[str]) -> Iterator[dict[str, str]]:
-    return csv.DictReader((f"{line}\n" for line in lines), restval="")
+    reader = csv.DictReader((f"{line}\n" for line in lines), restval="", strict=True)
+    for row in reader:
+        if None in row:
+            raise csv.Error(f"line {reader.line_num} has more columns than the header")
+        yield row
 
 
 def _msvd_pairs(path: Path, lines: list[str]) -> Pairs:

@@ -171,10 +171,10 @@ def open_video(video: VideoSource) -> VideoFile:
 
 
 def cut_video(video: Source, duration: float | None, clip_seconds: float) -> list[Window]:
-    """As few equal windows as are no longer than `clip_seconds`, which leave nothing out."""
+    """As few equal windows as are no longer than `clip_seconds` (but for a hundredth), which leave nothing out."""
     if duration is None:
         return [Window(*video, 0.0, None, 1)]
-    count = max(1, math.ceil(duration / clip_seconds))
+    count = max(1, math.ceil(duration / clip_seconds - 0.01))  # ten seconds at 29.97 frames a second are 10.01
     bounds = [index * duration / count for index in range(count)] + [duration]
     return [Window(*video, start, end, count) for start, end in itertools.pairwise(bounds)]
 
