@@ -420,7 +420,7 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
             losses["loss_contrastive"] = contrastive_loss(
                 video_embeds, text_embeds, self.bounded_temperature, video_ids
             )
-            negatives = self._draw_negatives(logits_per_video.detach(), video_ids)
+            negatives = self._draw_negatives(logits_per_video.detach(), input_ids, video_ids)
             losses["loss_matching"] = self.matching_loss(
                 tokens, texts.last_hidden_state, attention_mask, *negatives, counts
             )
@@ -442,12 +442,15 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
 
     @staticmethod
     def _draw_negatives(
-        logits_per_video: torch.Tensor, video_ids: torch.Tensor | None
+        logits_per_video: torch.Tensor, input_ids: torch.Tensor, video_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The video and the text that each pair is to be told from, as [`matching_loss`] takes them."""
-        same = torch.eye(len(logits_per_video), dtype=torch.bool, device=logits_per_video.device)
+        """
+        The video and the text that each pair is to be told from, as [`matching_loss`] takes them. A pair with the same
+        text is right too, and would be the hardest negative.
+        """
+        same = (input_ids[:, None] == input_ids).all(dim=-1)
         if video_ids is not None:
-            same = (video_ids[:, None] == video_ids) | (video_ids < 0)
+            same = same | (video_ids[:, None] == video_ids) | (video_ids < 0)
         videos = draw_negatives(hard_negative_weights(logits_per_video.T, same))
         return videos, draw_negatives(hard_negative_weights(logits_per_video, same))
 

@@ -420,11 +420,15 @@ def test_negatives_are_the_video_and_the_text_that_look_alike():
     draw = VideoMambaForVideoTextRetrieval._draw_negatives
     logits = torch.zeros(4, 4)  # videos by texts
     logits[0, 1] = logits[2, 0] = 60.0
-    videos, texts = draw(logits, None)
+    words = torch.arange(8).view(4, 2)
+    videos, texts = draw(logits, words, None)
     assert (videos[0], texts[0]) == (2, 1)  # text 0 looks like video 2, video 0 like text 1
     for ids, others in (([5, -1, 6, 5], {2}), ([5, 6, -1, 5], {1}), ([5, -1, -1, 5], {-1})):
-        videos, texts = draw(logits, torch.tensor(ids))  # neither the same video nor what doesn't count
+        videos, texts = draw(logits, words, torch.tensor(ids))  # neither the same video nor what doesn't count
         assert {int(videos[0]), int(texts[0])} == others
+    words[1] = words[2] = words[0]  # nor the same text
+    videos, texts = draw(logits, words, None)
+    assert (videos[0], texts[0]) == (3, 3)
 
 
 def test_masked_words_alone_are_judged():
