@@ -486,8 +486,8 @@ def test_two_processes_contrast_what_one_does(tmp_path):
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            scale = parameter.grad.abs().max()
-            assert (gradients[name] - parameter.grad).abs().max() <= 1e-4 * scale.clamp(min=1e-6), name
+            scale = parameter.grad.abs().max().clamp(min=1e-3)  # that of the biases of keys is rounding alone
+            assert (gradients[name] - parameter.grad).abs().max() <= 1e-4 * scale, name
     torch.testing.assert_close(without_ids, contrastive_loss(torch.eye(4).unsqueeze(1), torch.eye(4), 0.5))
 
 
