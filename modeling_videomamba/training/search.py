@@ -35,6 +35,12 @@ class Hit:
     probability: float | None = None
     pixels: torch.Tensor | None = None
 
+    def read_pixels(self) -> torch.Tensor:
+        """`pixels`. Raises `ValueError` before [`Search.with_pixels`] has read them."""
+        if self.pixels is None:
+            raise ValueError(f"the frames of {self.window.path} have not been read")
+        return self.pixels
+
     @property
     def time(self) -> str:
         """From when to when, in minutes and seconds."""
@@ -157,7 +163,7 @@ class Text:
         """The hits, which have pixels, by the probability that they match the text, which they get."""
         for first in range(0, len(hits), FUSED_TOGETHER):
             batch = hits[first : first + FUSED_TOGETHER]
-            pixels = torch.cat([hit.pixels for hit in batch]).to(self.model.device)  # type: ignore[misc]
+            pixels = torch.cat([hit.read_pixels() for hit in batch]).to(self.model.device)
             videos = self.model.get_video_features(pixels).last_hidden_state
             texts = self.hidden_states.expand(len(batch), -1, -1)
             mask = self.tokens["attention_mask"].expand(len(batch), -1)
@@ -172,8 +178,7 @@ def draw_filmstrips(hits: list[Hit], processor: VideoMambaVideoProcessor, path: 
     plots = pyplot()
     figure, axes = plots.subplots(len(hits), figsize=(14, 2 * len(hits) + 0.5), squeeze=False, layout="constrained")
     for axis, hit in zip(axes[:, 0], hits, strict=True):
-        assert hit.pixels is not None
-        frames = restore_pixels(hit.pixels, processor)[0].movedim(1, -1)
+        frames = restore_pixels(hit.read_pixels(), processor)[0].movedim(1, -1)
         shown = np.linspace(0, len(frames) - 1, min(len(frames), MAX_STRIP_FRAMES)).round().astype(int)
         gap = max(1, frames.shape[2] // 32)
         strip = F.pad(frames[shown], (0, 0, 0, gap), value=1.0)  # white between the frames

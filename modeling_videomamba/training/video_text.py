@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,9 @@ print(model(**inputs).logits_per_video.softmax(-1))
 class CaptionedDataArguments(DataArguments):
     """Videos and images with captions."""
 
+    data_root: Path | None = field(
+        default=None, metadata={"help": "what the paths of the lists of --data are relative to"}
+    )
     more_data: list[str] = field(
         default_factory=list,
         metadata={"help": "further training data like --data, also of images where that has videos"},
@@ -203,7 +207,7 @@ class VideoTextRun(TrainingRun):
         return load_video_text_processor(self.args.model, self.model, tokenizer)
 
     @property
-    def _tokenizer_folder(self) -> Any:
+    def _tokenizer_folder(self) -> Path:
         return self.args.run.output_dir / "tokenizer"
 
     def _made_tokenizer(self) -> Any:
