@@ -204,6 +204,11 @@ def test_captions_are_drawn_and_files_told_apart(tmp_path, video):
     assert [reason for _, reason in batch["broken"]] == [f"{reason} ['five', ' ']", f"{reason} []"]
     read = [{"path": name, "bytes": Path(path).read_bytes()} for name, path in (("a", video), ("b", copy))]
     assert media_id(read[0]) == media_id(read[1]) >= 0  # the same content
+    (tmp_path / "text.mp4").write_text("no video")
+    broken = Examples(
+        videos(tmp_path / "text.mp4").add_column("captions", [["a"]]), TestViews(processor()), skip_broken=True
+    )
+    assert collate([broken[0, 0]])["video_ids"].tolist() == [-1]  # though its caption is there
     with pytest.raises(MissingCaptionError):
         Examples(split, TestViews(processor()), skip_broken=False)[0, 4]
 
