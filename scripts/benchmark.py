@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,7 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmark_measures import COMPARED, MEASURES, WITHOUT_AMX, Result, matrix_units_unusable, model_name, scan_name
-from benchmark_report import PICTURE_SUFFIXES, draw_picture, make_report, print_report
+from benchmark_report import draw_picture, make_report, print_report
+from pictures import check_picture
 
 SCAN_SHAPES = [[1, 1569, 384], [1, 12545, 1152]]  # Ti at 8 frames of 224 pixels, M at 64
 FRAMES = [8, 16, 32, 64]
@@ -125,13 +125,13 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--image-size must be a multiple of 16, got {args.image_size}")
     if min(*args.frames, args.long_clip) < 1:
         parser.error("--frames and --long-clip must be at least 1")
-    for option, path in (("--json", args.json), ("--picture", args.picture)):
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"{option} {path}: there is no such folder")
-    if args.picture and args.picture.suffix not in PICTURE_SUFFIXES:
-        parser.error(f"--picture {args.picture}: must end in {', '.join(PICTURE_SUFFIXES)}")
-    if args.picture and not find_spec("matplotlib"):
-        parser.error("--picture needs matplotlib: pip install matplotlib")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no such folder")
+    try:
+        if args.picture:
+            check_picture(args.picture)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
     args.measurements = list_measurements(args)
     if not args.measurements:
         parser.error(f"--only {' '.join(args.only)}: there is no such measurement, see --list")

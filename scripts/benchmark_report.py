@@ -16,9 +16,9 @@ from benchmark_measures import COMPARED, Result, model_name, scan_name
 from modeling_videomamba import selective_scan_backends
 from modeling_videomamba.matrix_product_cpu import unusable as matrix_units_unusable
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
+from modeling_videomamba.training.plots import pyplot
 
 COLORS = ("#0072b2", "#d55e00", "#cc79a7", "#009e73")
-PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
 def claims(results: dict[str, Result]) -> list[Result]:
@@ -182,14 +182,12 @@ def print_report(console: Console, report: Result) -> None:
 
 def draw_picture(path: Path, report: Result) -> None:
     """Time and peak memory against the number of frames, a line for each model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    plots = pyplot()
+    from matplotlib import ticker
 
     results = [result for result in report["measurements"].values() if result["measure"] == "model"]
     facts, ticks = report["environment"], sorted({r["frames"] for r in results if r["model"] in COMPARED[1:]})
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    figure, axes = plots.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     panels = (
         ("min_seconds", 1, "time of a forward pass, s"),
         ("peak_bytes", 1e6, "peak memory above weights and input, MB"),
@@ -216,4 +214,4 @@ def draw_picture(path: Path, report: Result) -> None:
     figure.suptitle(f"One clip of {size} x {size} on a CPU, {facts['dtype']}, threads: {facts['threads']}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plots.close(figure)

@@ -10,12 +10,10 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,11 +22,10 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForVideoClassification, AutoVideoProcessor, logging
 
 import modeling_videomamba  # noqa: F401 - registers VideoMamba with the Auto classes
+from modeling_videomamba.training.plots import pyplot
+from pictures import MAX_PICTURE_ROWS, check_picture, draw_filmstrip
 
 NANO = Path(__file__).resolve().parents[1] / "hub_cards" / "videomamba-nano"
-PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
-MAX_PICTURE_ROWS = 50
-MAX_PICTURE_FRAMES = 8
 
 
 @dataclass
@@ -88,30 +85,19 @@ def print_table(console: Console, results: list[Result], labels: list[list[dict[
 
 def draw_picture(path: Path, results: list[Result], labels: list[list[dict[str, Any]]], processor: Any) -> None:
     """A row for each video: the sampled frames as the model sees them, beside bars of the top labels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-    figure, axes = pyplot.subplots(
+    plots = pyplot()
+    figure, axes = plots.subplots(
         len(results), 2, figsize=(14, 2 * len(results) + 0.5), width_ratios=(3, 1), squeeze=False, layout="constrained"
     )
     for (strip, bars), result, best in zip(axes, results, labels, strict=True):
-        shown = torch.linspace(0, len(result.frames) - 1, min(len(result.frames), MAX_PICTURE_FRAMES)).round().long()
-        frames = (result.frames[shown].movedim(1, -1) * std + mean).clamp(0, 1)
-        gap = max(1, frames.shape[2] // 32)
-        frames = F.pad(frames, (0, 0, 0, gap), value=1.0)  # white between the frames
-        strip.imshow(frames.movedim(0, 1).flatten(1, 2).numpy(), aspect="equal")
-        strip.set_title(result.video, fontsize=9, parse_math=False)
-        strip.axis("off")
+        draw_filmstrip(strip, result.frames, processor, result.video)
         labels_up = [item["label"].replace("$", r"\$") for item in best][::-1]
         bars.barh(labels_up, [item["score"] for item in best][::-1])
         if all(0 <= item["score"] <= 1 for item in best):
             bars.set_xlim(0, 1)
         bars.tick_params(labelsize=8)
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    plots.close(figure)
 
 
 def parse_args() -> argparse.Namespace:
@@ -127,13 +113,13 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--top-k must be at least 1, got {args.top_k}")
     if args.picture and len(args.videos) > MAX_PICTURE_ROWS:
         parser.error(f"--picture takes at most {MAX_PICTURE_ROWS} videos, got {len(args.videos)}")
-    for option, path in (("--features", args.features), ("--picture", args.picture)):
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"{option} {path}: there is no such folder")
-    if args.picture and args.picture.suffix not in PICTURE_SUFFIXES:
-        parser.error(f"--picture {args.picture}: must end in {', '.join(PICTURE_SUFFIXES)}")
-    if args.picture and not find_spec("matplotlib"):
-        parser.error("--picture needs matplotlib: pip install matplotlib")
+    if args.features and not args.features.absolute().parent.is_dir():
+        parser.error(f"--features {args.features}: there is no such folder")
+    try:
+        if args.picture:
+            check_picture(args.picture)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
     if args.picture and args.features:
         parser.error("--picture shows labels, --features has none: pass one of them")
     if len(set(args.videos)) < len(args.videos):

@@ -41,8 +41,7 @@ from modeling_videomamba.training.reranking import (
 )
 from modeling_videomamba.training.retrieval import texts_of
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
-from modeling_videomamba.training.teacher_cache import digest
-from modeling_videomamba.training.video_text_models import image_processor_of, load_trained
+from modeling_videomamba.training.video_text_models import fingerprint, image_processor_of, load_trained
 from modeling_videomamba.training.workers import iterate
 from modeling_videomamba.video_decoding import BrokenVideoError
 
@@ -127,6 +126,7 @@ class Evaluation:
             self.model = load_trained(args.model)
         processor = AutoProcessor.from_pretrained(args.model)
         self.tokenizer, self.processor = processor.tokenizer, processor.video_processor
+        self.fingerprint = fingerprint(self.model, processor)
         if media_kind(self.split) == "image":
             self.processor = image_processor_of(self.processor)
         longest = self.model.text_model.config.max_position_embeddings
@@ -161,8 +161,7 @@ class Evaluation:
         content = json.dumps([[version_of(path) for path in paths], self.texts, self.owners])
         settings["data"] = hashlib.sha256(content.encode()).hexdigest()
         settings["mixed_precision"] = self.accelerator.mixed_precision
-        parts = self.model.config.to_diff_dict(), self.processor.to_dict(), self.tokenizer.get_vocab()
-        return {**settings, "model": digest(self.model, *parts)}
+        return {**settings, "model": self.fingerprint}
 
     def remaining(self, parts: Parts, indices: list[int]) -> list[int]:
         """Those without a part, the same on every process."""

@@ -5,14 +5,16 @@
 
 `index` embeds every window of every video of FOLDER, of the videos in its tar shards too; instead of FOLDER it takes
 the paths or addresses of shards. It may be stopped at any moment and started again, also on another number of
-processes; started later, it embeds what is new or has changed. `query` searches OUT, where `index` has left its table.
+processes; started later, it embeds what is new or has changed, and drops what is no longer among what it is given.
+`query` searches OUT, where `index` has left its table.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
@@ -22,27 +24,29 @@ import datasets
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
-from datasets.distributed import split_dataset_by_node
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Plain
 from transformers import logging
 
-from classify import MAX_PICTURE_ROWS, PICTURE_SUFFIXES
 from modeling_videomamba.training.arguments import check_settings
-from modeling_videomamba.training.collection import (
-    Collection,
-    check_faiss,
-    complete_videos,
-    describe_changes,
-    embed,
-)
+from modeling_videomamba.training.collection import Collection, check_faiss, describe_changes, embed
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.parts import Parts
-from modeling_videomamba.training.search import Hit, Search, Text, draw_filmstrips, embed_clip, load_retrieval_model
-from modeling_videomamba.training.teacher_cache import digest
-from modeling_videomamba.training.windows import Source, Windows, find_files, is_shard, stream_videos
+from modeling_videomamba.training.plots import pyplot
+from modeling_videomamba.training.search import Hit, Search, Text, embed_clip, load_retrieval_model
+from modeling_videomamba.training.video_text_models import fingerprint
+from modeling_videomamba.training.windows import (
+    Share,
+    Source,
+    Window,
+    Windows,
+    complete_videos,
+    find_files,
+    is_shard,
+)
 from modeling_videomamba.training.workers import iterate
+from pictures import MAX_PICTURE_ROWS, check_picture, draw_filmstrip
 
 RERANKED = 32
 SETTINGS = "settings.json"
@@ -97,18 +101,9 @@ def check_query_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--rerank {args.rerank}: candidates are judged by a text, not by --video")
     if args.picture is None:
         return
-    if args.picture.suffix not in PICTURE_SUFFIXES:
-        raise ValueError(f"--picture {args.picture}: must end in {', '.join(PICTURE_SUFFIXES)}")
-    if not args.picture.absolute().parent.is_dir():
-        raise ValueError(f"--picture {args.picture}: there is no such folder")
+    check_picture(args.picture)
     if args.top_k > MAX_PICTURE_ROWS:
         raise ValueError(f"--picture shows at most {MAX_PICTURE_ROWS} hits, got --top-k {args.top_k}")
-
-
-def fingerprint(model: Any, processor: Any) -> str:
-    """What embeddings depend on."""
-    parts = model.config.to_diff_dict(), processor.video_processor.to_dict(), processor.tokenizer.get_vocab()
-    return digest(model, *parts)
 
 
 # Indexing
@@ -121,43 +116,66 @@ def index(args: argparse.Namespace) -> None:
     (files,) = broadcast_object_list(found)
     with accelerator.main_process_first():
         model, processor = load_retrieval_model(args.model)
-    folder = str(Path(args.data[0]).resolve()) if Path(args.data[0]).is_dir() else ""
     collection = Collection(args.out)
-    if accelerator.is_main_process:
-        settings = {
-            "model": str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
-            "weights": fingerprint(model, processor),
-            "folder": folder,
-            "clip_seconds": args.clip_seconds,
-            "mixed_precision": accelerator.mixed_precision,
-        }
-        check_settings(args.out / SETTINGS, settings, f"{args.out} is an index of another run")
-        collection.recover()
-    accelerator.wait_for_everyone()
-    before, known = collection.windows(), collection.embedded(files)
-    accelerator.wait_for_everyone()  # nobody writes before all have read
-
-    broken: dict[str, str] = {}
-    complete = complete_videos(known)
-    if remaining := [file for file in files if is_shard(file.path) or file not in complete]:
-        stream = stream_videos(remaining, folder, complete)
-        stream = split_dataset_by_node(stream, accelerator.process_index, accelerator.num_processes)
-        partial = {window for window in known if window.video not in complete}
-        windows = Windows(stream, processor.video_processor, args.clip_seconds, partial)
-        share = -(-len(remaining) // accelerator.num_processes)
-        batches = iterate(windows, min(args.num_workers, share), batch_size=args.batch_size)
-        total = None if any(is_shard(file.path) for file in remaining) else share
-        with tqdm(total=total, unit="video", desc="videos of this process") as bar:
-            model = model.to(accelerator.device)
-            broken = embed_all(accelerator, model, batches, collection.parts, bar, args.on_broken_video == "raise")
-    broken = dict(gather_object(list(broken.items())))
-    if accelerator.is_main_process:
-        for reason in broken.values():
-            print(f"broken: {reason}")
-        now = collection.finish(files)
-        print(describe_changes(before, known, now, broken))
-    accelerator.wait_for_everyone()
+    with collection.lock() if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            check_index(collection, args, fingerprint(model, processor), accelerator.mixed_precision)
+        accelerator.wait_for_everyone()
+        before, known = collection.windows(), collection.embedded(files)
+        accelerator.wait_for_everyone()  # nobody writes before all have read
+        broken = embed_missing(args, accelerator, model, processor, files, known)
+        if accelerator.is_main_process:
+            for reason in broken.values():
+                print(f"broken: {reason}")
+            now = collection.finish(files)
+            print(describe_changes(before, known, now, broken))
+        accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def check_index(collection: Collection, args: argparse.Namespace, weights: str, mixed_precision: str) -> None:
+    """What is embedded with other settings is not mixed."""
+    settings = {
+        "model": str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
+        "weights": weights,
+        "folder": root_of(args.data),
+        "clip_seconds": args.clip_seconds,
+        "mixed_precision": mixed_precision,
+    }
+    if collection.is_empty:  # but for the settings of a run that did nothing
+        (args.out / SETTINGS).unlink(missing_ok=True)
+    check_settings(args.out / SETTINGS, settings, f"{args.out} is an index of another run")
+
+
+def root_of(data: list[str]) -> str:
+    """What the paths of videos are relative to."""
+    return str(Path(data[0]).resolve()) if Path(data[0]).is_dir() else ""
+
+
+def embed_missing(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: Any,
+    processor: Any,
+    files: list[Source],
+    known: set[Window],
+) -> dict[str, str]:
+    """Embeds the windows that are not `known`; returns the reason for each file that can't be read."""
+    complete = complete_videos(known)
+    remaining = [file for file in files if is_shard(file.path) or file not in complete]
+    if not remaining:
+        return {}
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    windows = Windows(remaining, root_of(args.data), processor.video_processor, args.clip_seconds, known, share)
+    has_shards = any(is_shard(file.path) for file in remaining)
+    most = -(-len(remaining) // accelerator.num_processes)
+    batches = iterate(
+        windows, args.num_workers if has_shards else min(args.num_workers, most), batch_size=args.batch_size
+    )
+    parts, stop = Parts(args.out / "parts"), args.on_broken_video == "raise"
+    with tqdm(total=None if has_shards else most, unit="video", desc="videos of this process") as bar:
+        broken = embed_all(accelerator, model.to(accelerator.device), batches, parts, bar, stop)
+    return dict(gather_object(list(broken.items())))
 
 
 def embed_all(
@@ -190,23 +208,24 @@ def embed_all(
 
 def query(args: argparse.Namespace) -> None:
     check_query_args(args)
-    collection = Collection(args.out)
-    collection.load()  # before the model, which takes longer
+    table = Collection(args.out).table_folder()
     settings = json.loads((args.out / SETTINGS).read_text("utf-8"))
     model, processor = load_retrieval_model(settings["model"])
     if fingerprint(model, processor) != settings["weights"]:
         raise ValueError(f"{settings['model']} has other weights, or another processor, than when {args.out} was made")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     column = "embedding" if args.video is None else "direction"
-    search = Search(collection, column, settings["folder"], processor.video_processor)
+    search = Search(table, column, settings["folder"], processor.video_processor)
     with torch.inference_mode():
         hits, times = find(args, search, model, processor)
     if args.picture is not None and hits:
-        draw_filmstrips(hits, processor.video_processor, args.picture)
+        draw_picture(hits, processor.video_processor, args.picture)
     if args.json:
         print_json(hits, search, times)
     else:
         print_table(hits, search, times)
+    if args.picture is not None and not hits:
+        print(f"no hits, {args.picture} is not drawn", file=sys.stderr)
     for reason in search.left_out.values():
         print(f"left out: {reason}", file=sys.stderr)
 
@@ -224,10 +243,24 @@ def find(args: argparse.Namespace, search: Search, model: Any, processor: Any) -
     best: list[Hit] = []
     if text is not None and reranked:
         began = time.perf_counter()
-        best = text.rerank(list(islice(search.with_pixels(candidates), reranked)))
+        best = text.rerank(islice(search.with_pixels(candidates), reranked))
         times["rerank_ms"] = 1000 * (time.perf_counter() - began)
-    others = search.with_pixels(candidates) if args.picture is not None else candidates
-    return list(islice(chain(best, others), args.top_k)), times
+    ranked: Iterator[Hit] = chain(best, candidates)
+    if args.picture is not None:
+        ranked = search.with_pixels(ranked)
+    return list(islice(ranked, args.top_k)), times
+
+
+def draw_picture(hits: list[Hit], processor: Any, path: Path) -> None:
+    """A row for each of the hits, which have pixels: frames as the model sees them, under where they are and scores."""
+    plots = pyplot()
+    figure, axes = plots.subplots(len(hits), figsize=(14, 2 * len(hits) + 0.5), squeeze=False, layout="constrained")
+    for axis, hit in zip(axes[:, 0], hits, strict=True):
+        match = "" if hit.probability is None else f", match {hit.probability:.3f}"
+        title = f"{hit.window.path}  {hit.time}  similarity {hit.similarity:.3f}{match}"
+        draw_filmstrip(axis, hit.read_pixels()[0], processor, title)
+    figure.savefig(path, dpi=100)
+    plots.close(figure)
 
 
 def print_table(hits: list[Hit], search: Search, times: dict[str, float]) -> None:

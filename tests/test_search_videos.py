@@ -3,14 +3,18 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tarfile
 import threading
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
+from itertools import chain, pairwise
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import load_from_disk
-from datasets.distributed import split_dataset_by_node
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import search_videos
@@ -26,7 +31,8 @@ from make_moving_digits import FPS, write_mp4
 from modeling_videomamba import VideoMambaForVideoTextRetrieval, VideoMambaModel, VideoMambaProcessor
 from modeling_videomamba.training import windows as windows_module
 from modeling_videomamba.training.collection import Collection, embed
-from modeling_videomamba.training.windows import Source, cut_video, find_files, stream_videos
+from modeling_videomamba.training.windows import Share, Source, Windows, cut_video, find_files, read_videos
+from modeling_videomamba.training.workers import iterate
 from modeling_videomamba.video_decoding import BrokenVideoError, read_frames
 from modeling_videomamba.video_text_losses import similarities
 from tests.conftest import tiny_config
@@ -124,8 +130,13 @@ def collection(search, model_folder, clips, tmp_path):
 
 def rows(out):
     """Embeddings by path and start."""
-    table = load_from_disk(str(out / "table"))
+    table = load_from_disk(str(Collection(out).table_folder()))
     return {(row["path"], row["start"]): row for row in table.with_format("numpy")}
+
+
+def files_of(out):
+    """Names in an index."""
+    return {re.sub("^table-.*", "table-*", path.name) for path in out.iterdir()}
 
 
 def counts(text):
@@ -196,7 +207,7 @@ def test_two_processes_index_as_one_does_and_as_the_model_says(search, model_fol
         expected = oracle.frame_embeds(oracle.pixels(path, *window_of(row))).mean(1)[0]
         np.testing.assert_allclose(row["embedding"], expected, atol=1e-5)
         np.testing.assert_allclose(row["direction"], F.normalize(expected, dim=0), atol=1e-5)
-    assert not (tmp_path / "2" / "parts").exists() and not list((tmp_path / "2").glob(".*"))
+    assert files_of(tmp_path / "2") == {"current", "lock", "settings.json", "table-*"}
 
 
 @pytest.mark.parametrize(("duration", "clip_seconds"), [(6.0, 2), (6.1, 2), (0.5, 2), (7.3, 0.7), (3600.0, 10)])
@@ -244,7 +255,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(search, model_folder, clips, 
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     places = Collection(out).parts.places()
-    assert 10 < len(places) < 120 and not (out / "table").exists()
+    assert 10 < len(places) < 120 and not Collection(out).current.exists()
     kept = {tuple(json.loads(key)[i] for i in (0, 3)): place for key, place in places.items()}
     saved = {key: Collection(out).parts.read([place], "embedding")[0] for key, place in kept.items()}
     whole = sum((f"{number:03}.mp4", 4.0) in kept for number in range(40))
@@ -255,14 +266,71 @@ def test_a_killed_run_goes_on_with_what_is_missing(search, model_folder, clips, 
     assert all(np.array_equal(after[key]["embedding"], embedding) for key, embedding in saved.items())
 
 
-def test_a_table_that_was_being_replaced_is_not_lost(search, model_folder, collection):
+def test_a_kill_while_a_table_is_written_harms_nothing(search, model_folder, collection):
     folder, out = collection
-    (out / "table").rename(out / ".table.before")
-    (out / ".table.writing").mkdir()
+    before = Collection(out).table_folder()
+    (out / "table-unfinished").mkdir()
+    (out / "current.writing").write_text("table-unf")
+    assert len(ask(search, out, TEXT, "--rerank", 0)["hits"]) == 10
     assert counts(search("index", folder, out, "--model", model_folder, *OPTIONS))[:3] == [0, 0, 8]
+    assert Collection(out).table_folder() == before
     write_mp4(folder / "more.mp4", draw(30))
     assert counts(search("index", folder, out, "--model", model_folder, *OPTIONS))[:3] == [1, 1, 8]
-    assert not list(out.glob(".*"))
+    assert files_of(out) == {"current", "lock", "settings.json", "table-*"} and len(list(out.glob("table-*"))) == 1
+
+
+def test_two_runs_do_not_write_one_index(exit_of, model_folder, clips, tmp_path):
+    out = tmp_path / "index"
+    with Collection(out).lock():
+        message = exit_of(search_videos, "index", clips, out, "--model", model_folder, *OPTIONS)
+    assert message == f"error: another run is writing {out}: wait for its end"
+    assert files_of(out) == {"lock"}
+
+
+def test_folders_are_walked_as_they_are_linked(search, exit_of, model_folder, clips, tmp_path):
+    folder, out = tmp_path / "videos", tmp_path / "index"
+    (folder / "deep").mkdir(parents=True)
+    shutil.copy(clips / "0.mp4", folder / "deep")
+    (folder / "linked").symlink_to(clips / "sub")
+    (folder / "deep" / "circle").symlink_to(folder)
+    assert counts(search("index", folder, out, "--model", model_folder, *OPTIONS))[:3] == [4, 4, 0]
+    assert {path for path, _ in rows(out)} == {"deep/0.mp4", "linked/1.mp4", "linked/3.mp4", "linked/5.mp4"}
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(exit_of, model_folder, clips, tmp_path, monkeypatch):
+    def fails(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", fails)
+    message = exit_of(search_videos, "index", clips, tmp_path / "index", "--model", model_folder, *OPTIONS)
+    assert message == f"error: [Errno 13] Permission denied: '{clips / 'sub'}'"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_text_are_reported(search, model_folder, clips, tmp_path):
+    folder, out = tmp_path / "videos", tmp_path / "index"
+    folder.mkdir()
+    shutil.copy(clips / "0.mp4", folder)
+    shutil.copy(clips / "2.mp4", os.fsencode(folder) + b"/caf\xe9.mp4")
+    write_shard(folder / "a.tar", {"na\udce9ve.mp4": clips / "4.mp4", "6.mp4": clips / "6.mp4"})
+    shutil.copy(folder / "a.tar", os.fsencode(folder) + b"/\xe9.tar")
+    text = search("index", folder, out, "--model", model_folder, *OPTIONS)
+    assert counts(text) == [2, 2, 0, 0, 0, 4]
+    for name in ("caf\\xe9.mp4", "a.tar::na\\xe9ve.mp4", "\\xe9.tar::6.mp4", "\\xe9.tar::na\\xe9ve.mp4"):
+        assert f"broken: {name}: its name is not UTF-8, rename it" in text.splitlines()
+
+
+def test_a_first_run_that_did_nothing_leaves_no_settings(exit_of, search, model_folder, clips, tmp_path):
+    folder, out = tmp_path / "videos", tmp_path / "index"
+    folder.mkdir()
+    shutil.copy(clips / "bad.mp4", folder)
+    index = ("index", folder, out, "--model", model_folder, "--num-workers", 0, "--clip-seconds")
+    assert exit_of(search_videos, *index, 3) == "error: no video could be read"
+    shutil.copy(clips / "0.mp4", folder)
+    assert counts(search(*index, 2)) == [1, 1, 0, 0, 0, 1]
 
 
 def test_windows_beside_a_damaged_one_are_kept(search, model_folder, clips, tmp_path, monkeypatch):
@@ -352,36 +420,118 @@ def test_videos_in_shards(search, model_folder, oracle, clips, shards, tmp_path)
     assert counts(index()) == [1, 1, 1, 1, 2, 0]
 
 
-def test_shards_at_an_address(search, model_folder, clips, shards, tmp_path):
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+class Quiet(SimpleHTTPRequestHandler):
+    """A server that knows no ranges."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards)))
+    def log_message(self, *_):
+        pass
+
+
+class Failing(Quiet):
+    """It ends in the middle of c.tar."""
+
+    def copyfile(self, source, outputfile):
+        outputfile.write(source.read()[: -2000 if self.path == "/c.tar" else None])
+
+
+@contextmanager
+def served(folder, handler=Quiet):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_shards_at_an_address(search, model_folder, clips, shards, tmp_path):
     out = tmp_path / "index"
-    text = search("index", f"{address}/a.tar", f"{address}/b.tar", out, "--model", model_folder, *OPTIONS)
-    assert counts(text) == [5, 3, 0, 0, 0, 1]
-    assert set(load_from_disk(str(out / "table"))["size"]) == {None}
-    found = ask(search, out, TEXT)
-    assert len(found["hits"]) == 5 and all(hit["match"] is not None for hit in found["hits"])
+    large = io.BytesIO(bytes(12 << 20))  # more than is read ahead
+    with tarfile.open(shards / "a.tar", "a") as archive:
+        info = tarfile.TarInfo("large.bin")
+        info.size = len(large.getvalue())
+        archive.addfile(info, large)
+        archive.add(clips / "4.mp4", "last.mp4")
+    with served(shards) as address:
+        text = search("index", f"{address}/a.tar", f"{address}/b.tar", out, "--model", model_folder, *OPTIONS)
+        assert counts(text) == [6, 4, 0, 0, 0, 1]
+        assert set(load_from_disk(str(Collection(out).table_folder()))["size"]) == {None}
+        found = ask(search, out, TEXT)
+    assert len(found["hits"]) == 6 and all(hit["match"] is not None for hit in found["hits"])
     assert {hit["path"] for hit in found["hits"]} == {
         f"{address}/a.tar::x/0.mp4",
         f"{address}/a.tar::x/2.MP4",
+        f"{address}/a.tar::last.mp4",
         f"{address}/b.tar::long.mp4",
     }
-    server.shutdown()
-    server.server_close()
+    gone = ask(search, out, TEXT)
+    assert gone["hits"] == [] and f"{address}/b.tar: " in " ".join(gone["left_out"])
 
 
-@pytest.mark.parametrize("names", [["a.tar"], ["a.tar", "b.tar"], ["a.tar", "b.tar", "c.tar"]])
-def test_each_video_of_shards_goes_to_one_process(shards, names):
+def test_a_shard_at_an_address_that_breaks_off_is_broken(search, model_folder, clips, shards, tmp_path):
+    with served(shards, Failing) as address:
+        addresses = [f"{address}/{name}.tar" for name in ("b", "c", "none")]
+        text = search("index", *addresses, tmp_path, "--model", model_folder, *OPTIONS)
+    assert counts(text)[5] == 2 and all(f"broken: {address}: " in text for address in addresses[1:])
+
+
+def paths_read(files, root, share):
+    return [row.video.path for row in read_videos(files, str(root), frozenset(), share) if row.error is None]
+
+
+@pytest.mark.parametrize("names", [["a.tar"], ["a.tar", "b.tar"], ["a.tar", "b.tar", "c.tar", "0.mp4"]])
+@given(readers=st.integers(1, 9))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=9)
+def test_each_video_goes_to_one_reader(shards, clips, names, readers):
+    shutil.copy(clips / "0.mp4", shards)
     files = [file for file in find_files([str(shards)]) if file.path in names]
-    whole = [row["path"] for row in stream_videos(files, str(shards), frozenset())]
-    parts = [split_dataset_by_node(stream_videos(files, str(shards), frozenset()), rank, 2) for rank in range(2)]
-    found = [[row["path"] for row in part] for part in parts]
-    assert sorted(found[0] + found[1]) == sorted(whole) and len(whole) >= 3 and all(found)
+    whole = paths_read(files, shards, Share(0, 1))
+    found = [paths_read(files, shards, Share(reader, readers)) for reader in range(readers)]
+    assert sorted(chain.from_iterable(found)) == sorted(whole) and len(whole) >= 3
+
+
+def test_what_one_reader_cannot_read_is_not_lost(shards, monkeypatch):
+    """The others have what they would have had, and a later run finds the rest."""
+    files = [file for file in find_files([str(shards)]) if file.path == "a.tar"]
+    shares = [Share(reader, 3) for reader in range(3)]
+    expected = [paths_read(files, shards, share) for share in shares]
+    failing = next(share for share in shares if expected[share.reader])
+    monkeypatch.setattr(windows_module, "_read_member", mock.Mock(side_effect=OSError("the network is gone")))
+    (row,) = read_videos(files, str(shards), frozenset(), failing)
+    assert row == (files[0], None, "the network is gone")
+    monkeypatch.undo()
+    assert [paths_read(files, shards, share) for share in shares] == expected
+
+
+def test_workers_share_what_a_process_has(model_folder, shards, clips):
+    shutil.copytree(clips / "sub", shards / "sub")
+    files = find_files([str(shards)])
+    processor = VideoMambaProcessor.from_pretrained(model_folder).video_processor
+
+    def names(share, num_workers):
+        windows = Windows(files, str(shards), processor, 2.0, set(), share)
+        return [name for batch in iterate(windows, num_workers, batch_size=2) for name in batch["names"] if name]
+
+    whole = names(Share(0, 1), 0)
+    assert sorted(names(Share(0, 2), 2) + names(Share(1, 2), 2)) == sorted(whole) and len(whole) == 9
+
+
+def test_a_second_video_of_one_name_is_reported(search, model_folder, shards, clips, tmp_path):
+    for path in shards.glob("[bc].tar"):
+        path.unlink()
+    with tarfile.open(shards / "a.tar", "a") as archive:
+        archive.add(clips / "4.mp4", "x/0.mp4")
+    text = search("index", shards, tmp_path, "--model", model_folder, *OPTIONS)
+    assert counts(text) == [2, 2, 0, 0, 0, 2]
+    assert f"broken: {shards / 'a.tar'}::x/0.mp4: another video of the shard has this name" in text
+
+
+def test_videos_of_a_shard_that_changed_and_broke_are_changed(search, model_folder, shards, tmp_path):
+    index = partial(search, "index", shards, tmp_path, "--model", model_folder, *OPTIONS)
+    index()
+    truncate(shards / "b.tar", 0, 100)
+    assert counts(index()) == [0, 0, 3, 1, 0, 3]
 
 
 @pytest.mark.parametrize(("member", "more", "whole"), [(2, 600, 1), (2, 100, 1), (3, 1024, 2)])
@@ -390,9 +540,9 @@ def test_a_truncated_shard_is_noticed_wherever_it_is_cut(shards, clips, member, 
     write_shard(shards / "c.tar", {"4.mp4": clips / "4.mp4", "6.mp4": clips / "6.mp4"})
     truncate(shards / "c.tar", member, more)
     (file,) = find_files([str(shards / "c.tar")])
-    found = list(stream_videos([file], "", frozenset()))
-    assert found[-1]["error"].startswith(f"{shards / 'c.tar'}: ")
-    assert [row["path"].split("::")[1] for row in found[:-1]] == ["4.mp4", "6.mp4"][:whole]
+    found = list(read_videos([file], "", frozenset(), Share(0, 1)))
+    assert found[-1].error.startswith(f"{shards / 'c.tar'}: ")
+    assert [row.video.path.split("::")[1] for row in found[:-1]] == ["4.mp4", "6.mp4"][:whole]
 
 
 # Searching

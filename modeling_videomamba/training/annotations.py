@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, Video
 
-from .sources import VIDEO_SUFFIXES
+from .sources import VIDEO_SUFFIXES, walk_files
 
 KNOWN_FORMATS = """the known formats are
 - JSON of the original release, VindLU and others: a list of {video or image, caption}, where captions may be lists;
@@ -271,10 +271,9 @@ def _find_files(names: Iterable[str], videos: Path) -> dict[str, Path]:
     if not videos.is_dir():
         raise FileNotFoundError(f"`videos` must be a folder, got {videos}.")
     by_stem: dict[str, list[PurePosixPath]] = {}
-    for file in sorted(videos.rglob("*")):
-        if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file():
-            relative = PurePosixPath(file.relative_to(videos).as_posix())
-            by_stem.setdefault(_stem(relative.name), []).append(relative)
+    for file in walk_files(videos, VIDEO_SUFFIXES):
+        relative = PurePosixPath(file.relative_to(videos).as_posix())
+        by_stem.setdefault(_stem(relative.name), []).append(relative)
     found: dict[str, Path] = {}
     owners: dict[PurePosixPath, str] = {}
     for name in names:

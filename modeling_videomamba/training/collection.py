@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value, load_from_disk
+from filelock import FileLock, Timeout
 
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from .parts import Parts
 from .retrieval import mean_directions
-from .windows import Source, Window
+from .windows import Source, Window, split_path
 
 VECTORS = ("embedding", "direction")
 
@@ -35,39 +38,46 @@ def embed(model: VideoMambaForVideoTextRetrieval, pixel_values: torch.Tensor) ->
 
 class Collection:
     r"""
-    A folder with a finished `table`, if there is one, and with `parts`, the embeddings of a run that hasn't ended. A
-    table has a row for each window with `embedding`, `direction` (its unit vector), and a FAISS index of each.
+    A folder with a finished table, if there is one, and with `parts`, the embeddings of a run that hasn't ended. A
+    table has a row for each window with `embedding`, `direction` (its unit vector), and a FAISS index of each. Each run
+    that changes it writes another folder, of which the file `current` has the name.
 
     Args:
         folder (`Path`): May not exist yet.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.table_folder = folder, folder / "table"
-        self.before = folder / ".table.before"
+        self.folder, self.current = folder, folder / "current"
         self.parts = Parts(folder / "parts")
 
-    def index_file(self, name: str) -> Path:
-        """The FAISS index of a column of vectors."""
-        return self.table_folder / f"{name}.faiss"
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been embedded yet."""
+        return not self.current.exists() and not self.parts.places()
 
-    def recover(self) -> None:
-        """Makes good what a kill may have left while a table was replaced."""
-        if self.before.exists() and not self.table_folder.exists():
-            self.before.rename(self.table_folder)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps others from writing. Raises `ValueError` where another run does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"another run is writing {self.folder}: wait for its end") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def load(self) -> Dataset:
-        """The finished table. Raises `FileNotFoundError` if there is none."""
-        if not self.table_folder.exists():
+    def table_folder(self) -> Path:
+        """Of the finished table. Raises `FileNotFoundError` if there is none."""
+        if not self.current.exists():
             raise FileNotFoundError(f"{self.folder} has no finished index")
-        return load_from_disk(str(self.table_folder))
+        return self.folder / self.current.read_text("utf-8")
 
     def windows(self) -> list[Window]:
         """Of the finished table, in its order."""
-        if not self.table_folder.exists():
-            return []
-        columns = self.load().select_columns(list(Window._fields)).to_dict()
-        return [Window(*row) for row in zip(*(columns[name] for name in Window._fields), strict=True)]
+        return read_windows(load_from_disk(str(self.table_folder()))) if self.current.exists() else []
 
     def embedded(self, files: Iterable[Source]) -> set[Window]:
         """The windows that needn't be embedded again, of files that are as they were."""
@@ -86,6 +96,9 @@ class Collection:
         before = self.windows()
         if windows != before:
             self._replace(self._table(windows, before))
+        for path in self.folder.glob("table-*"):
+            if path != self.table_folder():
+                shutil.rmtree(path)
         shutil.rmtree(self.parts.folder, ignore_errors=True)
         return windows
 
@@ -95,7 +108,7 @@ class Collection:
         fresh = [index for index, window in enumerate(windows) if window not in rows]
         vectors = []
         if kept:
-            table = self.load().select_columns("embedding").with_format("torch")
+            table = load_from_disk(str(self.table_folder())).select_columns("embedding").with_format("torch")
             vectors.append(table[[rows[windows[index]] for index in kept]]["embedding"])
         if fresh:
             places = {_window(key): place for key, place in self.parts.places().items()}
@@ -112,30 +125,32 @@ class Collection:
         """The table and its indexes appear at once."""
         import faiss
 
-        writing = self.folder / ".table.writing"
-        for left in (writing, self.before):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        table.save_to_disk(str(writing))
-        for name in VECTORS:
-            table.add_faiss_index(name, metric_type=faiss.METRIC_INNER_PRODUCT)
-            table.save_faiss_index(name, str(writing / self.index_file(name).name))
-            table.drop_index(name)
-        if self.table_folder.exists():
-            self.table_folder.rename(self.before)
-        writing.rename(self.table_folder)
-        shutil.rmtree(self.before, ignore_errors=True)
+        name = f"table-{uuid.uuid4().hex}"
+        table.save_to_disk(str(self.folder / name))
+        for column in VECTORS:
+            table.add_faiss_index(column, metric_type=faiss.METRIC_INNER_PRODUCT)
+            table.save_faiss_index(column, str(self.folder / name / f"{column}.faiss"))
+            table.drop_index(column)
+        writing = self.folder / "current.writing"
+        writing.write_text(name, "utf-8")
+        writing.replace(self.current)
+
+
+def load_table(folder: Path, column: str) -> Dataset:
+    """A table of a [`Collection`], with the FAISS index of a column of vectors."""
+    table = load_from_disk(str(folder))
+    table.load_faiss_index(column, str(folder / f"{column}.faiss"))
+    return table
+
+
+def read_windows(table: Dataset) -> list[Window]:
+    """Of a table, in its order."""
+    columns = table.select_columns(list(Window._fields)).to_dict()
+    return [Window(*row) for row in zip(*(columns[name] for name in Window._fields), strict=True)]
 
 
 def _window(key: str) -> Window:
     return Window(*json.loads(key))
-
-
-def complete_videos(windows: set[Window]) -> frozenset[Source]:
-    """The videos of which all windows are there."""
-    counts: dict[Source, int] = {}
-    for window in windows:
-        counts[window.video] = counts.get(window.video, 0) + 1
-    return frozenset(window.video for window in windows if counts[window.video] == window.windows)
 
 
 def describe_changes(before: list[Window], known: set[Window], now: list[Window], broken: dict[str, str]) -> str:
@@ -150,7 +165,7 @@ def describe_changes(before: list[Window], known: set[Window], now: list[Window]
     fresh = [window for window in now if window not in known]
     embedded, present = {window.path for window in fresh}, {window.path for window in now}
     stale = {window.path for window in before} - {window.path for window in set(before) & set(now)}
-    changed = {path for path in stale if path in present or path in broken}
+    changed = {path for path in stale if path in present or path in broken or split_path(path)[0] in broken}
     return (
         f"embedded {len(fresh)} clips of {len(embedded)} videos, kept {len(present - embedded)}, "
         f"changed {len(changed)}, removed {len(stale - changed)}, broken {len(broken)}"

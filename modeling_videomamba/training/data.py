@@ -87,14 +87,23 @@ def decode_clips(
         return [decode_image(media)]
 
     def indices(metadata: VideoMetadata) -> np.ndarray:
-        first, last = 0, metadata.total_num_frames
-        if example.get("end") is not None and metadata.fps:
-            first = min(int(example["start"] * metadata.fps), last - 1)
-            last = max(min(round(example["end"] * metadata.fps), last), first + 1)
+        first, last = window_frames(metadata, example.get("start"), example.get("end"))
         return first + sample_frame_indices(last - first, num_frames, num_clips, generator).flatten()
 
     frames, _ = read_frames(media, indices)
     return list(frames.chunk(num_clips))
+
+
+def window_frames(metadata: VideoMetadata, start: float | None, end: float | None) -> tuple[int, int]:
+    """
+    The first frame of a window in seconds, and the one after its last: at least one frame, and all of them where there
+    is no `end` or the file doesn't tell its rate. Windows that meet share no frame.
+    """
+    total = metadata.total_num_frames
+    if end is None or not metadata.fps:
+        return 0, total
+    first = min(round((start or 0) * metadata.fps), total - 1)
+    return first, max(min(round(end * metadata.fps), total), first + 1)
 
 
 def _fetched(media: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +140,7 @@ class TrainingViews:
         generator = np.random.default_rng(seed)
         (clip,) = decode_clips(example, getattr(self.processor, "num_frames", 1), generator=generator)
         if self.transform is None:
-            return _process(self.processor, [clip]).repeat_interleave(self.num_sample, dim=0)
+            return process_clips(self.processor, [clip]).repeat_interleave(self.num_sample, dim=0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             views = torch.stack([self.transform(clip) for _ in range(self.num_sample)])
@@ -154,7 +163,7 @@ class TestViews:
     def __call__(self, example: dict[str, Any], seed: int) -> torch.Tensor:
         """Of `shape`, float32."""
         clips = decode_clips(example, getattr(self.processor, "num_frames", 1), self.num_clips)
-        return _process(self.processor, clips, self.num_crops)
+        return process_clips(self.processor, clips, self.num_crops)
 
 
 def _shape(processor: Processor) -> tuple[int, ...]:
@@ -162,7 +171,8 @@ def _shape(processor: Processor) -> tuple[int, ...]:
     return *frames, 3, processor.crop_size["height"], processor.crop_size["width"]
 
 
-def _process(processor: Processor, clips: list[torch.Tensor], num_crops: int = 1) -> torch.Tensor:
+def process_clips(processor: Processor, clips: list[torch.Tensor], num_crops: int = 1) -> torch.Tensor:
+    """`pixel_values` of decoded clips, `(clips * num_crops, frames, 3, height, width)`, without frames for images."""
     if isinstance(processor, VideoMambaImageProcessor):
         return processor([clip[0] for clip in clips], return_tensors="pt")["pixel_values"]
     options = {"do_sample_frames": False, "num_clips": 1, "num_crops": num_crops, "return_tensors": "pt"}

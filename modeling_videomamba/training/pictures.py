@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .data import Processor
-from .reports import pyplot
+from .plots import pyplot
 
 HIDDEN_BRIGHTNESS = 0.2
 

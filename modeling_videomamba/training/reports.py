@@ -7,6 +7,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evaluation import Predictions
+from .plots import pyplot
 
 METRICS = {
     "accuracy": "Top-1 accuracy",
@@ -101,16 +102,6 @@ def draw_confusion_matrix(predictions: Predictions, names: list[str], path: Path
         axis.set_yticks([])
     figure.savefig(path, dpi=120)
     plots.close(figure)
-
-
-def pyplot() -> Any:
-    """matplotlib for files, without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def model_card(

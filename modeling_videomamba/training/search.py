@@ -1,10 +1,10 @@
-"""Searching a collection of videos: candidates by embeddings, judged by the fusion layers, as filmstrips."""
+"""Searching a collection of videos: candidates by embeddings, judged by the fusion layers."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import BatchEncoding
@@ -12,14 +12,11 @@ from transformers import BatchEncoding
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
-from .collection import Collection, embed
+from .collection import embed, load_table
 from .data import BROKEN
-from .pictures import restore_pixels
-from .reports import pyplot
 from .video_text_models import load_trained
 from .windows import Window, locate, open_video, read_media, window_pixels
 
-MAX_STRIP_FRAMES = 8
 FUSED_TOGETHER = 8  # windows of a batch
 
 
@@ -55,10 +52,10 @@ def _minutes(seconds: float) -> str:
 
 class Search:
     r"""
-    A search in the finished table of a collection.
+    A search in a table of windows.
 
     Args:
-        collection ([`Collection`]): Has a table.
+        folder (`Path`): Of a table of a [`Collection`].
         column (`str`): What is compared: `"embedding"` with texts, `"direction"` with clips.
         root (`str`): What the paths of its videos are relative to.
         processor ([`VideoMambaVideoProcessor`]): Of the model.
@@ -66,11 +63,10 @@ class Search:
     `left_out` gets the reason for each file that isn't as it was when it was indexed, which is not among the hits.
     """
 
-    def __init__(self, collection: Collection, column: str, root: str, processor: VideoMambaVideoProcessor):
+    def __init__(self, folder: Path, column: str, root: str, processor: VideoMambaVideoProcessor):
         self.column, self.root, self.processor = column, root, processor
-        self.table = collection.load()
+        self.table = load_table(folder, column)
         self.rows = self.table.select_columns(list(Window._fields))
-        self.table.load_faiss_index(column, str(collection.index_file(column)))
         self.left_out: dict[str, str] = {}
         self._unchanged: set[str] = set()
 
@@ -159,33 +155,15 @@ class Text:
         self.hidden_states = features.last_hidden_state
         self.embedding = F.normalize(features.pooler_output.float(), dim=-1)[0]
 
-    def rerank(self, hits: list[Hit]) -> list[Hit]:
-        """The hits, which have pixels, by the probability that they match the text, which they get."""
-        for first in range(0, len(hits), FUSED_TOGETHER):
-            batch = hits[first : first + FUSED_TOGETHER]
+    def rerank(self, hits: Iterable[Hit]) -> list[Hit]:
+        """The hits, which have pixels, by the probability that they match the text, which they get for these."""
+        left, judged = iter(hits), []
+        while batch := list(islice(left, FUSED_TOGETHER)):
             pixels = torch.cat([hit.read_pixels() for hit in batch]).to(self.model.device)
             videos = self.model.get_video_features(pixels).last_hidden_state
             texts = self.hidden_states.expand(len(batch), -1, -1)
             mask = self.tokens["attention_mask"].expand(len(batch), -1)
             logits = self.model.matching_logits_of_encoded(videos, texts, mask)
-            for hit, probability in zip(batch, logits.float().softmax(-1)[:, 1].tolist(), strict=True):
-                hit.probability = probability
-        return sorted(hits, key=lambda hit: -(hit.probability or 0))
-
-
-def draw_filmstrips(hits: list[Hit], processor: VideoMambaVideoProcessor, path: Path) -> None:
-    """A row for each of the hits, which have pixels: frames as the model sees them, under where they are and scores."""
-    plots = pyplot()
-    figure, axes = plots.subplots(len(hits), figsize=(14, 2 * len(hits) + 0.5), squeeze=False, layout="constrained")
-    for axis, hit in zip(axes[:, 0], hits, strict=True):
-        frames = restore_pixels(hit.read_pixels(), processor)[0].movedim(1, -1)
-        shown = np.linspace(0, len(frames) - 1, min(len(frames), MAX_STRIP_FRAMES)).round().astype(int)
-        gap = max(1, frames.shape[2] // 32)
-        strip = F.pad(frames[shown], (0, 0, 0, gap), value=1.0)  # white between the frames
-        axis.imshow(strip.movedim(0, 1).flatten(1, 2).numpy(), aspect="equal")
-        match = "" if hit.probability is None else f", match {hit.probability:.3f}"
-        title = f"{hit.window.path}  {hit.time}  similarity {hit.similarity:.3f}{match}"
-        axis.set_title(title, fontsize=9, parse_math=False)
-        axis.axis("off")
-    figure.savefig(path, dpi=100)
-    plots.close(figure)
+            probabilities = logits.float().softmax(-1)[:, 1].tolist()
+            judged += [Hit(hit.window, hit.similarity, match) for hit, match in zip(batch, probabilities, strict=True)]
+        return sorted(judged, key=lambda hit: -(hit.probability or 0))

@@ -1,5 +1,7 @@
 """Where videos and images come from: everything that `datasets` loads, under one pair of columns."""
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,6 +27,23 @@ VIDEO_SUFFIXES = {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov
 VIDEO_SUFFIXES |= {".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
 Split: TypeAlias = Dataset | IterableDataset
 Target = Literal["label", "captions"]
+
+
+def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """
+    The files at any depth of a folder that have one of these suffixes in any case, sorted. Links to folders are
+    followed. Raises `OSError` for a folder that can't be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = Path(root).resolve()
+        folders[:] = [name for name in folders if (real / name).resolve() not in (real, *real.parents)]  # no circle
+        found += [Path(root, name) for name in files if Path(name).suffix.lower() in suffixes]
+    return sorted(found)
 
 
 def load_split(

@@ -15,6 +15,7 @@ from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .models import StartArguments
+from .teacher_cache import digest
 
 NORMALIZATION = ("image_mean", "image_std", "rescale_factor")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -100,6 +101,12 @@ def load_trained(path: str, **vision_changes: Any) -> VideoMambaForVideoTextRetr
     if info["missing_keys"]:
         raise ValueError(f"{path} has no weights for {', '.join(sorted(info['missing_keys']))}")
     return model
+
+
+def fingerprint(model: VideoMambaForVideoTextRetrieval, processor: VideoMambaProcessor) -> str:
+    """What the embeddings of a model depend on, in 64 characters."""
+    settings = model.config.to_diff_dict(), processor.video_processor.to_dict(), processor.tokenizer.get_vocab()
+    return digest(model, *settings)
 
 
 def load_video_text_processor(

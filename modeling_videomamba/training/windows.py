@@ -7,8 +7,11 @@ A video is known by its path, and by size and time of its file: where they are o
 import itertools
 import json
 import math
+import os
 import re
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +19,12 @@ from typing import Any, NamedTuple
 
 import fsspec
 import torch
-from datasets import Features, IterableDataset, Value
+from torch.utils.data import get_worker_info
 
 from ..video_decoding import VideoFile, VideoSource, open_source
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
-from .data import BROKEN, Examples, TestViews
-from .sources import VIDEO_SUFFIXES
+from .data import BROKEN, Examples, TestViews, process_clips, window_frames
+from .sources import VIDEO_SUFFIXES, walk_files
 
 SHARD_SUFFIX = ".tar"
 Media = dict[str, Any]  # `path` and `bytes`, as the `Video` feature of `datasets` has them
@@ -54,6 +57,35 @@ class Window(NamedTuple):
         return Source(split_path(self.path)[0], self.size, self.mtime)
 
 
+class Row(NamedTuple):
+    """A video that can be opened as `media`; or one, or a shard, that can't be read, and the `error`."""
+
+    video: Source
+    media: Media | None
+    error: str | None
+
+
+class Share(NamedTuple):
+    """The share of one of several readers in what all of them are to read."""
+
+    reader: int
+    readers: int
+
+    def has(self, path: str) -> bool:
+        """Whether what has this path is in the share."""
+        return zlib.crc32(os.fsencode(path)) % self.readers == self.reader
+
+    def split(self, worker: int, workers: int) -> "Share":
+        """Of one of the workers of the reader."""
+        return Share(self.reader * workers + worker, self.readers * workers)
+
+
+def complete_videos(windows: set[Window]) -> frozenset[Source]:
+    """The videos of which all windows are there."""
+    counts = Counter(window.video for window in windows)
+    return frozenset(window.video for window in windows if counts[window.video] == window.windows)
+
+
 def is_shard(path: str) -> bool:
     """Whether it is a shard and no video."""
     return path.lower().endswith(SHARD_SUFFIX)
@@ -78,9 +110,8 @@ def find_files(data: list[str]) -> list[Source]:
         `ValueError`: if nothing is found, or what is given is no shard.
     """
     if len(data) == 1 and Path(data[0]).is_dir():
-        root = Path(data[0])
-        suffixes = (*sorted(VIDEO_SUFFIXES), SHARD_SUFFIX)
-        paths = [path for path in root.rglob("*") if path.suffix.lower() in suffixes and not path.is_dir()]
+        root, suffixes = Path(data[0]), (*sorted(VIDEO_SUFFIXES), SHARD_SUFFIX)
+        paths = walk_files(root, suffixes)
         if not paths:
             raise ValueError(f"{root}: there is no video, which would end in one of {', '.join(suffixes)}")
         return sorted(_source(path, path.relative_to(root).as_posix()) for path in paths)
@@ -101,17 +132,40 @@ def _source(path: Path, name: str) -> Source:
     return Source(name, found.st_size, found.st_mtime_ns)
 
 
-def read_videos(files: list[Source], root: str, complete: Container[Source]) -> Iterator[dict[str, Any]]:
-    """`path`, `size`, `mtime` and `video` of each video, in a shard if it is not `complete`; or `error` of a shard."""
-    for file in files:
-        location = locate(root, file.path)
-        if is_shard(file.path):
-            try:
-                yield from _read_shard(file, location, complete)
-            except (OSError, tarfile.TarError) as error:
-                yield {**file._asdict(), "video": None, "error": f"{location}: {error}"}
-        else:
-            yield {**file._asdict(), "video": {"path": location, "bytes": None}, "error": None}
+def read_videos(files: list[Source], root: str, complete: Container[Source], share: Share) -> Iterator[Row]:
+    r"""
+    The videos of one of several readers: of files each n-th, of shards those videos that are not `complete`. Whose a
+    video is follows from its path alone, not from what the others could read.
+
+    Args:
+        files (`list[Source]`): Of [`find_files`].
+        root (`str`): What their paths are relative to.
+        complete (`Container[Source]`): Videos of shards to leave out.
+        share ([`Share`]): Of this reader.
+
+    Returns:
+        `Iterator[Row]`: a video, or a file and why it can't be read.
+    """
+    shards = [file for file in files if is_shard(file.path)]
+    for file in [file for file in files if not is_shard(file.path)][share.reader :: share.readers]:
+        yield _row(file, {"path": locate(root, file.path), "bytes": None})
+    whole = len(shards) >= share.readers
+    for shard in shards[share.reader :: share.readers] if whole else shards:
+        try:
+            yield from _read_shard(shard, locate(root, shard.path), complete, Share(0, 1) if whole else share)
+        except OSError as error:
+            yield Row(shard._replace(path=legible(shard.path)), None, legible(str(error)))
+
+
+def _row(video: Source, media: Media) -> Row:
+    if (name := legible(video.path)) == video.path:
+        return Row(video, media, None)
+    return Row(video._replace(path=name), None, f"{name}: its name is not UTF-8, rename it")
+
+
+def legible(path: str) -> str:
+    """A path that can be printed, with escapes for what in it is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def locate(root: str, path: str) -> str:
@@ -119,28 +173,47 @@ def locate(root: str, path: str) -> str:
     return path if "://" in path else str(Path(root) / path)  # an absolute one stays as it is
 
 
-def _read_shard(file: Source, location: str, complete: Container[Source]) -> Iterator[dict[str, Any]]:
-    with _open_shard(location) as (opened, archive):
+def _read_shard(shard: Source, location: str, complete: Container[Source], share: Share) -> Iterator[Row]:
+    seen: set[str] = set()
+    with _open_shard(location) as archive:
         for member in archive:
-            video = file._replace(path=f"{file.path}::{member.name}")
-            if not member.isfile() or Path(member.name).suffix.lower() not in VIDEO_SUFFIXES or video in complete:
+            video = shard._replace(path=f"{shard.path}::{member.name}")
+            if not member.isfile() or Path(member.name).suffix.lower() not in VIDEO_SUFFIXES:
                 continue
-            media = {"path": f"{location}::{member.name}", "bytes": _read_member(archive, member)}
-            yield {**video._asdict(), "video": media, "error": None}
-        if opened.seekable():  # tarfile takes a file that is cut at a header for one that ends there
-            opened.seek(archive.offset)
-            if len(opened.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("truncated: it has no end mark")
+            if not share.has(video.path):
+                continue
+            if member.name in seen:
+                yield Row(video, None, f"{location}::{member.name}: another video of the shard has this name")
+            elif video not in complete:
+                yield _row(video, {"path": f"{location}::{member.name}", "bytes": _read_member(archive, member)})
+            seen.add(member.name)
+        assert archive.fileobj is not None  # as it is of an open archive
+        if archive.fileobj.tell() - archive.offset < tarfile.BLOCKSIZE:
+            # tarfile takes a file that is cut at a header for one that ends there
+            raise tarfile.ReadError("truncated: it has no end mark")
 
 
 @contextmanager
-def _open_shard(location: str) -> Iterator[tuple[Any, tarfile.TarFile]]:
-    """The file, and the archive in it. What is passed over is not read where that can be."""
-    with (
-        fsspec.open(location, "rb") as opened,
-        tarfile.open(fileobj=opened, mode="r:" if opened.seekable() else "r|") as archive,
-    ):
-        yield opened, archive
+def _open_shard(location: str) -> Iterator[tarfile.TarFile]:
+    """
+    The archive in a file. What is passed over is not read where that can be; what comes by HTTP is a stream, since not
+    every server sends parts. Raises `OSError` for all that goes wrong with it.
+    """
+    streamed = location.startswith(("http://", "https://"))
+    options = {"block_size": 0} if streamed else {}
+    try:
+        with (
+            fsspec.open(location, "rb", **options) as opened,
+            tarfile.open(fileobj=opened, mode="r|" if streamed else "r:") as archive,
+        ):
+            yield archive
+    except tarfile.TarError as error:
+        raise OSError(f"{location}: {error}") from error
+    except Exception as error:
+        if "://" not in location:
+            raise
+        # each protocol has errors of its own, of which not all tell the address
+        raise OSError(f"{location}: {type(error).__name__}: {error}") from error
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -155,13 +228,10 @@ def read_media(root: str, path: str) -> Media:
     location = locate(root, name)
     if wanted is None:
         return {"path": location, "bytes": None}
-    try:
-        with _open_shard(location) as (_, archive):
-            for member in archive:
-                if member.name == wanted and member.isfile():
-                    return {"path": f"{location}::{wanted}", "bytes": _read_member(archive, member)}
-    except tarfile.TarError as error:
-        raise OSError(f"{location}: {error}") from error
+    with _open_shard(location) as archive:
+        for member in archive:
+            if member.name == wanted and member.isfile():
+                return {"path": f"{location}::{wanted}", "bytes": _read_member(archive, member)}
     raise FileNotFoundError(f"{location}: has no {wanted}")
 
 
@@ -185,13 +255,9 @@ def window_pixels(
     """
     What the model sees of a window, `(1, frames, 3, height, width)`. Raises `BrokenVideoError` for a damaged frame.
     """
-    first, last = 0, reader.metadata.total_num_frames
-    if end is not None:
-        first = min(round(start * reader.metadata.fps), last - 1)
-        last = max(min(round(end * reader.metadata.fps), last), first + 1)
+    first, last = window_frames(reader.metadata, start, end)
     frames = reader.frames((first + sample_frame_indices(last - first, processor.num_frames).flatten()).tolist())
-    options = {"do_sample_frames": False, "num_clips": 1, "num_crops": 1, "return_tensors": "pt"}
-    return processor([frames], **options)["pixel_values"]
+    return process_clips(processor, [frames])
 
 
 class Windows(torch.utils.data.IterableDataset):
@@ -200,35 +266,41 @@ class Windows(torch.utils.data.IterableDataset):
     be read has its path and the reason in `broken`.
 
     Args:
-        videos (`IterableDataset`): Rows of [`read_videos`].
+        files (`list[Source]`): Of [`find_files`].
+        root (`str`): What their paths are relative to.
         processor ([`VideoMambaVideoProcessor`]): Of the model.
         clip_seconds (`float`): Which no window is longer than.
         known (`set[Window]`): Left out.
+        share ([`Share`]): Of this process, whose workers share it.
     """
 
     def __init__(
         self,
-        videos: IterableDataset,
+        files: list[Source],
+        root: str,
         processor: VideoMambaVideoProcessor,
         clip_seconds: float,
-        known: Container[Window],
+        known: set[Window],
+        share: Share,
     ):
-        self.videos, self.processor, self.clip_seconds, self.known = videos, processor, clip_seconds, known
+        self.files, self.root, self.processor, self.clip_seconds = files, root, processor, clip_seconds
+        self.known, self.complete, self.share = known, complete_videos(known), share
         self.blank = Examples([], TestViews(processor), skip_broken=True).item(None, 0, -1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in self.videos:
-            video = Source(*(row[name] for name in Source._fields))
-            if row["error"] is not None:
-                yield self._broken(video, row["error"])
+        worker = get_worker_info()
+        share = self.share if worker is None else self.share.split(worker.id, worker.num_workers)
+        for video, media, error in read_videos(self.files, self.root, self.complete, share):
+            if media is None:
+                yield self._broken(video, str(error))
                 continue
             try:
-                with open_video(row["video"]) as reader:
+                with open_video(media) as reader:
                     for window in cut_video(video, reader.metadata.duration, self.clip_seconds):
                         if window not in self.known:
                             yield self._item(window, reader)
-            except BROKEN as error:
-                yield self._broken(video, str(error))
+            except BROKEN as broken:
+                yield self._broken(video, str(broken))
 
     def _item(self, window: Window, reader: VideoFile) -> dict[str, Any]:
         try:
@@ -239,11 +311,3 @@ class Windows(torch.utils.data.IterableDataset):
 
     def _broken(self, video: Source, reason: str) -> dict[str, Any]:
         return self.blank | {"broken": (video.path, reason)}
-
-
-def stream_videos(files: list[Source], root: str, complete: frozenset[Source]) -> IterableDataset:
-    """[`read_videos`] as a stream, which processes and workers can share out among them."""
-    media = {"path": Value("string"), "bytes": Value("binary")}
-    columns = {"path": Value("string"), "size": Value("int64"), "mtime": Value("int64"), "error": Value("string")}
-    arguments = {"files": files, "root": root, "complete": complete}
-    return IterableDataset.from_generator(read_videos, Features({**columns, "video": media}), gen_kwargs=arguments)
