@@ -13,7 +13,7 @@ also on another number of processes or with another --top-k than 0: what is enco
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,11 @@ def version_of(path: str | None) -> list[Any]:
     return [path, None, None] if found is None else [path, found.st_size, found.st_mtime_ns]
 
 
+def content_hash(content: Any) -> str:
+    """16 digits for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def joined(texts: list[str], owners: list[int]) -> tuple[list[str], list[int]]:
     """The texts of each video as one."""
     paragraphs: dict[int, list[str]] = {}
@@ -145,23 +150,18 @@ class Evaluation:
         self.model.to(accelerator.device).eval()
 
     def _settings(self) -> dict[str, str]:
-        free = (
-            "output_dir",
-            "top_k",
-            "batch_size",
-            "num_workers",
-            "on_broken_video",
-            "model",
-            "data",
-            "data_root",
-            "videos",
-        )
-        settings = {name: str(value) for name, value in asdict(self.args).items() if name not in free}
+        """What the encoded videos and texts depend on, files by their content."""
+        args = self.args
         paths = self.split.flatten()[f"{media_kind(self.split)}.path"]
-        content = json.dumps([[version_of(path) for path in paths], self.texts, self.owners])
-        settings["data"] = hashlib.sha256(content.encode()).hexdigest()
-        settings["mixed_precision"] = self.accelerator.mixed_precision
-        return {**settings, "model": self.fingerprint}
+        return {
+            "model": self.fingerprint,
+            "videos": f"{len(paths)} ({content_hash([version_of(path) for path in paths])})",
+            "texts": f"{len(self.texts)} ({content_hash([self.texts, self.owners])})",
+            "paragraphs": str(args.paragraphs),
+            "first_seconds": str(args.first_seconds),
+            "max_text_length": str(args.max_text_length),
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
 
     def remaining(self, parts: Parts, indices: list[int]) -> list[int]:
         """Those without a part, the same on every process."""
@@ -195,8 +195,8 @@ class Evaluation:
 
     def match(self, wanted: dict[int, list[int]], videos: dict[int, Place], texts: dict[int, Place]) -> torch.Tensor:
         """Scores of the pairs, of which those are computed that are not yet on disk."""
-        content = json.dumps([wanted, list(texts)])  # which depend on what could be read
-        matches = Parts(self.args.output_dir / "matches" / hashlib.sha256(content.encode()).hexdigest()[:16])
+        pairs = content_hash([wanted, list(texts)])  # which depend on what could be read
+        matches = Parts(self.args.output_dir / "matches" / pairs)
         left = self.remaining(matches, list(wanted))
         own = {video: wanted[video] for video in self._share(left)}
         with self._bar("matching", len(wanted), len(wanted) - len(left)) as bar:

@@ -192,17 +192,21 @@ def window_of(hit):
 
 
 def test_two_processes_index_as_one_does_and_as_the_model_says(search, model_folder, oracle, clips, tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    write_shard(folder / "a.tar", {path.name: path for path in (clips / "sub").iterdir()})
     common = ("--model", model_folder, "--clip-seconds", 2)
-    text = assert_finished(launch("search_videos.py", 2, "index", clips, tmp_path / "2", *common, "--num-workers", 1))
-    assert text.count("embedded 10 clips of 8 videos, kept 0, changed 0, removed 0, broken 1") == 1
-    assert text.count(f"broken: {clips / 'bad.mp4'}: not a video") == 1 and "videos of this process" in text
-    search("index", clips, tmp_path / "1", *common, "--num-workers", 0, "--batch-size", 3)
+    text = assert_finished(launch("search_videos.py", 2, "index", folder, tmp_path / "2", *common, "--num-workers", 2))
+    assert text.count("embedded 13 clips of 11 videos, kept 0, changed 0, removed 0, broken 1") == 1
+    assert text.count(f"broken: {folder / 'bad.mp4'}: not a video") == 1 and "videos of this process" in text
+    search("index", folder, tmp_path / "1", *common, "--num-workers", 0, "--batch-size", 3)
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
-    assert one.keys() == two.keys() and len(one) == 10
+    assert one.keys() == two.keys() and len(one) == 13
     assert [start for path, start in one if path == "long.mp4"] == [0.0, 2.0, 4.0]
     for key, row in one.items():
         np.testing.assert_allclose(row["embedding"], two[key]["embedding"], atol=1e-5)
-        path, found = clips / row["path"], (clips / row["path"]).stat()
+        path = folder / row["path"].replace("a.tar::", "sub/")
+        found = (folder / row["path"].split("::")[0]).stat()
         assert (row["size"], row["mtime"]) == (found.st_size, found.st_mtime_ns)
         expected = oracle.frame_embeds(oracle.pixels(path, *window_of(row))).mean(1)[0]
         np.testing.assert_allclose(row["embedding"], expected, atol=1e-5)

@@ -137,6 +137,8 @@ def test_splits_of_msr_vtt(write):
         ([{"video": ["1.mp4", "2.mp4"], "caption": "a"}], r"name of a video must be text, got \['1.mp4'"),
         ([{"video": "1.mp4", "caption": ["a", "b"], "answer": 1}], "multiple choice"),
         ({"v_a": {"sentences": []}}, "caption of v_a must be text"),
+        ({"videos": ["a"], "sentences": []}, r"`videos` must be a list of dictionaries, got \['a'\]"),
+        ({"videos": [{"video_id": "a"}], "sentences": {"a": "b"}}, "`sentences` must be a list of dictionaries"),
         (f"{JUNO}\t{TIMES}\ta\n{JUNO}\t{TIMES}\t\n", "line 2 must have 6 columns .* got 5"),
         (f"{JUNO}\t{TIMES}\ta".encode() + b"\x81\n", "line 1 must be text"),
         ("# x\na_3_6 a bird\nnothing\n", "line 3 must be VIDEO_START_END"),

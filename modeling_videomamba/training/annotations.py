@@ -81,8 +81,9 @@ def load_annotated(
     r"""
     Video files with their captions, undecoded.
 
-    A file below `videos` is that of a name if it has this relative path, else this file name, else this file name with
-    another suffix or none, or with a suffix of its own after it (`x.mov.mp4`, as DiDeMo's download script saves).
+    A video file below `videos` is that of a name if it has this relative path, else this file name, else this file name
+    but for the suffix, which the name may lack or the file have another after (`x.mov.mp4`, as DiDeMo's download script
+    saves).
     Folders that both name and file have must agree, counted from the last.
 
     Args:
@@ -175,6 +176,10 @@ def _unfolded(names: Iterable[Any], captions: Iterable[Any]) -> Iterator[tuple[A
 
 
 def _msr_vtt_pairs(path: Path, content: dict[str, Any], split: str | None) -> Pairs:
+    for name in ("videos", "sentences"):
+        entries = content[name]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path}: `{name}` must be a list of dictionaries, got {str(entries)[:80]}")
     splits = {video.get("video_id"): video.get("split") for video in content["videos"]}
     known = sorted({str(name) for name in splits.values()})
     if (split is None and len(known) > 1) or split not in (None, ALL_SPLITS, *known):

@@ -62,7 +62,10 @@ def retrieval_recall(
     Raises:
         `ValueError`: if the shapes do not fit, a video has no text, or a score is NaN.
     """
-    ranks = _ranks(video_to_text, text_to_video, video_of_text)
+    return _recall(_ranks(video_to_text, text_to_video, video_of_text))
+
+
+def _recall(ranks: dict[str, torch.Tensor]) -> dict[str, float]:
     return {
         f"{direction}_r{k}": 100 * (rank < k).double().mean().item()
         for direction, rank in ranks.items()
@@ -76,7 +79,7 @@ def retrieval_metrics(
     """[`retrieval_recall`], and `video_to_text_median_rank` and `text_to_video_median_rank`, from 1 on."""
     ranks = _ranks(video_to_text, text_to_video, video_of_text)
     medians = {f"{name}_median_rank": 1 + rank.double().quantile(0.5).item() for name, rank in ranks.items()}
-    return {**retrieval_recall(video_to_text, text_to_video, video_of_text), **medians}
+    return {**_recall(ranks), **medians}
 
 
 def _ranks(

@@ -34,7 +34,7 @@ class Parts:
             try:
                 with safe_open(path, "pt") as file:
                     keys = json.loads(file.metadata()["keys"])
-            except (SafetensorError, TypeError, KeyError) as error:
+            except (SafetensorError, TypeError, KeyError, ValueError) as error:
                 raise ValueError(f"{path} is not a part of a run ({error}): remove it") from error
             places |= {key: (path, row) for row, key in enumerate(keys)}
         return places

@@ -67,6 +67,9 @@ class CaptionedDataArguments(DataArguments):
         default=None,
         metadata={"help": "data with a split validation or test to evaluate on; those of --data if left out"},
     )
+    num_workers: int = field(
+        default=4, metadata={"help": "decoding processes of each process, for videos and for images each"}
+    )
     image_share: float | None = field(
         default=None, metadata={"help": "with --streaming of videos and images: share of batches of images (0.5)"}
     )
@@ -212,17 +215,18 @@ class VideoTextRun(TrainingRun):
 
     def _made_tokenizer(self) -> Any:
         """From the captions; that of the run where it goes on."""
-        if self._tokenizer_folder.exists() and (self.args.run.output_dir / ARGUMENTS_FILE).exists():
-            return AutoTokenizer.from_pretrained(self._tokenizer_folder)
         if self.streaming:
             raise ValueError("--streaming needs --tokenizer: one is made of captions that are all there")
-        vocab: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            lists = chain.from_iterable(split["captions"] for split in self.splits.values())
-            captions = (text for texts in lists for text in texts if text is not None)  # reported when they are drawn
-            vocab[0] = make_tokenizer(captions, self.model.config.text_config.vocab_size).get_vocab()
+        vocab = [self._find_vocab() if self.accelerator.is_main_process else None]
         longest = self.model.text_model.config.max_position_embeddings
         return BertTokenizer(vocab=broadcast_object_list(vocab)[0], model_max_length=longest)
+
+    def _find_vocab(self) -> dict[str, int]:
+        if self._tokenizer_folder.exists() and (self.args.run.output_dir / ARGUMENTS_FILE).exists():
+            return AutoTokenizer.from_pretrained(self._tokenizer_folder).get_vocab()
+        lists = chain.from_iterable(split["captions"] for split in self.splits.values())
+        captions = (text for texts in lists for text in texts if text is not None)  # reported when they are drawn
+        return make_tokenizer(captions, self.model.config.text_config.vocab_size).get_vocab()
 
     def train(self) -> None:
         if self.accelerator.is_main_process and self.args.model.makes_tokenizer:
