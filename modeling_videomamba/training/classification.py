@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -18,7 +17,7 @@ from .loop import Batch
 from .losses import classification_loss, regression_loss
 from .models import ModelArguments, load_classifier
 from .optimization import OptimizationArguments
-from .reports import draw_confusion_matrix, model_card
+from .reports import draw_confusion_matrix
 from .run import Arguments, TrainingRun
 from .sources import find_evaluation_split, load_split, media_kind
 
@@ -71,11 +70,11 @@ class ClassificationRun(TrainingRun):
         mixing = self.args.augmentation
         if self.regression and (mixing.mixup or mixing.cutmix or mixing.label_smoothing):
             raise ValueError("--mixup, --cutmix and --label-smoothing are for classes, the labels are numbers")
-        self.test_name = find_evaluation_split(data.data)
-        self.test_split = load_split(data.data, self.test_name, label_names=self.label_names, **options)
+        self.evaluation_name = find_evaluation_split(data.data)
+        self.test_split = load_split(data.data, self.evaluation_name, label_names=self.label_names, **options)
         if media_kind(self.test_split) != self.kind:
             raise ValueError(
-                f"{data.data}: the training split has a column {self.kind}, the {self.test_name} split not"
+                f"{data.data}: the training split has a column {self.kind}, the {self.evaluation_name} split not"
             )
         if data.clip_seconds is not None:
             self.train_split = cut_into_windows(self.train_split, data.clip_seconds, data.clip_stride_seconds)
@@ -106,26 +105,21 @@ class ClassificationRun(TrainingRun):
         predictions = predict(self.accelerator, model, score, batches)
         if "source" in self.test_split.features:
             predictions = predictions.grouped(dict(enumerate(self.test_split["source"])))
-        self.predictions = predictions
+        self.predictions, self.evaluated = predictions, len(predictions.scores)
         return compute_metrics(predictions, self.regression), predictions.broken
 
     def report(self) -> dict[str, Any]:
         if not self.regression:
             path = self.args.run.output_dir / "confusion_matrix.png"
             draw_confusion_matrix(self.predictions, self.label_names or [], path)
-        return {"evaluated": len(self.predictions.scores)}
+        return {}
 
-    def card(self, metrics: dict[str, float]) -> ModelCard:
-        facts, task = self.card_facts(), f"{self.kind}-classification"
+    def pipeline_tag(self) -> str:
+        return f"{self.kind}-classification"
+
+    def card_use(self, model_name: str) -> str:
         example = "clip.mp4" if self.kind == "video" else "picture.jpg"
-        return model_card(
-            pipeline_tag=task,
-            split=self.test_name,
-            examples=len(self.predictions.scores),
-            results=metrics,
-            use=CARD_USE.format(task=task, model_name=facts["model_name"], example=example),
-            **facts,
-        )
+        return CARD_USE.format(task=self.pipeline_tag(), model_name=model_name, example=example)
 
 
 def parse(description: str, recipes: Path, *more: Any) -> tuple[Any, ...]:

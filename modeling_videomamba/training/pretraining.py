@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -23,7 +22,6 @@ from .masks import MaskType, draw_noise, make_masks, token_grid
 from .models import ModelArguments, load_pretraining_model
 from .pictures import Picture, draw_alignment, restore_pixels
 from .probes import clip_features, probe_accuracy
-from .reports import model_card
 from .run import Arguments, TrainingRun
 from .sources import EVALUATION_SPLITS, Split, find_evaluation_split, load_split, media_kind, split_names
 from .teacher import load_teacher, teacher_config
@@ -107,7 +105,6 @@ class PretrainingRun(TrainingRun):
         self.teacher = load_teacher(pretraining.teacher, self.model.config, self.processor)
         self.teacher.to(self.accelerator.device)
         self.pictures: list[Picture] = []
-        self.evaluated = 0
         self.cache: TeacherCache | None = None
         if pretraining.teacher_cache is not None:
             self.cache = TeacherCache(pretraining.teacher_cache, self._teach, self._cache_identity())
@@ -291,18 +288,10 @@ class PretrainingRun(TrainingRun):
             f"distance from the teacher {metrics['evaluation_loss']:.4f}, that of its mean feature "
             f"{metrics['mean_feature_loss']:.4f}, on {self.evaluated} examples ({self.evaluation_name} split)"
         )
-        return {"evaluated": self.evaluated}
+        return {}
 
-    def card(self, metrics: dict[str, float]) -> ModelCard:
-        facts = self.card_facts()
-        return model_card(
-            pipeline_tag=None,
-            split=self.evaluation_name,
-            examples=self.evaluated,
-            results=metrics,
-            use=CARD_USE.format(model_name=facts["model_name"], kind=self.kind.capitalize()),
-            **facts,
-        )
+    def card_use(self, model_name: str) -> str:
+        return CARD_USE.format(model_name=model_name, kind=self.kind.capitalize())
 
 
 def _spread(length: int, wanted: int) -> list[int]:

@@ -26,7 +26,7 @@ from .diagnosis import RunError
 from .loop import Batch, Trainer, make_accelerator
 from .models import StartArguments, load_processor
 from .optimization import OptimizationArguments
-from .reports import draw_curves
+from .reports import draw_curves, model_card
 from .sources import Split
 from .workers import iterate
 
@@ -60,6 +60,8 @@ class TrainingRun(ABC):
 
     train_split: Split
     kind: str  # of the data: "video" or "image"
+    evaluation_name: str  # of the split that `evaluate` takes
+    evaluated = 0  # examples of the last evaluation
     metric: str  # by which the best model is chosen
     minimize = False
     find_unused_parameters = False  # whether some get no gradient in a step
@@ -95,7 +97,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def load_data(self) -> None:
-        """Sets `train_split`, `kind`, and what else the run reads."""
+        """Sets `train_split`, `kind`, `evaluation_name`, and what else the run reads."""
 
     @abstractmethod
     def load_model(self) -> PreTrainedModel:
@@ -107,17 +109,21 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
-        """Metrics, and the files that could not be read."""
+        """Metrics, and the files that could not be read; sets `evaluated`."""
 
     @abstractmethod
-    def card(self, metrics: dict[str, float]) -> ModelCard:
-        """The card of the model as it is now."""
+    def card_use(self, model_name: str) -> str:
+        """Python code for the card: how the model is used."""
 
     # What it may do otherwise
 
     def load_processor(self) -> Any:
         """The processor of the model, which is saved with it."""
         return load_processor(self.args.model, self.model, self.kind)
+
+    def pipeline_tag(self) -> str | None:
+        """The task of the model on the Hub."""
+        return None
 
     def argument_groups(self) -> list[Any]:
         """Dataclasses of all arguments of the run."""
@@ -267,24 +273,29 @@ class TrainingRun(ABC):
         """Writes model, processor and card."""
         model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
-        self.card(metrics).save(folder / "README.md")
+        self._card(metrics).save(folder / "README.md")
 
-    def card_facts(self) -> dict[str, Any]:
-        """What the card of any run says of its training."""
+    def _card(self, metrics: dict[str, float]) -> ModelCard:
+        """Of the model as it is now."""
         args, progress, start = self.args, self.trainer.progress, self.start()
-        broken = len(progress.broken)
-        return {
-            "model_name": args.run.push_to_hub or args.run.output_dir.name,
-            "dataset_name": Path(args.data.data).name,
-            "start": f"from `{Path(start).name}`" if start is not None else "from scratch",
-            "base_model": start if start is not None and not Path(start).exists() else None,
-            "steps": progress.step,
-            "views_per_step": self.views_per_step,
-            "processes": self.accelerator.num_processes,
-            "seed": args.run.seed,
-            "broken": f"; {broken} broken files were left out" if broken else "",
-            "command": shlex.join(_without_folders(word) for word in sys.argv),
-        }
+        model_name, broken = args.run.push_to_hub or args.run.output_dir.name, len(progress.broken)
+        return model_card(
+            model_name=model_name,
+            pipeline_tag=self.pipeline_tag(),
+            dataset_name=Path(args.data.data).name,
+            split=self.evaluation_name,
+            examples=self.evaluated,
+            results=metrics,
+            use=self.card_use(model_name),
+            start=f"from `{Path(start).name}`" if start is not None else "from scratch",
+            base_model=start if start is not None and not Path(start).exists() else None,
+            steps=progress.step,
+            views_per_step=self.views_per_step,
+            processes=self.accelerator.num_processes,
+            seed=args.run.seed,
+            broken=f"; {broken} broken files were left out" if broken else "",
+            command=shlex.join(_without_folders(word) for word in sys.argv),
+        )
 
     def _report(self) -> None:
         output_dir, trainer = self.args.run.output_dir, self.trainer
@@ -297,6 +308,7 @@ class TrainingRun(ABC):
             "skipped_steps": progress.skipped,
             "data_wait": window.waited_in_all / max(window.seconds_in_all, 1e-9),
             "broken": progress.broken,
+            "evaluated": self.evaluated,
             **self.report(),
         }
         (output_dir / "summary.json").write_text(json.dumps(summary, indent=2), "utf-8")

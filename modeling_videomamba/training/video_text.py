@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import concatenate_datasets
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, DataCollatorForLanguageModeling
 from transformers.modeling_utils import PreTrainedModel
@@ -27,7 +26,6 @@ from .evaluation import predict
 from .loop import Batch
 from .masks import MaskType, draw_noise, make_masks, token_grid
 from .metrics import retrieval_metrics
-from .reports import model_card
 from .retrieval import encode_texts, mean_directions, texts_of, tokenize
 from .run import ARGUMENTS_FILE, Arguments, TrainingRun
 from .sources import Split, find_evaluation_split, load_split, media_kind
@@ -162,7 +160,7 @@ class VideoTextRun(TrainingRun):
             encoder = self.model.videomamba.config
             self.teacher = load_teacher(pretraining.teacher, encoder, self.processor.video_processor)
             self.teacher.to(self.accelerator.device)
-        self.evaluated = self.cut_texts = 0
+        self.cut_texts = 0
 
     def argument_groups(self) -> list[Any]:
         return [*super().argument_groups(), self.pretraining]
@@ -371,18 +369,10 @@ class VideoTextRun(TrainingRun):
 
     def report(self) -> dict[str, Any]:
         print(f"evaluated on {self.evaluated} examples; {self.cut_texts} texts were longer than the model was shown")
-        return {"evaluated": self.evaluated, "cut_texts": self.cut_texts}
+        return {"cut_texts": self.cut_texts}
 
     def start(self) -> str | None:
         return self.args.model.model or self.args.model.vision
 
-    def card(self, metrics: dict[str, float]) -> ModelCard:
-        facts = self.card_facts()
-        return model_card(
-            pipeline_tag=None,
-            split=self.evaluation_name,
-            examples=self.evaluated,
-            results=metrics,
-            use=CARD_USE.format(model_name=facts["model_name"]),
-            **facts,
-        )
+    def card_use(self, model_name: str) -> str:
+        return CARD_USE.format(model_name=model_name)
