@@ -13,10 +13,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,17 @@ from modeling_videomamba.training.collection import Collection, check_faiss, des
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.parts import Parts
 from modeling_videomamba.training.plots import pyplot
-from modeling_videomamba.training.search import Hit, Search, Text, embed_clip, load_retrieval_model
+from modeling_videomamba.training.search import (
+    RERANKED,
+    SETTINGS,
+    Hit,
+    Search,
+    Text,
+    embed_clip,
+    find,
+    load_retrieval_model,
+    load_search,
+)
 from modeling_videomamba.training.video_text_models import fingerprint
 from modeling_videomamba.training.windows import (
     Share,
@@ -48,8 +57,6 @@ from modeling_videomamba.training.windows import (
 from modeling_videomamba.training.workers import iterate
 from pictures import MAX_PICTURE_ROWS, check_picture, draw_filmstrip
 
-RERANKED = 32
-SETTINGS = "settings.json"
 # a process waits for the others, whose videos may be longer, and for the main one, which writes the table
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(days=7))
 
@@ -208,16 +215,14 @@ def embed_all(
 
 def query(args: argparse.Namespace) -> None:
     check_query_args(args)
-    table = Collection(args.out).table_folder()
-    settings = json.loads((args.out / SETTINGS).read_text("utf-8"))
-    model, processor = load_retrieval_model(settings["model"])
-    if fingerprint(model, processor) != settings["weights"]:
-        raise ValueError(f"{settings['model']} has other weights, or another processor, than when {args.out} was made")
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    column = "embedding" if args.video is None else "direction"
-    search = Search(table, column, settings["folder"], processor.video_processor)
+    search, model, processor = load_search(args.out, "embedding" if args.video is None else "direction")
+    reranked = RERANKED if args.rerank is None else args.rerank
+    began = time.perf_counter()
     with torch.inference_mode():
-        hits, times = find(args, search, model, processor)
+        wanted = Text(args.text, model, processor) if args.video is None else embed_clip(args.video, model, processor)
+        embedding_ms = 1000 * (time.perf_counter() - began)
+        hits, times = find(search, wanted, args.top_k, reranked, with_pixels=args.picture is not None)
+    times["search_ms"] += embedding_ms
     if args.picture is not None and hits:
         draw_picture(hits, processor.video_processor, args.picture)
     if args.json:
@@ -228,27 +233,6 @@ def query(args: argparse.Namespace) -> None:
         print(f"no hits, {args.picture} is not drawn", file=sys.stderr)
     for reason in search.left_out.values():
         print(f"left out: {reason}", file=sys.stderr)
-
-
-def find(args: argparse.Namespace, search: Search, model: Any, processor: Any) -> tuple[list[Hit], dict[str, float]]:
-    """The hits, best first, and the milliseconds that it took to find candidates and to re-rank them."""
-    reranked = 0 if args.text is None else RERANKED if args.rerank is None else args.rerank
-    wanted = max(args.top_k, reranked)
-    began = time.perf_counter()
-    text = None if args.text is None else Text(args.text, model, processor)
-    wanted_vector = embed_clip(args.video, model, processor) if text is None else text.embedding
-    found = search.candidates(wanted_vector, wanted)
-    candidates = chain(list(islice(found, wanted)), found)
-    times = {"search_ms": 1000 * (time.perf_counter() - began)}
-    best: list[Hit] = []
-    if text is not None and reranked:
-        began = time.perf_counter()
-        best = text.rerank(islice(search.with_pixels(candidates), reranked))
-        times["rerank_ms"] = 1000 * (time.perf_counter() - began)
-    ranked: Iterator[Hit] = chain(best, candidates)
-    if args.picture is not None:
-        ranked = search.with_pixels(ranked)
-    return list(islice(ranked, args.top_k)), times
 
 
 def draw_picture(hits: list[Hit], processor: Any, path: Path) -> None:

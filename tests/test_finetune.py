@@ -187,6 +187,7 @@ def test_regression_on_windows_of_long_videos(tmp_path):
 # Streams, and runs that are stopped
 
 
+@pytest.mark.slow
 def test_a_stream_on_two_processes_goes_on_after_sigterm(digits, tmp_path):
     data, _ = digits
     clips = sorted(path for path in (data / "train").rglob("0*.mp4"))

@@ -70,6 +70,7 @@ def teacher(study):
     return study[0] / "teacher"
 
 
+@pytest.mark.slow
 def test_the_study_compares_masks(study):
     folder, text = study
     assert "| none (from scratch) |" in text and "| tube |" in text and "The teacher names" in text
@@ -77,6 +78,7 @@ def test_the_study_compares_masks(study):
     assert summary(folder / "tube-0-finetuned")["evaluated"] == 24
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(clips, teacher, tmp_path):
     """The same masks and weights; the loss falls below that of the mean feature; the weights can be fine-tuned."""
     options = ("--data", clips, "--teacher", teacher, *STUDENT, "--epochs", 12, "--evaluation-epochs", 6)
@@ -119,6 +121,7 @@ def test_two_processes_learn_what_one_does(clips, teacher, tmp_path):
     assert "fresh weights in classifier:" in text and summary(tmp_path / "finetuned")["evaluated"] == 24
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(clips, teacher, tmp_path):
     """Two processes with a cache of the teacher's features, which a kill can leave half filled."""
     options = ("--data", clips, "--teacher", teacher, *STUDENT[:-1], 0.2, "--epochs", 6, "--batch-size", 2)

@@ -158,6 +158,7 @@ def test_a_masked_and_an_unmasked_stage_on_images_and_videos(clips, pictures, st
     assert "Text to video, recall at 1" in card.text and "from `vision`" in card.text and str(tmp_path) not in card.text
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(clips, pictures, config, tmp_path):
     """Two processes, steps of batches of two kinds, a tokenizer made of the captions, averaged weights."""
     options = ("--data", clips, "--more-data", pictures, "--config", config, "--on-broken-video", "skip", "--resume")
@@ -327,6 +328,7 @@ def ranks(scores):
     return [(row > row[index]).sum().item() for index, row in enumerate(scores)]
 
 
+@pytest.mark.slow
 def test_retrieval_is_that_of_all_pairs(learned, clips, tmp_path):
     lines = first_lines(clips)
     scores, matches = brute_force(learned / "model" / "last", clips, lines)
@@ -361,6 +363,7 @@ def test_retrieval_is_that_of_all_pairs(learned, clips, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 def test_the_small_model_reaches_its_recall_on_captions_it_never_saw(tmp_path):
     """Each test clip has a caption of its own, and none that a training clip has."""
     command = (sys.executable, SCRIPTS / "make_moving_digits.py", tmp_path, "--captions")
@@ -406,7 +409,8 @@ def test_retrieval_with_annotations_of_a_benchmark(learned, clips, tmp_path, exi
         assert "left out: v_gone: no such file below" in text and "v_0.mp4: not a video" in text
         assert len(found["broken"]) == 2 and found["cut_texts"] == 5
     other = ("--output-dir", tmp_path / "5", "--on-broken-video", "skip", "--top-k", 0)
-    assert "other settings: paragraphs True -> False" in exit_of(evaluate_retrieval, *common, *other)
+    message = exit_of(evaluate_retrieval, *common, *other)
+    assert "other settings: texts 6 (" in message and "paragraphs True -> False" in message
 
 
 def test_retrieval_explains_what_it_lacks(learned, clips, starts, tmp_path, exit_of):

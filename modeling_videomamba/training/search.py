@@ -1,8 +1,10 @@
 """Searching a collection of videos: candidates by embeddings, judged by the fusion layers."""
 
+import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -12,12 +14,14 @@ from transformers import BatchEncoding
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
-from .collection import embed, load_table
+from .collection import Collection, check_faiss, embed, load_table
 from .data import BROKEN
-from .video_text_models import load_trained
+from .video_text_models import fingerprint, load_trained
 from .windows import Window, locate, open_video, read_media, window_pixels
 
+RERANKED = 32  # candidates, if no other number is asked for
 FUSED_TOGETHER = 8  # windows of a batch
+SETTINGS = "settings.json"  # of an index, in its folder
 
 
 @dataclass
@@ -128,6 +132,28 @@ def load_retrieval_model(name: str) -> tuple[VideoMambaForVideoTextRetrieval, Vi
         raise OSError(f"the model {name} can't be loaded: {error}") from error
 
 
+def load_search(folder: Path, column: str) -> tuple[Search, VideoMambaForVideoTextRetrieval, VideoMambaProcessor]:
+    r"""
+    The search in an index, and the model that made it, on a GPU if there is one.
+
+    Args:
+        folder (`Path`): Of the index.
+        column (`str`): What is compared: `"embedding"` with texts, `"direction"` with clips.
+
+    Raises:
+        `ImportError`: if FAISS is missing.
+        `OSError`, `ValueError`: if there is no finished index, or its model can't be loaded or is another than it was.
+    """
+    check_faiss()
+    table = Collection(folder).table_folder()
+    settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+    model, processor = load_retrieval_model(settings["model"])
+    if fingerprint(model, processor) != settings["weights"]:
+        raise ValueError(f"{settings['model']} has other weights, or another processor, than when {folder} was made")
+    search = Search(table, column, settings["folder"], processor.video_processor)
+    return search, model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
 def embed_clip(path: str, model: VideoMambaForVideoTextRetrieval, processor: VideoMambaProcessor) -> torch.Tensor:
     """The direction of all of a video as one window, `(projection_dim,)`; raises as [`open_video`] does."""
     with open_video(path) as reader:
@@ -167,3 +193,37 @@ class Text:
             probabilities = logits.float().softmax(-1)[:, 1].tolist()
             judged += [Hit(hit.window, hit.similarity, match) for hit, match in zip(batch, probabilities, strict=True)]
         return sorted(judged, key=lambda hit: -(hit.probability or 0))
+
+
+def find(
+    search: Search, query: Text | torch.Tensor, top_k: int, reranked: int = RERANKED, with_pixels: bool = False
+) -> tuple[list[Hit], dict[str, float]]:
+    r"""
+    What is found for a text or a clip.
+
+    Args:
+        search ([`Search`]): In the column for the one or for the other.
+        query ([`Text`] or `torch.Tensor`): A text, or the direction of a clip.
+        top_k (`int`): Hits.
+        reranked (`int`): For a text, how many of the most similar are ordered by the probability that they match it.
+        with_pixels (`bool`): Whether the hits must have pixels.
+
+    Returns:
+        `tuple[list[Hit], dict[str, float]]`: the best first, and the milliseconds that it took to find candidates and
+        to re-rank them.
+    """
+    text = query if isinstance(query, Text) and reranked else None
+    wanted = top_k if text is None else max(top_k, reranked)
+    began = time.perf_counter()
+    found = search.candidates(query.embedding if isinstance(query, Text) else query, wanted)
+    candidates = chain(list(islice(found, wanted)), found)
+    times = {"search_ms": 1000 * (time.perf_counter() - began)}
+    best: list[Hit] = []
+    if text is not None:
+        began = time.perf_counter()
+        best = text.rerank(islice(search.with_pixels(candidates), reranked))
+        times["rerank_ms"] = 1000 * (time.perf_counter() - began)
+    ranked: Iterator[Hit] = chain(best, candidates)
+    if with_pixels:
+        ranked = search.with_pixels(ranked)
+    return list(islice(ranked, top_k)), times
