@@ -70,7 +70,6 @@ def teacher(study):
     return study[0] / "teacher"
 
 
-@pytest.mark.slow
 def test_the_study_compares_masks(study):
     folder, text = study
     assert "| none (from scratch) |" in text and "| tube |" in text and "The teacher names" in text
