@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from benchmark_measures import COMPARED, MEASURES, WITHOUT_AMX, Result, matrix_units_unusable, model_name, scan_name
 from benchmark_report import draw_picture, make_report, print_report
-from pictures import check_picture
+from filmstrips import check_picture
 
 SCAN_SHAPES = [[1, 1569, 384], [1, 12545, 1152]]  # Ti at 8 frames of 224 pixels, M at 64
 FRAMES = [8, 16, 32, 64]

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForVideoClassification, AutoVideoProcessor, logging
 
 import modeling_videomamba  # noqa: F401 - registers VideoMamba with the Auto classes
+from filmstrips import MAX_PICTURE_ROWS, check_picture, draw_filmstrip
 from modeling_videomamba.training.plots import pyplot
-from pictures import MAX_PICTURE_ROWS, check_picture, draw_filmstrip
 
 NANO = Path(__file__).resolve().parents[1] / "hub_cards" / "videomamba-nano"
 

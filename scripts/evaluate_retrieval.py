@@ -27,7 +27,7 @@ from transformers import AutoProcessor, HfArgumentParser
 
 from modeling_videomamba.training.annotations import load_annotated
 from modeling_videomamba.training.arguments import check_settings
-from modeling_videomamba.training.data import Examples, TestViews, test_batches
+from modeling_videomamba.training.data import Examples, TestViews, media_id, test_batches
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.metrics import retrieval_metrics
 from modeling_videomamba.training.parts import Parts, Place
@@ -102,8 +102,11 @@ def load_videos(args: Arguments) -> tuple[Split, dict[str, str]]:
     return split, missing
 
 
-def version_of(path: str | None) -> list[Any]:
-    """Path, size and time of a file, as far as they are known."""
+def version_of(media: dict[str, Any]) -> list[Any]:
+    """Path, size and time of a file, as far as they are known, or path and number of what has been read."""
+    path = media["path"]
+    if media["bytes"] is not None:
+        return [path, media_id(media)]
     found = Path(path).stat() if path is not None and Path(path).is_file() else None
     return [path, None, None] if found is None else [path, found.st_size, found.st_mtime_ns]
 
@@ -150,12 +153,12 @@ class Evaluation:
         self.model.to(accelerator.device).eval()
 
     def _settings(self) -> dict[str, str]:
-        """What the encoded videos and texts depend on, files by their content."""
-        args = self.args
-        paths = self.split.flatten()[f"{media_kind(self.split)}.path"]
+        """What the encoded videos and texts depend on; files by path, size and time, what is in shards by content."""
+        args, kind = self.args, media_kind(self.split)
+        versions = [version_of(row[kind]) for row in self.split.select_columns(kind)]
         return {
             "model": self.fingerprint,
-            "videos": f"{len(paths)} ({content_hash([version_of(path) for path in paths])})",
+            "videos": f"{len(versions)} ({content_hash(versions)})",
             "texts": f"{len(self.texts)} ({content_hash([self.texts, self.owners])})",
             "paragraphs": str(args.paragraphs),
             "first_seconds": str(args.first_seconds),

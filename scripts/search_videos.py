@@ -28,14 +28,14 @@ from rich.table import Table
 from rich.text import Text as Plain
 from transformers import logging
 
+from filmstrips import MAX_PICTURE_ROWS, check_picture, draw_filmstrip
 from modeling_videomamba.training.arguments import check_settings
-from modeling_videomamba.training.collection import Collection, check_faiss, describe_changes, embed
+from modeling_videomamba.training.collection import SETTINGS, Collection, check_faiss, describe_changes, embed
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.parts import Parts
 from modeling_videomamba.training.plots import pyplot
 from modeling_videomamba.training.search import (
     RERANKED,
-    SETTINGS,
     Hit,
     Search,
     Text,
@@ -55,7 +55,6 @@ from modeling_videomamba.training.windows import (
     is_shard,
 )
 from modeling_videomamba.training.workers import iterate
-from pictures import MAX_PICTURE_ROWS, check_picture, draw_filmstrip
 
 # a process waits for the others, whose videos may be longer, and for the main one, which writes the table
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(days=7))
@@ -179,7 +178,7 @@ def embed_missing(
     batches = iterate(
         windows, args.num_workers if has_shards else min(args.num_workers, most), batch_size=args.batch_size
     )
-    parts, stop = Parts(args.out / "parts"), args.on_broken_video == "raise"
+    parts, stop = Collection(args.out).parts, args.on_broken_video == "raise"
     with tqdm(total=None if has_shards else most, unit="video", desc="videos of this process") as bar:
         broken = embed_all(accelerator, model.to(accelerator.device), batches, parts, bar, stop)
     return dict(gather_object(list(broken.items())))
@@ -216,13 +215,13 @@ def embed_all(
 def query(args: argparse.Namespace) -> None:
     check_query_args(args)
     search, model, processor = load_search(args.out, "embedding" if args.video is None else "direction")
-    reranked = RERANKED if args.rerank is None else args.rerank
-    began = time.perf_counter()
     with torch.inference_mode():
-        wanted = Text(args.text, model, processor) if args.video is None else embed_clip(args.video, model, processor)
-        embedding_ms = 1000 * (time.perf_counter() - began)
+        began = time.perf_counter()
+        wanted = embed_clip(args.video, model, processor) if args.text is None else Text(args.text, model, processor)
+        encoding_ms = 1000 * (time.perf_counter() - began)
+        reranked = RERANKED if args.rerank is None else args.rerank
         hits, times = find(search, wanted, args.top_k, reranked, with_pixels=args.picture is not None)
-    times["search_ms"] += embedding_ms
+    times["search_ms"] += encoding_ms
     if args.picture is not None and hits:
         draw_picture(hits, processor.video_processor, args.picture)
     if args.json:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from dataclasses import fields
@@ -190,6 +191,21 @@ def test_images_are_retrieved(monkeypatch, capsys, data, model_folder, tmp_path)
     found = json.loads((tmp_path / "metrics.json").read_text())["dual_encoder"]
     best = scores.argmax(0) == torch.arange(2 * COUNT) // 2
     assert found["text_to_video_r1"] == pytest.approx(100 * best.float().mean().item(), abs=8.4)  # half precision
+
+
+def test_shards_that_changed_are_no_longer_those_encoded(monkeypatch, capsys, exit_of, data, model_folder, tmp_path):
+    for shard in (data / "image" / "shards").iterdir():
+        shutil.copy(shard, tmp_path / shard.name.replace("train", "test"))
+    common = (model_folder, "--data", tmp_path, "--output-dir", tmp_path / "out", "--top-k", 0)
+    evaluate(monkeypatch, capsys, *common)
+    evaluate(monkeypatch, capsys, *common)  # as it was
+    folder, lines = tmp_path / "other", (data / "image" / "test.jsonl").read_text().splitlines()
+    folder.mkdir()
+    for line in map(json.loads, lines):
+        Image.new("RGB", (32, 32), "green").save(folder / line["path"])
+    write_shard(tmp_path / "test-0.tar", folder, list(map(json.loads, lines))[0::2])
+    message = exit_of(evaluate_retrieval, *common)
+    assert "with other settings: videos 12 (" in message and "texts" not in message
 
 
 def test_only_the_first_seconds_are_seen(monkeypatch, capsys, exit_of, data, model_folder, tmp_path):

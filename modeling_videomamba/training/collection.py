@@ -1,6 +1,7 @@
 """A collection of videos that can be searched: an embedding of each window of each video, in a table on disk."""
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from .retrieval import mean_directions
 from .windows import Source, Window, split_path
 
 VECTORS = ("embedding", "direction")
+SETTINGS = "settings.json"  # what an index was made with
 
 
 def check_faiss() -> None:
@@ -96,9 +98,9 @@ class Collection:
         before = self.windows()
         if windows != before:
             self._replace(self._table(windows, before))
-        for path in self.folder.glob("table-*"):
-            if path != self.table_folder():
-                shutil.rmtree(path)
+        for path in self.folder.iterdir():
+            if re.fullmatch("table-[0-9a-f]{32}", path.name) and path != self.table_folder():
+                shutil.rmtree(path, ignore_errors=True)  # it may still be read; the next run tries again
         shutil.rmtree(self.parts.folder, ignore_errors=True)
         return windows
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import Processor
 from .plots import pyplot
 
 HIDDEN_BRIGHTNESS = 0.2
@@ -22,16 +21,6 @@ class Picture:
     frames: torch.Tensor
     hidden: torch.Tensor
     similarity: torch.Tensor
-
-
-def restore_pixels(pixel_values: torch.Tensor, processor: Processor) -> torch.Tensor:
-    """Normalised videos or images to `(batch, frames, 3, height, width)` between 0 and 1."""
-    mean, std = (
-        torch.tensor(values, device=pixel_values.device).view(3, 1, 1)
-        for values in (processor.image_mean, processor.image_std)
-    )
-    pixels = (pixel_values * std + mean).clamp(0, 1)
-    return pixels.unsqueeze(1) if pixels.ndim == 4 else pixels
 
 
 def draw_alignment(pictures: list[Picture], path: Path) -> None:

@@ -1,6 +1,8 @@
-"""What draws."""
+"""What all pictures need."""
 
 from typing import Any
+
+import torch
 
 
 def pyplot() -> Any:
@@ -14,3 +16,13 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def restore_pixels(pixel_values: torch.Tensor, processor: Any) -> torch.Tensor:
+    """Normalised videos or images to `(batch, frames, 3, height, width)` between 0 and 1."""
+    mean, std = (
+        torch.tensor(values, device=pixel_values.device).view(3, 1, 1)
+        for values in (processor.image_mean, processor.image_std)
+    )
+    pixels = (pixel_values * std + mean).clamp(0, 1)
+    return pixels.unsqueeze(1) if pixels.ndim == 4 else pixels

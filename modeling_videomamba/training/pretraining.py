@@ -20,7 +20,8 @@ from .evaluation import Predictions, predict
 from .loop import Batch
 from .masks import MaskType, draw_noise, make_masks, token_grid
 from .models import ModelArguments, load_pretraining_model
-from .pictures import Picture, draw_alignment, restore_pixels
+from .pictures import Picture, draw_alignment
+from .plots import restore_pixels
 from .probes import clip_features, probe_accuracy
 from .run import Arguments, TrainingRun
 from .sources import EVALUATION_SPLITS, Split, find_evaluation_split, load_split, media_kind, split_names

@@ -14,14 +14,13 @@ from transformers import BatchEncoding
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
-from .collection import Collection, check_faiss, embed, load_table
+from .collection import SETTINGS, Collection, check_faiss, embed, load_table
 from .data import BROKEN
 from .video_text_models import fingerprint, load_trained
-from .windows import Window, locate, open_video, read_media, window_pixels
+from .windows import ShardError, Window, locate, open_video, read_media, window_pixels
 
 RERANKED = 32  # candidates, if no other number is asked for
 FUSED_TOGETHER = 8  # windows of a batch
-SETTINGS = "settings.json"  # of an index, in its folder
 
 
 @dataclass
@@ -112,16 +111,75 @@ class Search:
         return None if (found.st_size, found.st_mtime_ns) == (window.size, window.mtime) else "changed"
 
     def with_pixels(self, hits: Iterable[Hit]) -> Iterator[Hit]:
-        """Those of which the frames can be read."""
+        """Those of which the frames can be read. Of a shard that can't be, the rest is not tried."""
         for hit in hits:
+            if hit.window.file.path in self.left_out:
+                continue
             try:
                 if hit.pixels is None:
                     with open_video(read_media(self.root, hit.window.path)) as reader:
                         hit.pixels = window_pixels(reader, hit.window.start, hit.window.end, self.processor)
+            except ShardError as error:
+                self.left_out[hit.window.file.path] = str(error)
+                self._unchanged.discard(hit.window.file.path)
             except BROKEN as error:
                 self.left_out[hit.window.path] = str(error)
             else:
                 yield hit
+
+
+def load_search(folder: Path, column: str) -> tuple[Search, VideoMambaForVideoTextRetrieval, VideoMambaProcessor]:
+    r"""
+    A search in the folder of an index, with the model that made it, on the GPU if there is one.
+
+    Args:
+        folder (`Path`): Of a [`Collection`] with `settings.json`.
+        column (`str`): As in [`Search`].
+
+    Raises:
+        `ImportError`: if FAISS is missing.
+        `OSError`, `ValueError`: if there is no finished index, or its model can't be loaded or is another than it was.
+    """
+    check_faiss()
+    collection = Collection(folder)
+    collection.table_folder()  # before the model, which takes longer
+    settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+    model, processor = load_retrieval_model(settings["model"])
+    if fingerprint(model, processor) != settings["weights"]:
+        raise ValueError(f"{settings['model']} has other weights, or another processor, than when {folder} was made")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return Search(collection.table_folder(), column, settings["folder"], processor.video_processor), model, processor
+
+
+def find(
+    search: Search, query: "Text | torch.Tensor", top_k: int, reranked: int = RERANKED, with_pixels: bool = False
+) -> tuple[list[Hit], dict[str, float]]:
+    r"""
+    The best hits.
+
+    Args:
+        search ([`Search`]): In `"embedding"` for a text, in `"direction"` for a clip.
+        query ([`Text`] or `torch.Tensor` of shape `(projection_dim,)`): Only the hits of a text are ranked again.
+        top_k (`int`): Hits wanted.
+        reranked (`int`, defaults to 32): Candidates to rank again, 0 for none.
+        with_pixels (`bool`, defaults to `False`): Whether the hits are to have `pixels`.
+
+    Returns:
+        `tuple[list[Hit], dict[str, float]]`: the hits, best first; the milliseconds that the candidates took,
+        `search_ms`, and the fusion layers, `rerank_ms`, if they were asked.
+    """
+    began = time.perf_counter()
+    wanted = max(top_k, reranked)
+    found = search.candidates(query.embedding if isinstance(query, Text) else query, wanted)
+    candidates = chain(list(islice(found, wanted)), found)
+    times = {"search_ms": 1000 * (time.perf_counter() - began)}
+    best: list[Hit] = []
+    if isinstance(query, Text) and reranked:
+        began = time.perf_counter()
+        best = query.rerank(islice(search.with_pixels(candidates), reranked), keep=top_k if with_pixels else 0)
+        times["rerank_ms"] = 1000 * (time.perf_counter() - began)
+    ranked: Iterator[Hit] = chain(best, candidates)
+    return list(islice(search.with_pixels(ranked) if with_pixels else ranked, top_k)), times
 
 
 def load_retrieval_model(name: str) -> tuple[VideoMambaForVideoTextRetrieval, VideoMambaProcessor]:
@@ -130,28 +188,6 @@ def load_retrieval_model(name: str) -> tuple[VideoMambaForVideoTextRetrieval, Vi
         return load_trained(name).eval(), VideoMambaProcessor.from_pretrained(name)
     except OSError as error:
         raise OSError(f"the model {name} can't be loaded: {error}") from error
-
-
-def load_search(folder: Path, column: str) -> tuple[Search, VideoMambaForVideoTextRetrieval, VideoMambaProcessor]:
-    r"""
-    The search in an index, and the model that made it, on a GPU if there is one.
-
-    Args:
-        folder (`Path`): Of the index.
-        column (`str`): What is compared: `"embedding"` with texts, `"direction"` with clips.
-
-    Raises:
-        `ImportError`: if FAISS is missing.
-        `OSError`, `ValueError`: if there is no finished index, or its model can't be loaded or is another than it was.
-    """
-    check_faiss()
-    table = Collection(folder).table_folder()
-    settings = json.loads((folder / SETTINGS).read_text("utf-8"))
-    model, processor = load_retrieval_model(settings["model"])
-    if fingerprint(model, processor) != settings["weights"]:
-        raise ValueError(f"{settings['model']} has other weights, or another processor, than when {folder} was made")
-    search = Search(table, column, settings["folder"], processor.video_processor)
-    return search, model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
 def embed_clip(path: str, model: VideoMambaForVideoTextRetrieval, processor: VideoMambaProcessor) -> torch.Tensor:
@@ -181,49 +217,22 @@ class Text:
         self.hidden_states = features.last_hidden_state
         self.embedding = F.normalize(features.pooler_output.float(), dim=-1)[0]
 
-    def rerank(self, hits: Iterable[Hit]) -> list[Hit]:
-        """The hits, which have pixels, by the probability that they match the text, which they get for these."""
-        left, judged = iter(hits), []
+    def rerank(self, hits: Iterable[Hit], keep: int = 0) -> list[Hit]:
+        """
+        The hits, which have pixels, by the probability that they match the text, which they get. Only the first `keep`
+        have pixels still.
+        """
+        left = iter(hits)
+        judged: list[Hit] = []
         while batch := list(islice(left, FUSED_TOGETHER)):
             pixels = torch.cat([hit.read_pixels() for hit in batch]).to(self.model.device)
             videos = self.model.get_video_features(pixels).last_hidden_state
             texts = self.hidden_states.expand(len(batch), -1, -1)
             mask = self.tokens["attention_mask"].expand(len(batch), -1)
             logits = self.model.matching_logits_of_encoded(videos, texts, mask)
-            probabilities = logits.float().softmax(-1)[:, 1].tolist()
-            judged += [Hit(hit.window, hit.similarity, match) for hit, match in zip(batch, probabilities, strict=True)]
-        return sorted(judged, key=lambda hit: -(hit.probability or 0))
-
-
-def find(
-    search: Search, query: Text | torch.Tensor, top_k: int, reranked: int = RERANKED, with_pixels: bool = False
-) -> tuple[list[Hit], dict[str, float]]:
-    r"""
-    What is found for a text or a clip.
-
-    Args:
-        search ([`Search`]): In the column for the one or for the other.
-        query ([`Text`] or `torch.Tensor`): A text, or the direction of a clip.
-        top_k (`int`): Hits.
-        reranked (`int`): For a text, how many of the most similar are ordered by the probability that they match it.
-        with_pixels (`bool`): Whether the hits must have pixels.
-
-    Returns:
-        `tuple[list[Hit], dict[str, float]]`: the best first, and the milliseconds that it took to find candidates and
-        to re-rank them.
-    """
-    text = query if isinstance(query, Text) and reranked else None
-    wanted = top_k if text is None else max(top_k, reranked)
-    began = time.perf_counter()
-    found = search.candidates(query.embedding if isinstance(query, Text) else query, wanted)
-    candidates = chain(list(islice(found, wanted)), found)
-    times = {"search_ms": 1000 * (time.perf_counter() - began)}
-    best: list[Hit] = []
-    if text is not None:
-        began = time.perf_counter()
-        best = text.rerank(islice(search.with_pixels(candidates), reranked))
-        times["rerank_ms"] = 1000 * (time.perf_counter() - began)
-    ranked: Iterator[Hit] = chain(best, candidates)
-    if with_pixels:
-        ranked = search.with_pixels(ranked)
-    return list(islice(ranked, top_k)), times
+            for hit, probability in zip(batch, logits.float().softmax(-1)[:, 1].tolist(), strict=True):
+                hit.probability = probability
+            judged = sorted([*judged, *batch], key=lambda hit: -(hit.probability or 0))
+            for hit in judged[keep:]:
+                hit.pixels = None
+        return judged

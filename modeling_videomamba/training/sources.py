@@ -32,16 +32,21 @@ Target = Literal["label", "captions"]
 def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """
     The files at any depth of a folder that have one of these suffixes in any case, sorted. Links to folders are
-    followed. Raises `OSError` for a folder that can't be read.
+    followed, but no folder is entered twice. Raises `OSError` for a folder that can't be read.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
     found: list[Path] = []
+    entered: set[Path] = set()
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = Path(root).resolve()
-        folders[:] = [name for name in folders if (real / name).resolve() not in (real, *real.parents)]  # no circle
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort(key=lambda name: ((real / name).is_symlink(), name))  # a folder goes before links to it
         found += [Path(root, name) for name in files if Path(name).suffix.lower() in suffixes]
     return sorted(found)
 

@@ -105,8 +105,11 @@ def load_trained(path: str, **vision_changes: Any) -> VideoMambaForVideoTextRetr
 
 def fingerprint(model: VideoMambaForVideoTextRetrieval, processor: VideoMambaProcessor) -> str:
     """What the embeddings of a model depend on, in 64 characters."""
-    settings = model.config.to_diff_dict(), processor.video_processor.to_dict(), processor.tokenizer.get_vocab()
-    return digest(model, *settings)
+    config = model.config.to_diff_dict()
+    config.pop("transformers_version", None)  # of the library that runs, not of the one that saved
+    tokenizer = processor.tokenizer
+    words = {"vocab": tokenizer.get_vocab(), "normalizer": str(tokenizer.backend_tokenizer.normalizer)}
+    return digest(model, config, processor.video_processor.to_dict(), words)
 
 
 def load_video_text_processor(

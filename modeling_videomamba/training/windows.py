@@ -13,10 +13,11 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiohttp
 import fsspec
 import torch
 from torch.utils.data import get_worker_info
@@ -27,6 +28,7 @@ from .data import BROKEN, Examples, TestViews, process_clips, window_frames
 from .sources import VIDEO_SUFFIXES, walk_files
 
 SHARD_SUFFIX = ".tar"
+HTTP_PATIENCE = 60  # seconds, for a connection and for the next bytes
 Media = dict[str, Any]  # `path` and `bytes`, as the `Video` feature of `datasets` has them
 
 
@@ -55,6 +57,10 @@ class Window(NamedTuple):
     @property
     def file(self) -> Source:
         return Source(split_path(self.path)[0], self.size, self.mtime)
+
+
+class ShardError(OSError):
+    """A shard that can't be read."""
 
 
 class Row(NamedTuple):
@@ -134,8 +140,9 @@ def _source(path: Path, name: str) -> Source:
 
 def read_videos(files: list[Source], root: str, complete: Container[Source], share: Share) -> Iterator[Row]:
     r"""
-    The videos of one of several readers: of files each n-th, of shards those videos that are not `complete`. Whose a
-    video is follows from its path alone, not from what the others could read.
+    The videos of one of several readers: of files each n-th; of shards each n-th too, or where there are fewer of them
+    than readers those videos whose paths fall to this one, without what is `complete`. So whose a video is doesn't
+    depend on what anybody could read.
 
     Args:
         files (`list[Source]`): Of [`find_files`].
@@ -148,19 +155,22 @@ def read_videos(files: list[Source], root: str, complete: Container[Source], sha
     """
     shards = [file for file in files if is_shard(file.path)]
     for file in [file for file in files if not is_shard(file.path)][share.reader :: share.readers]:
-        yield _row(file, {"path": locate(root, file.path), "bytes": None})
+        if split_path(file.path)[1] is None:
+            yield _row(file, {"path": locate(root, file.path), "bytes": None})
+        else:
+            yield Row(file, None, f"{file.path}: is named as a video in a shard is, rename it")
     whole = len(shards) >= share.readers
     for shard in shards[share.reader :: share.readers] if whole else shards:
         try:
             yield from _read_shard(shard, locate(root, shard.path), complete, Share(0, 1) if whole else share)
         except OSError as error:
-            yield Row(shard._replace(path=legible(shard.path)), None, legible(str(error)))
+            yield Row(shard, None, str(error))
 
 
 def _row(video: Source, media: Media) -> Row:
-    if (name := legible(video.path)) == video.path:
+    if legible(video.path) == video.path:
         return Row(video, media, None)
-    return Row(video._replace(path=name), None, f"{name}: its name is not UTF-8, rename it")
+    return Row(video, None, f"{video.path}: its name is not UTF-8, rename it")
 
 
 def legible(path: str) -> str:
@@ -178,42 +188,60 @@ def _read_shard(shard: Source, location: str, complete: Container[Source], share
     with _open_shard(location) as archive:
         for member in archive:
             video = shard._replace(path=f"{shard.path}::{member.name}")
-            if not member.isfile() or Path(member.name).suffix.lower() not in VIDEO_SUFFIXES:
-                continue
-            if not share.has(video.path):
+            if member.isdir() or Path(member.name).suffix.lower() not in VIDEO_SUFFIXES or not share.has(video.path):
                 continue
             if member.name in seen:
                 yield Row(video, None, f"{location}::{member.name}: another video of the shard has this name")
+            elif not member.isfile():
+                yield Row(video, None, f"{location}::{member.name}: is a link or no file, which shards can't have")
             elif video not in complete:
                 yield _row(video, {"path": f"{location}::{member.name}", "bytes": _read_member(archive, member)})
             seen.add(member.name)
-        assert archive.fileobj is not None  # as it is of an open archive
-        if archive.fileobj.tell() - archive.offset < tarfile.BLOCKSIZE:
-            # tarfile takes a file that is cut at a header for one that ends there
-            raise tarfile.ReadError("truncated: it has no end mark")
+
+
+class _Member(tarfile.TarInfo):
+    """`tarfile` takes an archive that is damaged or cut at a header for one that ends there."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged or truncated: {error}") from error
 
 
 @contextmanager
 def _open_shard(location: str) -> Iterator[tarfile.TarFile]:
     """
     The archive in a file. What is passed over is not read where that can be; what comes by HTTP is a stream, since not
-    every server sends parts. Raises `OSError` for all that goes wrong with it.
+    every server sends parts. Raises [`ShardError`] for all that goes wrong with it.
     """
     streamed = location.startswith(("http://", "https://"))
-    options = {"block_size": 0} if streamed else {}
     try:
         with (
-            fsspec.open(location, "rb", **options) as opened,
-            tarfile.open(fileobj=opened, mode="r|" if streamed else "r:") as archive,
+            _open_file(location, streamed) as opened,
+            tarfile.open(fileobj=opened, mode="r|" if streamed else "r:", tarinfo=_Member) as archive,
         ):
             yield archive
     except tarfile.TarError as error:
-        raise OSError(f"{location}: {error}") from error
+        raise ShardError(f"{location}: {error}") from error
     except Exception as error:
-        if "://" not in location:
+        if "://" not in location and not isinstance(error, OSError):
             raise
         # each protocol has errors of its own, of which not all tell the address
-        raise OSError(f"{location}: {type(error).__name__}: {error}") from error
+        raise ShardError(f"{location}: {type(error).__name__}: {error}") from error
+
+
+def _open_file(location: str, streamed: bool) -> AbstractContextManager[Any]:
+    if "://" not in location:
+        return Path(location).open("rb")
+    if not streamed:
+        return fsspec.open(location, "rb")
+    # the time in all would count how long the model takes for what has come
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=HTTP_PATIENCE, sock_read=HTTP_PATIENCE)
+    return fsspec.open(location, "rb", block_size=0, client_kwargs={"timeout": limits})
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -223,7 +251,7 @@ def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def read_media(root: str, path: str) -> Media:
-    """A video by its path in the collection. Raises `OSError` where a shard can't be read, or has no such member."""
+    """A video by its path in the collection. Raises [`ShardError`] or, without such a member, `FileNotFoundError`."""
     name, wanted = split_path(path)
     location = locate(root, name)
     if wanted is None:
@@ -269,7 +297,7 @@ class Windows(torch.utils.data.IterableDataset):
         files (`list[Source]`): Of [`find_files`].
         root (`str`): What their paths are relative to.
         processor ([`VideoMambaVideoProcessor`]): Of the model.
-        clip_seconds (`float`): Which no window is longer than.
+        clip_seconds (`float`): As in [`cut_video`].
         known (`set[Window]`): Left out.
         share ([`Share`]): Of this process, whose workers share it.
     """
@@ -284,7 +312,8 @@ class Windows(torch.utils.data.IterableDataset):
         share: Share,
     ):
         self.files, self.root, self.processor, self.clip_seconds = files, root, processor, clip_seconds
-        self.known, self.complete, self.share = known, complete_videos(known), share
+        self.complete, self.share = complete_videos(known), share
+        self.known = {window for window in known if window.video not in self.complete}
         self.blank = Examples([], TestViews(processor), skip_broken=True).item(None, 0, -1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -310,4 +339,4 @@ class Windows(torch.utils.data.IterableDataset):
         return self.blank | {"pixel_values": pixels, "name": json.dumps(window), "valid": True}
 
     def _broken(self, video: Source, reason: str) -> dict[str, Any]:
-        return self.blank | {"broken": (video.path, reason)}
+        return self.blank | {"broken": (legible(video.path), legible(reason))}

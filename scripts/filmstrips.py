@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from modeling_videomamba.training.plots import pyplot
+from modeling_videomamba.training.plots import pyplot, restore_pixels
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 MAX_PICTURE_ROWS = 50
@@ -24,9 +24,8 @@ def check_picture(path: Path) -> None:
 
 def draw_filmstrip(axis: Any, pixel_values: torch.Tensor, processor: Any, title: str) -> None:
     """Some frames of `(frames, 3, height, width)`, normalised by a processor, side by side on an axis of matplotlib."""
-    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     shown = torch.linspace(0, len(pixel_values) - 1, min(len(pixel_values), MAX_FRAMES)).round().long()
-    frames = (pixel_values[shown].movedim(1, -1) * std + mean).clamp(0, 1)
+    frames = restore_pixels(pixel_values[None, shown], processor)[0].movedim(1, -1)
     gap = max(1, frames.shape[2] // 32)
     frames = F.pad(frames, (0, 0, 0, gap), value=1.0)  # white between the frames
     axis.imshow(frames.movedim(0, 1).flatten(1, 2).numpy(), aspect="equal")
