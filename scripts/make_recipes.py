@@ -197,17 +197,18 @@ def describe(run: str, args: dict[str, Any]) -> str:
     if run.endswith("mask_pretrain"):
         start = f"from scratch; --teacher MODEL, {CLIP_MODELS[args['clip_teacher']]}"
     elif run.startswith("image"):
-        start = f"--model MODEL, VideoMamba {size} trained at 224"
+        start = f"--model MODEL, VideoMamba {size} trained at {448 if int(args['input_size']) == 576 else 224}"
         if int(args["input_size"]) == 224:
             start = "from scratch"
             if "teacher_model" in args and "distill" in run:
                 start += f"; distill.py, --teacher {args['teacher_model']} trained on ImageNet-1k"
-    elif "_mask" in run:
-        start = f"--model MODEL, VideoMamba {size} after masked pretraining"
     elif "to" in run.rsplit("/", 1)[1]:
         start = f"--model MODEL, VideoMamba {size} trained at 224"
     elif re.search("breakfast|coin|lvu", run):
         start = f"--model MODEL, VideoMamba {size} trained on Kinetics-400"
+        start += ", after masked pretraining" if "_mask" in run else ""
+    elif "_mask" in run:
+        start = f"--model MODEL, VideoMamba {size} after masked pretraining"
     else:
         start = f"--model MODEL, VideoMamba {size} trained on ImageNet-1k"
     gpus = f"{args['gpus']} GPUs" if "gpus" in args else f"taken as {DEFAULT_GPUS} GPUs, which is not published"

@@ -1,0 +1,37 @@
+"""Writes the model cards of all released checkpoints: OUTPUT_DIR/NAME/README.md.
+
+    python scripts/make_cards.py OUTPUT_DIR --organization ORG
+
+They come from the table hub_cards/models.json and the templates beside it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from model_zoo import load_zoo, make_card
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument(
+        "--organization", default="ORG", help="on the Hub, where the models are published (default: ORG)"
+    )
+    args = parser.parse_args()
+    try:
+        zoo = load_zoo()
+        for entry in zoo:
+            repo_id = f"{args.organization}/{entry.name}"
+            validate_repo_id(repo_id)
+            make_card(entry, repo_id).save(args.output_dir / entry.name / "README.md")
+    except (OSError, ValueError, HFValidationError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{len(zoo)} cards in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
