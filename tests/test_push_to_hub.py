@@ -1,0 +1,356 @@
+"""push_to_hub.py through the real client against a server of ours, and loading back what it published."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from importlib.metadata import version
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
+from transformers import BertTokenizer
+
+import push_to_hub
+import staging
+from modeling_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig, VideoMambaForImageClassification
+from modeling_videomamba.conversion import convert_checkpoint, rename
+from tests.conftest import NANO, load_golden, strip_prefix
+from tests.hub_server import TOKEN, serve, sha256
+from tests.launching import SCRIPTS
+
+FAMILIES = {
+    "image": "image_classification",
+    "video": "video_classification",
+    "pretraining": "masked_pretraining",
+    "video-text": "video_text_retrieval",
+}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "seven", "moves"]
+
+
+def original(name):
+    """A state dict of the original."""
+    tensors, _ = load_golden(name)
+    return strip_prefix(tensors, "state_dict.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of each family, a tokenizer, and a card."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for family, name in FAMILIES.items():
+        torch.save(original(name), folder / f"{family}.pth")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(str(folder / "tokenizer" / "vocab.txt")).save_pretrained(folder / "tokenizer")
+    card = ModelCard.from_template(ModelCardData(license="apache-2.0"), template_str="---\n{{ card_data }}\n---\n# X\n")
+    card.save(folder / "card.md")
+    return folder
+
+
+class Client:
+    """Runs things, in `home`, as somebody who has logged in to a server; `output` is all that was printed."""
+
+    def __init__(self, hub, address, home):
+        self.hub, self.home, self.output = hub, home, ""
+        home.mkdir(exist_ok=True)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+    def run(self, *command, **changes):
+        environment = {name: value for name, value in {**self.environment, **changes}.items() if value is not None}
+        command = [str(part) for part in command]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=self.home)
+        self.output += result.stdout + result.stderr
+        return result
+
+    def push(self, *options, **changes):
+        return self.run(sys.executable, SCRIPTS / "push_to_hub.py", *options, **changes)
+
+    def push_family(self, folder, family, *options, **changes):
+        common = ("--card", folder / "card.md", "--tokenizer", folder / "tokenizer")
+        result = self.push(folder / f"{family}.pth", f"org/{family}", *common, *options, **changes)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def files(self, name, ref="main"):
+        return self.hub.repositories[name].refs[ref][-1].files
+
+    def titles(self, name, ref="main"):
+        return [commit.title for commit in self.hub.repositories[name].refs[ref]]
+
+
+@pytest.fixture
+def client(tmp_path):
+    with serve() as (hub, address):
+        client = Client(hub, address, tmp_path / "home")
+        yield client
+        assert TOKEN not in client.output
+        assert "X-Signature" not in client.output
+
+
+def staged(text):
+    """SHA-256 by path of what was printed."""
+    return {path: digest for digest, path in re.findall(r"^  ([0-9a-f]{64}) +[\d,]+  (\S+)$", text, re.MULTILINE)}
+
+
+def test_a_dry_run_stages_what_is_published_then(client, folder, tmp_path):
+    text = client.push_family(folder, "video", "--dry-run", tmp_path / "staged")
+    assert client.hub.requests == []
+    there = tmp_path / "staged" / "video"
+    hashes = {path.name: sha256(path.read_bytes()) for path in there.iterdir()}
+    assert staged(text) == hashes and f"staged in {there}, nothing is published" in text
+    assert {"README.md", "config.json", "model.safetensors", "modeling_videomamba.py"} <= hashes.keys()
+    assert json.loads((there / "config.json").read_text())["auto_map"]["AutoModelForVideoClassification"]
+    assert f"{sum(path.stat().st_size for path in there.iterdir()):,} bytes" in text
+
+    published = client.push_family(folder, "video")
+    assert staged(published) == hashes
+    assert {name: sha256(content) for name, content in client.files("org/video").items() if name in hashes} == hashes
+    assert client.titles("org/video") == ["initial commit", "Upload VideoMambaForVideoClassification from video.pth"]
+
+    commits, uploads = len(client.titles("org/video")), client.hub.uploads
+    assert "org/video: unchanged, no commit" in client.push_family(folder, "video", HF_HUB_VERBOSITY="debug")
+    assert len(client.titles("org/video")) == commits and client.hub.uploads == uploads
+    again = client.push(
+        folder / "video.pth", "org/video", "--card", folder / "card.md", "--dry-run", tmp_path / "staged"
+    )
+    assert again.returncode == 1 and f"{there} must be empty" in again.stderr
+
+
+def test_an_upload_that_fails_in_the_middle_goes_on(client, folder):
+    client.hub.failing_uploads = {1}
+    options = (folder / "image.pth", "org/image", "--card", folder / "card.md", "--max-shard-size", "20KB")
+    failed = client.push(*options)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert re.search(
+        r"^error: Error while uploading 'model-\d{5}-of-\d{5}.safetensors'.*403", failed.stderr, re.MULTILINE
+    )
+    assert client.titles("org/image") == ["initial commit"]
+    uploaded = client.hub.uploads
+    assert client.push(*options).returncode == 0
+    shards = [name for name in client.files("org/image") if name.endswith(".safetensors")]
+    assert len(shards) > 2 and 0 < uploaded < len(shards) and client.hub.uploads == len(shards)  # each once
+
+    assert client.push(*options[:-2]).returncode == 0  # in one file now
+    weights = [name for name in client.files("org/image") if "safetensors" in name]
+    assert weights == ["model.safetensors"] and len(client.titles("org/image")) == 3
+
+
+def test_where_it_is_published(client, folder, tmp_path):
+    text = client.push_family(folder, "image", "--private")
+    assert client.hub.repositories["org/image"].private and "org/image: http" in text
+    client.push_family(folder, "image", "--revision", "v2", "--max-shard-size", "20KB")
+    refs = client.hub.repositories["org/image"].refs
+    assert len(refs["main"]) == 2 and len(refs["v2"]) == 3
+    text = client.push_family(folder, "image", "--pull-request", "--max-shard-size", "20KB")
+    assert "discussions/" in text and len(refs["main"]) == 2
+    (opened,) = (name for name in refs if name.startswith("refs/pr/"))
+    assert client.files("org/image", opened) == client.files("org/image", "v2")
+    client.push_family(folder, "video")
+    card = ("--card", folder / "card.md")
+    refused = client.push(folder / "video.pth", "org/video", *card, "--private")
+    assert refused.returncode == 1 and "error: --private: org/video is public" in refused.stderr
+    unknown = client.push(folder / "video.pth", "org/video", *card, HF_TOKEN=None)
+    assert unknown.returncode == 1 and "error: nobody is logged in: run `hf auth login`" in unknown.stderr
+
+
+def test_a_trained_directory_keeps_its_card_and_its_pictures(client):
+    result = client.push(NANO, "org/nano")
+    assert result.returncode == 0, result.stderr
+    files = client.files("org/nano")
+    assert "99.50 % of the 800 test clips" in files["README.md"].decode() and {"curves.png", "example.mp4"} <= set(
+        files
+    )
+    assert files["model.safetensors"] == (NANO / "model.safetensors").read_bytes()
+    config = json.loads(files["config.json"])
+    assert config["id2label"]["0"] == "down" and "AutoConfig" in config["auto_map"]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A file as large as a released one, under its own name and under those of others."""
+    folder, template = tmp_path_factory.mktemp("released"), original("image_classification")
+    torch.manual_seed(0)
+    model = VideoMambaForImageClassification(
+        VideoMambaConfig(num_frames=None, num_labels=1000, **VIDEOMAMBA_SIZES["tiny"])
+    )
+    ours, names = model.state_dict(), set()
+    for name in template:
+        for layer in range(model.config.num_hidden_layers):
+            names.add(re.sub(r"^layers\.\d+\.", f"layers.{layer}.", name))
+    state_dict = {name: ours[rename(name)] for name in sorted(names)}
+    state_dict["patch_embed.proj.weight"] = state_dict["patch_embed.proj.weight"].squeeze(2)
+    for name in ("videomamba_t16_in1k_res224", "videomamba_s16_in1k_res224", "mine"):
+        torch.save({"model": state_dict}, folder / f"{name}.pth")
+    (folder / "videomamba_b16_in1k_res224.pth").write_bytes(b"no checkpoint")
+    return folder
+
+
+def test_all_that_is_there_of_the_zoo(client, released):
+    result = client.push("--all", released, "org")
+    assert result.returncode == 1 and "error: 1 models, 2 failed" in result.stderr
+    assert "videomamba_s16_in1k_res224.pth is not what the zoo has under this name: hidden_size 192" in result.stderr
+    assert "videomamba_b16_in1k_res224.pth: not a file of plain tensors" in result.stderr
+    assert "left out: mine.pth, which is not in the zoo" in result.stdout
+    assert result.stdout.count("there is no ") == 57 and result.stdout.count("under the name of another file") == 3
+    (name,) = client.hub.repositories
+    assert name == "org/videomamba-ti-in1k-224"
+    card = ModelCard(client.files(name)["README.md"].decode())
+    assert card.data.eval_results[0].metric_value == 76.9 and f'"{name}"' in card.text
+    assert json.loads(client.files(name)["config.json"])["id2label"]["0"] == "tench"
+
+
+def test_what_cannot_be_published_is_explained(exit_of, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    card, video = ("--card", folder / "card.md"), folder / "video.pth"
+    for message, *options in (
+        ("not in the zoo: pass --card", video, "org/video"),
+        ("the repository must be ORG/NAME, got video", video, "video", *card),
+        ("no.pth: no such checkpoint", tmp_path / "no.pth", "org/x", *card),
+        ("Repo id must", video, "org/vi deo", *card),
+        ("`labels` has 400 names, the checkpoint has", video, "org/x", "--labels", "kinetics400", *card),
+        ("--labels x is for a .pth file", NANO, "org/x", "--labels", "x"),
+        ("error: 0 models, 0 failed", "--all", tmp_path / "empty", "org"),
+        ("empty: no such folder", "--all", tmp_path / "no" / "empty", "org"),
+        ("must be a VideoMamba", tmp_path / "bert", "org/x", *card),
+    ):
+        found = exit_of(push_to_hub, *options, "--dry-run", tmp_path / "staged")
+        assert message in found, (message, found)
+    assert not (tmp_path / "staged").exists()
+
+
+def test_a_model_that_became_another_is_not_published(folder, tmp_path):
+    source = staging.load_source(folder / "video.pth", None, None)
+    source.model.save_pretrained(tmp_path)
+    source.processor.save_pretrained(tmp_path)
+    staging.verify(source.model, tmp_path)
+    with torch.no_grad():
+        source.model.classifier.bias[0] += 1e-6
+    with pytest.raises(ValueError, match=r"is not what was staged: classifier\.bias differ"):
+        staging.verify(source.model, tmp_path)
+
+
+# Loading back
+
+
+@pytest.fixture(scope="module")
+def published(folder, tmp_path_factory):
+    """A server with a model of each family, and where it is."""
+    with serve() as (hub, address):
+        client = Client(hub, address, tmp_path_factory.mktemp("home"))
+        for family in FAMILIES:
+            client.push_family(folder, family)
+        yield client
+
+
+LOAD_BACK = """
+import json, sys
+from importlib.util import find_spec
+is_installed, clip, picture, out = sys.argv[1] == "installed", *sys.argv[2:]
+remote = {} if is_installed else {"trust_remote_code": True}
+if is_installed:
+    import modeling_videomamba
+else:
+    assert find_spec("modeling_videomamba") is None, find_spec("modeling_videomamba")
+import torch
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+    AutoModelForPreTraining, AutoModelForVideoClassification, AutoProcessor, AutoVideoProcessor, pipeline)
+
+def load(auto_class, name):
+    loaded = auto_class.from_pretrained(name, **remote)
+    home = "modeling_videomamba" if is_installed else "transformers_modules"
+    assert type(loaded).__module__.split(".")[0] == home, type(loaded)
+    return loaded
+
+for name in ("org/image", "org/video", "org/pretraining", "org/video-text"):
+    load(AutoConfig, name), load(AutoModel, name)
+image, video = load(AutoModelForImageClassification, "org/image"), load(AutoModelForVideoClassification, "org/video")
+pretraining, video_text = load(AutoModelForPreTraining, "org/pretraining"), load(AutoModel, "org/video-text")
+load(AutoImageProcessor, "org/image"), load(AutoVideoProcessor, "org/video")
+generator = torch.Generator().manual_seed(0)
+
+def noise(model):
+    config = getattr(model.config, "vision_config", model.config)
+    frames = [] if config.num_frames is None else [config.num_frames]
+    return torch.randn(1, *frames, 3, *config.input_size, generator=generator)
+
+with torch.no_grad():
+    found = {"image": image(noise(image)).logits, "video": video(noise(video)).logits}
+    pixels = noise(pretraining)
+    length = pretraining.videomamba(pixels).last_hidden_state.shape[1] - 1
+    hidden = torch.arange(length).remainder(2).bool().unsqueeze(0)
+    found["pretraining"] = pretraining(pixels, bool_masked_pos=hidden).aligned_features
+    processor = load(AutoProcessor, "org/video-text")
+    inputs = processor(videos=clip, text=["a seven", "moves"], padding=True, return_tensors="pt")
+    found["video-text"] = video_text(**inputs).logits_per_video
+found["image pipeline"] = pipeline("image-classification", model="org/image", **remote)(picture)
+found["video pipeline"] = pipeline("video-classification", model="org/video", **remote)(clip)
+if not is_installed:
+    zero_shot = pipeline("zero-shot-video-classification", model="org/video-text", **remote)
+    found["zero-shot pipeline"] = zero_shot(clip, candidate_labels=["a seven", "moves"])
+found = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+open(out, "w").write(json.dumps(found))
+"""
+
+
+def load_back(published, python, is_installed, clip, tmp_path):
+    """What the published models say in another Python, as they are loaded there."""
+    picture, out = tmp_path / "picture.png", tmp_path / "found.json"
+    Image.new("RGB", (50, 40), "red").save(picture)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": None, "PYTHONPATH": None}
+    options = ("installed" if is_installed else "clean", clip, picture, out)
+    result = published.run(python, "-c", LOAD_BACK, *options, **environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def test_it_loads_with_the_package(published, folder, video, tmp_path):
+    """And says what the checkpoint says."""
+    found = load_back(published, sys.executable, True, video, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for family in ("image", "video"):
+        model = convert_checkpoint(folder / f"{family}.pth").model
+        frames = [] if family == "image" else [model.config.num_frames]
+        with torch.no_grad():
+            logits = model(torch.randn(1, *frames, 3, *model.config.input_size, generator=generator)).logits
+        torch.testing.assert_close(torch.tensor(found[family]), logits, atol=1e-5, rtol=1e-5)
+    assert len(found["image pipeline"]) == len(found["video pipeline"]) == 5
+
+
+@pytest.fixture
+def clean_python(tmp_path):
+    """That of a new environment, of gigabytes, with what the models need."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    versions = {name: version(name).split("+")[0] for name in ("torch", "torchvision", "transformers", "av")}
+    needed = [f"{name}=={number}" for name, number in versions.items()]
+    try:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *needed], check=True)
+        yield python
+    finally:
+        shutil.rmtree(tmp_path / "venv")
+
+
+@pytest.mark.slow
+def test_it_loads_in_a_clean_environment_without_the_package(published, clean_python, video, tmp_path):
+    """And says what the package says, but for the order of sums in its compiled kernel, which isn't on the Hub."""
+    found = load_back(published, clean_python, False, video, tmp_path)
+    expected = load_back(published, sys.executable, True, video, tmp_path)
+    for family in FAMILIES:
+        torch.testing.assert_close(torch.tensor(found[family]), torch.tensor(expected[family]), atol=1e-4, rtol=1e-4)
+    for name in ("image pipeline", "video pipeline"):
+        assert [item["label"] for item in found[name]] == [item["label"] for item in expected[name]]
+    assert len(found["zero-shot pipeline"]) == 2
