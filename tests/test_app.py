@@ -1,0 +1,353 @@
+"""app.py: its page in a real browser, and the Space that it writes."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+from huggingface_hub import SpaceCard
+from playwright.sync_api import expect, sync_playwright
+
+import app
+from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor, __version__
+from tests.conftest import NANO, NANO_VIDEO_TEXT, write_video
+from tests.launching import ENVIRONMENT, SCRIPTS, assert_finished, run, start, wait_until, write_broken_videos
+from tests.models import build
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+# it runs as root in containers, makes no requests of its own, and takes a test picture for the camera
+BROWSER_OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+)
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+MARKUP = "<img src=x onerror=alert(1)> ${1+1} {{2}} &amp; é.mp4"
+NUM_CLIPS = 6
+
+expect.set_options(timeout=30_000)
+
+
+def is_listening(host, port):
+    with socket.socket() as connection:
+        return connection.connect_ex((host, port)) == 0
+
+
+def free_port():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+@contextmanager
+def served(*command, host="127.0.0.1", port, environment, folder):
+    """The address of a page while the command that serves it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setitem(ENVIRONMENT, name, str(value))
+        patch.chdir(folder)
+        process = start(sys.executable, *command)
+    try:
+        wait_until(lambda: is_listening(host, port), process)
+        yield f"http://{host}:{port}/"
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of clips of moving digits, and their captions by path."""
+    folder = tmp_path_factory.mktemp("clips")
+    options = ("--captions", "--train-clips", 0, "--test-clips", NUM_CLIPS)
+    assert_finished(run(sys.executable, SCRIPTS / "make_moving_digits.py", folder, *options))
+    rows = map(json.loads, (folder / "test.jsonl").read_text("utf-8").splitlines())
+    return folder, {row["path"]: row["caption"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def index(clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("index")
+    options = ("--model", NANO_VIDEO_TEXT, "--num-workers", 0)
+    assert_finished(run(sys.executable, SCRIPTS / "search_videos.py", "index", clips[0], out, *options))
+    return out
+
+
+@pytest.fixture(scope="module")
+def address(index, tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp("served"), free_port()
+    command = (SCRIPTS / "app.py", "--index", index, "--port", port)
+    with served(*command, port=port, environment={"GRADIO_TEMP_DIR": folder / "files"}, folder=folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=BROWSER_OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page, which makes no request to another host and has no error in the console."""
+    context = browser.new_context(viewport=DESKTOP, permissions=["camera", "microphone"])
+    requests, errors = [], []
+    context.on("request", lambda request: requests.append(request.url))
+    page = context.new_page()
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    expect(button(page, "Classify")).to_be_visible()
+    yield page
+    context.close()
+    hosts = {urlsplit(url).netloc for url in requests if not url.startswith(("data:", "blob:"))}
+    assert hosts == {urlsplit(address).netloc} and not errors
+
+
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def upload(page, path):
+    page.locator("#video input[type=file]").set_input_files(path)
+
+
+def classify(page, path):
+    upload(page, path)
+    expect(page.locator("#video video")).to_be_attached()
+    button(page, "Classify").click()
+
+
+def search(page, text):
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("What the videos show").fill(text)
+    page.get_by_label("What the videos show").press("Enter")
+
+
+def sizes_of_images(page, place):
+    return page.locator(f"{place} img").evaluate_all("images => images.map(image => image.naturalWidth)")
+
+
+def assert_example_is_classified(page, name):
+    expect(page.locator("#labels h2")).to_have_text("up-right")
+    expect(page.locator("#labels")).to_contain_text("100%")
+    details = page.locator("#details")
+    expect(details).to_contain_text(f"{name}: 16 frames, 8 a second, 2.0 s, 64 x 64 pixels")
+    expect(details).to_contain_text(re.compile(r"Reading and preparing [1-9]\d* ms, model \d+ ms"))
+    assert sizes_of_images(page, "#details") == [32] * 16
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def width_of_content(page):
+    return page.evaluate("document.scrollingElement.scrollWidth")
+
+
+# The page: labels
+
+
+@needs_browser
+def test_the_example_is_classified(page):
+    page.locator(".gallery-item").click()
+    expect(page.locator("#video video")).to_be_attached()
+    button(page, "Classify").click()
+    assert_example_is_classified(page, "example.mp4")
+
+
+@needs_browser
+def test_an_uploaded_video_is_classified_and_its_name_is_shown_as_it_is(page, tmp_path):
+    shutil.copyfile(NANO / "example.mp4", tmp_path / MARKUP)
+    classify(page, tmp_path / MARKUP)
+    assert_example_is_classified(page, MARKUP)
+
+
+@needs_browser
+def test_a_recording_is_classified(page):
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#video video')?.readyState > 2")  # the camera gives frames
+    record = page.locator("#video .capture-button")
+    record.click()
+    page.wait_for_timeout(2000)
+    record.click()
+    expect(page.get_by_label("Clear")).to_be_visible()
+    button(page, "Classify").click()
+    expect(page.locator("#details")).to_contain_text(re.compile(r"\.webm: \d+ frames, [\d.]+ a second, [0-3]\.\d s, "))
+    assert len(sizes_of_images(page, "#details")) == 16
+
+
+@needs_browser
+def test_what_is_no_video_is_told(page, tmp_path):
+    names = write_broken_videos(tmp_path, NANO / "example.mp4")
+    shutil.copyfile(tmp_path / "text.mp4", tmp_path / MARKUP)
+    for name in (*names, MARKUP):
+        if (tmp_path / name).stat().st_size == 0:
+            continue  # which a browser doesn't send
+        classify(page, tmp_path / name)
+        expect(page.get_by_role("alert")).to_contain_text(f"{name}: ")
+        assert re.search(": (not a video, or truncated|it has no video stream)", page.get_by_role("alert").inner_text())
+        assert str(tmp_path) not in page.content() and "Traceback" not in page.content()
+        page.reload()
+    classify(page, NANO / "example.mp4")
+    assert_example_is_classified(page, "example.mp4")
+
+
+@needs_browser
+def test_what_is_beyond_the_limits_is_told(page, tmp_path):
+    write_video(tmp_path / "long.mp4", np.zeros((7200, 16, 16, 3), np.uint8), "mpeg4")
+    write_video(tmp_path / "wide.mp4", np.zeros((2, 16, 5000, 3), np.uint8), "mpeg4")
+    expect(page.locator("body")).to_contain_text(app.LIMITS)
+    for name, reason in (("long", "too long, 12.0 minutes"), ("wide", "too large, 5000 x 16 pixels")):
+        classify(page, tmp_path / f"{name}.mp4")
+        expect(page.get_by_role("alert")).to_have_text(f"{name}.mp4: {reason}. {app.LIMITS}")
+        page.reload()
+
+
+@needs_browser
+def test_what_need_not_be_uploaded_is_refused_before(page, tmp_path):
+    os.truncate(sparse_file(tmp_path / "large.mp4"), 201 * 2**20)
+    (tmp_path / "notes.txt").write_text("no video")
+    upload(page, tmp_path / "large.mp4")
+    expect(page.locator("body")).to_contain_text('exceed the maximum allowed size of 200.0 Mb: "large.mp4"')
+    page.reload()
+    upload(page, tmp_path / "notes.txt")
+    expect(page.locator("body")).to_contain_text("Invalid file type: notes.txt. Only")
+    button(page, "Classify").click()
+    expect(page.get_by_role("alert")).to_contain_text("There is no video yet")
+
+
+def sparse_file(path):
+    path.touch()
+    return path
+
+
+# The page: search
+
+
+@needs_browser
+def test_a_text_finds_its_clip(page, clips):
+    for path, caption in list(clips[1].items())[:2]:
+        search(page, caption)
+        hits = page.locator("#hits figure")
+        expect(hits.first).to_contain_text(re.compile(rf"{path} 0:00.0:02, similarity 0\.\d+, match 0\.[5-9]\d*"))
+        assert hits.count() == NUM_CLIPS and sizes_of_images(page, "#hits") == [32] * 8 * NUM_CLIPS
+        expect(page.locator("#hits")).to_contain_text(re.compile(rf"{NUM_CLIPS} clips searched in \d+ ms"))
+    search(page, " ")
+    expect(page.get_by_role("alert")).to_have_text("the text is empty")
+
+
+@needs_browser
+def test_on_a_phone_nothing_is_wider_than_the_screen(page, clips, tmp_path):
+    page.set_viewport_size(PHONE)
+    shutil.copyfile(NANO / "example.mp4", tmp_path / f"{'long' * 40}.mp4")
+    classify(page, tmp_path / f"{'long' * 40}.mp4")
+    expect(page.locator("#details img")).to_have_count(16)
+    video, labels = (page.locator(place).bounding_box() for place in ("#video", "#labels"))
+    assert labels["y"] > video["y"] + video["height"] and labels["x"] == video["x"]
+    assert width_of_content(page) <= PHONE["width"]
+    search(page, next(iter(clips[1].values())))
+    expect(page.locator("#hits img")).to_have_count(8 * NUM_CLIPS)
+    assert width_of_content(page) <= PHONE["width"]
+
+
+# Without a browser
+
+
+def test_only_what_was_uploaded_is_opened(address, tmp_path):
+    """Whoever calls the page by its API can't look at other files of the server."""
+    shutil.copyfile(NANO / "example.mp4", tmp_path / "private.mp4")
+    for path in (tmp_path / "private.mp4", Path("/etc/passwd")):
+        file = {"path": str(path), "orig_name": "x.mp4", "meta": {"_type": "gradio.FileData"}}
+        content = json.dumps({"data": [file]}).encode()
+        call = Request(f"{address}gradio_api/call/classify", content, {"Content-Type": "application/json"})
+        with urlopen(call) as response:
+            event = json.load(response)["event_id"]
+        with urlopen(f"{address}gradio_api/call/classify/{event}") as response:
+            answer = response.read().decode()
+        assert answer.startswith("event: error") and "up-right" not in answer and "not a video" not in answer
+
+
+def test_files_that_are_too_large_are_not_opened(tmp_path):
+    os.truncate(sparse_file(tmp_path / "a.mp4"), 201 * 2**20)
+    processor = VideoMambaVideoProcessor.from_pretrained(NANO)
+    with pytest.raises(ValueError, match=re.escape(f"mine.mp4: too large, 201 MB. {app.LIMITS}")):
+        app.read_video("mine.mp4", tmp_path / "a.mp4", processor)
+
+
+def test_what_has_been_deleted_is_told_without_its_path(tmp_path):
+    classifier = app.load_classifier(str(NANO))
+    message, labels, details = app.classify(classifier, {"path": str(tmp_path / "a.mp4"), "orig_name": "mine.mp4"})
+    assert (
+        "mine.mp4: can&#x27;t be read" in message and str(tmp_path) not in message and (labels, details) == (None, "")
+    )
+
+
+def test_a_space_starts_by_itself(monkeypatch, tmp_path):
+    space, port, cache = tmp_path / "space", free_port(), tmp_path / "hub" / "models--org--nano"
+    monkeypatch.setattr(sys, "argv", ["app.py", "--write-space", str(space), "--model", "org/nano"])
+    app.main()
+    assert {path.name for path in space.iterdir()} == {"README.md", "app.py", "requirements.txt"}
+    assert (space / "requirements.txt").read_text("utf-8") == f"modeling-videomamba[app]=={__version__}\n"
+    data = SpaceCard.load(space / "README.md").data
+    assert (data.sdk, data.app_file, data.models) == ("gradio", "app.py", ["org/nano"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", data.sdk_version)
+
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(NANO, cache / "snapshots" / ("0" * 40))
+    shutil.copyfile(NANO / "example.mp4", space / "mine.mp4")
+    # a Space listens where it is told to
+    environment = {
+        "GRADIO_SERVER_NAME": "127.0.0.2",
+        "GRADIO_SERVER_PORT": port,
+        "GRADIO_TEMP_DIR": tmp_path / "files",
+        "HF_HUB_CACHE": cache.parent,
+    }
+    with served("app.py", host="127.0.0.2", port=port, environment=environment, folder=space) as url:
+        assert not is_listening("127.0.0.1", port)
+        with urlopen(f"{url}config") as response:
+            config = response.read().decode()
+    assert "Labels by nano" in config and "mine.mp4" in config and "What the videos show" not in config
+
+
+def test_what_is_wrong_is_explained(exit_of, capsys, tmp_path):
+    values, plain = tmp_path / "values", tmp_path / "plain"
+    build(problem_type="regression", num_labels=1).save_pretrained(values)
+    build(VideoMambaModel).save_pretrained(plain)
+    for folder in (values, plain):
+        VideoMambaVideoProcessor().save_pretrained(folder)
+    for options, message in (
+        (("--model", "nowhere"), "video processor for 'nowhere'"),
+        (("--model", values), "gives values, not labels"),
+        (("--model", plain), f"{plain} has no weights for classifier.bias, classifier.weight"),
+        (("--model", NANO_VIDEO_TEXT), "VideoMambaVideoTextConfig"),
+        (("--index", tmp_path / "none"), "none has no finished index"),
+        (("--model", NANO, "--write-space", tmp_path / "space"), "a Space needs a model on the Hub"),
+        (("--model", "a b", "--write-space", tmp_path / "space"), "a b"),
+        (("--model", "org/nano", "--write-space", values), "values must be empty"),
+    ):
+        assert message in exit_of(app, *options)
+    for options, message in (
+        (("--port", 70000), "--port must be from 1 to 65535, got 70000"),
+        (("--write-space", tmp_path / "space"), "--write-space needs --model ORG/NAME"),
+        (("--write-space", tmp_path, "--model", "org/nano", "--index", tmp_path), "is not for --write-space"),
+    ):
+        assert exit_of(app, *options) == "2" and message in capsys.readouterr().err
+    assert not (tmp_path / "space").exists()
