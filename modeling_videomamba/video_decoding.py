@@ -208,9 +208,6 @@ class VideoFile:
         """RGB frames `(len(indices), 3, height, width)`, uint8, upright."""
         wanted = sorted(set(indices))
         decoded = dict(zip(wanted, self._decode_indices(wanted), strict=True))
-        sizes = {frame.shape[:2] for frame in decoded.values()}
-        if len(sizes) > 1:
-            raise BrokenVideoError(self.name, f"its frames have several sizes: {sorted(sizes)}")
         return torch.from_numpy(np.stack([decoded[index] for index in indices])).permute(0, 3, 1, 2)
 
     def _decode_indices(self, wanted: list[int]) -> list[np.ndarray]:
@@ -226,6 +223,9 @@ class VideoFile:
                 raise BrokenVideoError(self.name, reason, index)
             position, frame = found
             images.append(self._to_rgb(frame))
+            sizes = {image.shape[:2] for image in (images[0], images[-1])}
+            if len(sizes) > 1:
+                raise BrokenVideoError(self.name, f"its frames have several sizes: {sorted(sizes)}")
         return images
 
     def _to_rgb(self, frame: Any) -> np.ndarray:

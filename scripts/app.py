@@ -32,6 +32,7 @@ from modeling_videomamba.training.plots import restore_pixels
 from modeling_videomamba.training.search import Hit, Search, Text, find, load_search
 from modeling_videomamba.training.windows import window_pixels
 from modeling_videomamba.video_decoding import VideoFile
+from modeling_videomamba.video_processing_videomamba import sample_frame_indices
 
 HERE = Path(__file__).resolve().parent
 NANO = HERE.parent / "hub_cards" / "videomamba-nano"
@@ -76,9 +77,19 @@ def check_video(reader: VideoFile) -> None:
     minutes = duration(reader) / 60
     if minutes > MAX_MINUTES:
         raise ValueError(f"{reader.name}: too long, {minutes:.1f} minutes. {LIMITS}")
-    width, height = reader.stream.width, reader.stream.height
+    check_sides(reader, reader.stream.width, reader.stream.height)
+
+
+def check_sides(reader: VideoFile, width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE:
         raise ValueError(f"{reader.name}: too large, {width} x {height} pixels. {LIMITS}")
+
+
+def check_frames(reader: VideoFile, processor: VideoMambaVideoProcessor) -> None:
+    """As [`check_video`], by a frame itself, which may be larger than the file states; all wanted ones are alike."""
+    indices = sample_frame_indices(reader.metadata.total_num_frames, processor.num_frames)
+    height, width = reader.frames([int(indices.min())]).shape[-2:]
+    check_sides(reader, width, height)
 
 
 def duration(reader: VideoFile) -> float:
@@ -107,6 +118,7 @@ def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tu
     check_size(name, path)
     with VideoFile(name, str(path)) as reader:
         check_video(reader)
+        check_frames(reader, processor)
         pixels = window_pixels(reader, 0.0, None, processor)
         seconds, frames = duration(reader), len(reader.timestamps)
         rate = f", {frames / seconds:.3g} a second" if seconds else ""
@@ -196,6 +208,17 @@ def search_videos(search: Search, model: Any, processor: Any, text: str) -> str:
 # The page
 
 
+class UploadedVideo(gr.Video):
+    """Takes no address: for who calls the page by its API, Gradio would download it, however large what is there."""
+
+    is_template = True  # it looks like its parent
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        if "://" in str(url_or_file_path):
+            raise ValueError("a video must be uploaded, an address is not read")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
 def build_page(name: str, classifier: VideoClassificationPipeline, index: tuple[Search, Any, Any] | None) -> gr.Blocks:
     """The page for a model called `name`, with a tab for the search of [`load_search`] if there is one."""
     # what is uploaded is deleted after an hour
@@ -213,7 +236,7 @@ def build_classify_tab(name: str, classifier: VideoClassificationPipeline) -> No
     with gr.Row():
         with gr.Column():
             # in its own format, as changing it takes an FFmpeg of the system
-            video = gr.Video(label="Video", sources=["upload", "webcam"], elem_id="video")
+            video = UploadedVideo(label="Video", sources=["upload", "webcam"], elem_id="video")
             gr.Markdown(LIMITS)
             button = gr.Button("Classify", variant="primary")
             message = gr.HTML(elem_id="message")

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class ZooModel:
     zero_shot: dict[str, dict[str, dict[str, float]]] | None = None
     listed_as: str | None = None
     remarks: list[str] = field(default_factory=list)
+    published_base_models: list[str] = field(default_factory=list)  # but for those whose file isn't known
 
     @property
     def hidden_size(self) -> int:
@@ -179,7 +180,8 @@ def _parse(table: dict[str, Any]) -> list[ZooModel]:
         for name in (*entry.base_models, *filter(None, [entry.teacher])):
             if "/" not in name:
                 _check_one_of(f"{entry.name}: base model or teacher", name, known)
-    return models
+    without_file = {entry.name for entry in models if entry.filename is None}
+    return [replace(e, published_base_models=[n for n in e.base_models if n not in without_file]) for e in models]
 
 
 def _entry(
@@ -361,7 +363,7 @@ def make_card(entry: ZooModel, repo_id: str) -> ModelCard:
         training={row: [column.get(row, "none") for column in facts] for row in rows},
         contradictions=contradictions(entry, recipes),
     )
-    data = _metadata(entry, name, [hub_id(model) for model in entry.base_models])
+    data = _metadata(entry, name, [hub_id(model) for model in entry.published_base_models])
     return ModelCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n{{ body }}", body=body)
 
 

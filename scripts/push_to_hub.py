@@ -11,24 +11,43 @@ what has been uploaded is not uploaded again, and without changes there is no co
 """
 
 import argparse
+import logging
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from transformers.utils import logging
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils.logging import disable_progress_bar
 
+import modeling_videomamba
 from model_zoo import ZooModel, find_by_filename, load_zoo, make_card
+from modeling_videomamba import (
+    VideoMambaForImageClassification,
+    VideoMambaForMaskedPreTraining,
+    VideoMambaForVideoClassification,
+    VideoMambaForVideoTextRetrieval,
+)
 from staging import CARD, Publishable, StagedFile, load_source, stage
 
 DRY_RUN_FOLDER = Path("staged")
+CLASSES: dict[str, type] = {
+    "image-classification": VideoMambaForImageClassification,
+    "video-classification": VideoMambaForVideoClassification,
+    "masked-pretraining": VideoMambaForMaskedPreTraining,
+    "video-text-retrieval": VideoMambaForVideoTextRetrieval,
+}
+MODEL_NAME = re.compile(r'(?:from_pretrained\(|model=|name = )"([^"]+)"')
 TOKENIZER = "google-bert/bert-base-uncased"  # of all released models of videos and texts
-OURS = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # removed where they are no longer part of the model
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+PROCESSORS = {"preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"}
+CODE = {path.name for path in Path(modeling_videomamba.__file__).parent.glob("*.py")}
 
 
 def parse_args() -> argparse.Namespace:
@@ -95,10 +114,23 @@ def find_card(args: argparse.Namespace, source: Path, repo_id: str, entry: ZooMo
     if args.card is not None:
         return ModelCard.load(args.card)
     if entry is not None:
-        return make_card(entry, repo_id)
+        names = replace(entry.dataset, has_labels=entry.dataset.has_labels or args.labels is not None)
+        return make_card(replace(entry, dataset=names), repo_id)
     if (source / CARD).is_file():
-        return ModelCard.load(source / CARD)
+        return rename_model(ModelCard.load(source / CARD), repo_id)
     raise ValueError(f"{source} has no {CARD}, and is not in the zoo: pass --card")
+
+
+def rename_model(card: ModelCard, repo_id: str) -> ModelCard:
+    """A card whose code loads the model from where it is published, and not from where it was trained."""
+    names = set(MODEL_NAME.findall(card.text))
+    if len(names) > 1:
+        raise ValueError(f"the code in {CARD} loads {', '.join(sorted(names))}: only one can become {repo_id}, edit it")
+    for name in names:
+        card.text = card.text.replace(f'"{name}"', f'"{repo_id}"')
+    if card.data.eval_results:
+        card.data.model_name = repo_id
+    return card
 
 
 def check_entry(entry: ZooModel, loaded: Publishable) -> None:
@@ -112,6 +144,9 @@ def check_entry(entry: ZooModel, loaded: Publishable) -> None:
         "frames": vision.num_frames,
     }
     expected = {name: getattr(entry, name) for name in found}
+    found["class"], expected["class"] = type(loaded.model).__name__, CLASSES[entry.family].__name__
+    if "classification" in entry.family:
+        found["classes"], expected["classes"] = config.num_labels, entry.dataset.num_classes
     if wrong := [
         f"{name} {found[name]} instead of {expected[name]}" for name in found if found[name] != expected[name]
     ]:
@@ -141,16 +176,22 @@ def upload(args: argparse.Namespace, folder: Path, files: list[StagedFile], repo
     api.create_repo(repo_id, private=args.private or None, exist_ok=True)
     if args.private and not api.model_info(repo_id).private:
         raise ValueError(f"--private: {repo_id} is public")
-    if args.revision is not None:
-        api.create_branch(repo_id, branch=args.revision, exist_ok=True)
-    before = api.model_info(repo_id, revision=args.revision)
+    try:
+        before = api.model_info(repo_id, revision=args.revision)
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, branch=args.revision)
+        before = api.model_info(repo_id, revision=args.revision)
     names = {file.path for file in files}
     there = [sibling.rfilename for sibling in before.siblings or []]
-    stale = [name for name in filter_repo_objects(there, allow_patterns=OURS) if name not in names]
+    stale = [name for name in there if is_ours(name) and name not in names]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(file.path, folder / file.path) for file in files),
         *(CommitOperationDelete(name) for name in stale),
     ]
+    if stale:
+        print(f"{repo_id}: removes {', '.join(stale)}, which the model no longer has")
+    if args.pull_request and (opened := find_pull_request(api, repo_id, files)):
+        return f"{repo_id}: unchanged since {opened}, no commit"
     try:
         commit = api.create_commit(
             repo_id, operations, commit_message=message, revision=args.revision, create_pr=args.pull_request
@@ -160,6 +201,32 @@ def upload(args: argparse.Namespace, folder: Path, files: list[StagedFile], repo
     if commit.oid == before.sha:
         return f"{repo_id}: unchanged, no commit"
     return f"{repo_id}: {commit.pr_url or commit.commit_url}"
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file of a repository is one of those that a model consists of here, whoever put it there."""
+    return path in CODE | PROCESSORS or WEIGHTS.fullmatch(path) is not None
+
+
+def find_pull_request(api: HfApi, repo_id: str, files: list[StagedFile]) -> str | None:
+    """An open pull request that has all these files as they are."""
+    for one in api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"):
+        there = {
+            file.path: file.lfs.sha256 if file.lfs else file.blob_id
+            for file in api.list_repo_tree(repo_id, revision=one.git_reference, recursive=True)
+            if isinstance(file, RepoFile)
+        }
+        if all(there.get(file.path) in (file.sha256, file.git_oid) for file in files):
+            return one.url
+    return None
+
+
+class WithoutSignatures(logging.Filter):
+    """The client logs addresses of uploads that it tries again, which give access."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_signatures(record.getMessage()), ()
+        return True
 
 
 # The zoo
@@ -181,25 +248,28 @@ def publish_all(args: argparse.Namespace) -> None:
             try:
                 print(publish(args, args.source / entry.filename, f"{args.repo_id}/{entry.name}", entry))
                 published += 1
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, HTTPError) as error:
                 failed.append(entry.name)
-                print(f"failed: {entry.name}: {reason(error)}", file=sys.stderr)
+                print(f"failed: {entry.name}: {without_signatures(str(error))}", file=sys.stderr)
     for name in sorted(unknown):
         print(f"left out: {name}, which is not in the zoo")
     if failed or not published:
         sys.exit(f"error: {published} models, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
 
 
-def reason(error: Exception) -> str:
-    """What an error says, without the parts of addresses that may give access."""
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", str(error))
+def without_signatures(text: str) -> str:
+    """Without the parts of addresses that give access."""
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
 
 
 def main() -> None:
     args = parse_args()
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub.utils._http").addFilter(WithoutSignatures())
     try:
         validate_repo_id(args.repo_id)
+        if args.all and "/" in args.repo_id:
+            raise ValueError(f"--all takes an organisation, got {args.repo_id}")
         if args.all:
             publish_all(args)
             return
@@ -207,8 +277,8 @@ def main() -> None:
             raise ValueError(f"the repository must be ORG/NAME, got {args.repo_id}")
         entry = None if args.source.is_dir() else find_by_filename(args.source.name)
         print(publish(args, args.source, args.repo_id, entry))
-    except (OSError, ValueError, HFValidationError) as error:
-        sys.exit(f"error: {reason(error)}")
+    except (OSError, ValueError, HTTPError) as error:  # the latter of a connection
+        sys.exit(f"error: {without_signatures(str(error))}")
 
 
 if __name__ == "__main__":

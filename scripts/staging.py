@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -40,11 +41,12 @@ class Publishable:
 
 @dataclass
 class StagedFile:
-    """A file as it is published: its path in the repository, bytes and SHA-256."""
+    """A file as it is published: its path in the repository, bytes, SHA-256, and what Git would call it."""
 
     path: str
     size: int
     sha256: str
+    git_oid: str
 
 
 def load_source(source: Path, labels: str | None, tokenizer: str | None) -> Publishable:
@@ -81,7 +83,10 @@ def load_directory(path: Path) -> tuple[PreTrainedModel, Any]:
     (name,) = config.architectures or ["VideoMambaModel"]
     if name not in modeling_videomamba.__all__:
         raise ValueError(f"{path} is a {name}, which this package doesn't have")
-    model, info = getattr(modeling_videomamba, name).from_pretrained(path, output_loading_info=True)
+    try:
+        model, info = getattr(modeling_videomamba, name).from_pretrained(path, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:  # truncated, or of other shapes
+        raise ValueError(f"{path}: {error}") from error
     if strange := [f"{kind} {', '.join(sorted(map(str, keys)))}" for kind, keys in info.items() if keys]:
         raise ValueError(f"{path} does not fit {name}: {'; '.join(strange)}")
     processor_class: Any = VideoMambaProcessor
@@ -116,12 +121,17 @@ def stage(source: Publishable, card: ModelCard, folder: Path, max_shard_size: st
     card.save(folder / CARD)
     verify(source.model, folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [StagedFile(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)) for path in paths]
+    return [_describe(path, folder) for path in paths]
 
 
-def _sha256(path: Path) -> str:
+def _describe(path: Path, folder: Path) -> StagedFile:
+    size = path.stat().st_size
+    sha256, git_oid = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            sha256.update(block)
+            git_oid.update(block)
+    return StagedFile(path.relative_to(folder).as_posix(), size, sha256.hexdigest(), git_oid.hexdigest())
 
 
 def verify(model: PreTrainedModel, folder: Path) -> None:

@@ -50,15 +50,15 @@ class Repository:
 
 class Hub:
     """
-    What the server holds, and how it fails: `failing_uploads` are numbers, from 0, of uploads of large files that are
-    refused. `uploads` counts those that arrived, `requests` has method and path of all.
+    What the server holds, and how it fails: `failing_uploads` has statuses by the number, from 0, of an upload of a
+    large file. `uploads` counts those that arrived, `requests` has method and path of all.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.uploads, self.tried = 0, 0
-        self.failing_uploads: set[int] = set()
+        self.failing_uploads: dict[int, int] = {}
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
 
@@ -172,18 +172,28 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in sorted(found[1].files)]
             self.answer(200, {"id": name, "sha": found[1].sha, "private": found[0].private, "siblings": siblings})
 
-    def tree(self, body, query, name, revision, folder=""):
+    def tree(self, body, query, name, revision, folder):
         if found := self.find_commit(name, revision):
-            paths = [path for path in sorted(found[1].files) if path.startswith(folder.lstrip("/"))]
+            paths = [path for path in sorted(found[1].files) if path.startswith((folder or "").lstrip("/"))]
             if folder and not paths:
                 self.refuse(404, "EntryNotFound", f"{folder} does not exist")
                 return
-            contents = {path: found[1].files[path] for path in paths}
-            rows = [
-                {"type": "file", "path": path, "oid": git_oid(content), "size": len(content)}
-                for path, content in contents.items()
-            ]
-            self.answer(200, rows)
+            self.answer(200, [self.describe(path, found[1].files[path]) for path in paths])
+
+    @staticmethod
+    def describe(path: str, content: bytes) -> dict:
+        row = {"type": "file", "path": path, "oid": git_oid(content), "size": len(content)}
+        if path.endswith(LFS_SUFFIXES):
+            row["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+        return row
+
+    def discussions(self, body, query, name):
+        if repository := self.find(name):
+            numbers = [int(ref.split("/")[-1]) for ref in repository.refs if ref.startswith("refs/pr/")]
+            common = {"title": "", "status": "open", "isPullRequest": True, "createdAt": "2026-01-01T00:00:00.000Z"}
+            common |= {"author": {"name": USER}, "repo": {"name": name, "type": "model"}}
+            found = [{"num": number, **common} for number in numbers]
+            self.answer(200, {"discussions": found, "count": len(found), "start": 0})
 
     # Writing
 
@@ -220,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
     def upload(self, body, query, oid):
         number, self.hub.tried = self.hub.tried, self.hub.tried + 1
         if number in self.hub.failing_uploads:
-            self.answer(403, {"error": "the storage is closed"})
+            self.answer(self.hub.failing_uploads[number], {"error": "the storage is closed"})
             return
         assert sha256(body) == oid
         self.hub.blobs[oid], self.hub.uploads = body, self.hub.uploads + 1
@@ -255,7 +265,8 @@ ROUTES = [
     ("POST", "/api/repos/create", Handler.create_repository),
     ("GET", f"/api/models/{NAME}", Handler.info),
     ("GET", f"/api/models/{NAME}/revision/(.+)", Handler.info),
-    ("GET", f"/api/models/{NAME}/tree/([^/]+)(/.+)?", Handler.tree),
+    ("GET", f"/api/models/{NAME}/tree/(refs/pr/[0-9]+|[^/]+)(/.+)?", Handler.tree),
+    ("GET", f"/api/models/{NAME}/discussions", Handler.discussions),
     ("POST", f"/api/models/{NAME}/branch/(.+)", Handler.branch),
     ("POST", f"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
     ("POST", f"/{NAME}.git/info/lfs/objects/batch", Handler.batch),

@@ -1,5 +1,6 @@
 """app.py: its page in a real browser, and the Space that it writes."""
 
+import asyncio
 import json
 import os
 import re
@@ -13,11 +14,13 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import SpaceCard
 from playwright.sync_api import expect, sync_playwright
 
 import app
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor, __version__
+from modeling_videomamba.video_decoding import VideoFile
 from tests.conftest import NANO, NANO_VIDEO_TEXT, write_video
 from tests.launching import ENVIRONMENT, SCRIPTS, assert_finished, run, start, wait_until, write_broken_videos
 from tests.models import build
@@ -289,6 +292,19 @@ def test_files_that_are_too_large_are_not_opened(tmp_path):
     processor = VideoMambaVideoProcessor.from_pretrained(NANO)
     with pytest.raises(ValueError, match=re.escape(f"mine.mp4: too large, 201 MB. {app.LIMITS}")):
         app.read_video("mine.mp4", tmp_path / "a.mp4", processor)
+
+
+def test_frames_that_are_larger_than_the_file_states_are_not_read(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", np.zeros((8, 64, 64, 3), np.uint8), "mpeg4")
+    monkeypatch.setattr(VideoFile, "frames", lambda reader, indices: torch.zeros(len(indices), 3, 16, 5000))
+    processor = VideoMambaVideoProcessor.from_pretrained(NANO)
+    with pytest.raises(ValueError, match=re.escape("mine.mp4: too large, 5000 x 16 pixels.")):
+        app.read_video("mine.mp4", tmp_path / "a.mp4", processor)
+
+
+def test_addresses_are_not_downloaded():
+    with pytest.raises(ValueError, match="an address is not read"):
+        asyncio.run(app.UploadedVideo().async_move_resource_to_block_cache("http://example.com/x.mp4"))
 
 
 def test_what_has_been_deleted_is_told_without_its_path(tmp_path):

@@ -1,5 +1,6 @@
 """push_to_hub.py through the real client against a server of ours, and loading back what it published."""
 
+import argparse
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import venv
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,13 @@ from transformers import BertTokenizer
 
 import push_to_hub
 import staging
-from modeling_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig, VideoMambaForImageClassification
+from model_zoo import find_by_filename, load_zoo
+from modeling_videomamba import (
+    VIDEOMAMBA_SIZES,
+    VideoMambaConfig,
+    VideoMambaForImageClassification,
+    VideoMambaForVideoClassification,
+)
 from modeling_videomamba.conversion import convert_checkpoint, rename
 from tests.conftest import NANO, load_golden, strip_prefix
 from tests.hub_server import TOKEN, serve, sha256
@@ -129,7 +137,7 @@ def test_a_dry_run_stages_what_is_published_then(client, folder, tmp_path):
 
 
 def test_an_upload_that_fails_in_the_middle_goes_on(client, folder):
-    client.hub.failing_uploads = {1}
+    client.hub.failing_uploads = {1: 403}
     options = (folder / "image.pth", "org/image", "--card", folder / "card.md", "--max-shard-size", "20KB")
     failed = client.push(*options)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
@@ -147,6 +155,38 @@ def test_an_upload_that_fails_in_the_middle_goes_on(client, folder):
     assert weights == ["model.safetensors"] and len(client.titles("org/image")) == 3
 
 
+def test_only_what_was_part_of_the_model_is_removed(client, folder):
+    client.push_family(folder, "image", "--max-shard-size", "20KB")
+    files = client.files("org/image")
+    others = ("handler.py", "examples/train.py", "adapter_model.safetensors", "onnx/model.safetensors")
+    files |= dict.fromkeys((*others, "triton_kernels.py", "video_preprocessor_config.json"), b"x")
+    del files["triton_kernels.py"]
+    files["triton_kernels.py"] = b"older code"
+    text = client.push_family(folder, "image")
+    assert (
+        set(others) < set(client.files("org/image")) and client.files("org/image")["triton_kernels.py"] != b"older code"
+    )
+    removed = re.search(r"org/image: removes (.*), which the model no longer has", text)[1].split(", ")
+    assert "video_preprocessor_config.json" in removed and "model.safetensors.index.json" in removed
+    assert all(
+        re.fullmatch(r"model-.*|video_preprocessor_config.json|model.safetensors.index.json", n) for n in removed
+    )
+
+
+def test_what_is_tried_again_leaves_no_signature(client, folder):
+    """The client logs its address, and here every upload has to be tried twice."""
+    client.hub.failing_uploads = {0: 503}
+    client.push_family(folder, "image")
+    assert "Retrying" in client.output and client.hub.tried == 2 and client.hub.uploads == 1
+
+
+def test_a_server_that_is_not_there_is_told(client, folder):
+    result = client.push(
+        folder / "image.pth", "org/image", "--card", folder / "card.md", HF_ENDPOINT="http://127.0.0.1:9"
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr and result.stderr.startswith("error: ")
+
+
 def test_where_it_is_published(client, folder, tmp_path):
     text = client.push_family(folder, "image", "--private")
     assert client.hub.repositories["org/image"].private and "org/image: http" in text
@@ -157,6 +197,9 @@ def test_where_it_is_published(client, folder, tmp_path):
     assert "discussions/" in text and len(refs["main"]) == 2
     (opened,) = (name for name in refs if name.startswith("refs/pr/"))
     assert client.files("org/image", opened) == client.files("org/image", "v2")
+    for option in (("--pull-request",), ("--revision", "v2"), ("--revision", opened)):
+        text = client.push_family(folder, "image", *option, "--max-shard-size", "20KB")
+        assert "unchanged" in text and len(refs) == 3 and len(refs["v2"]) == len(refs[opened]) == 3
     client.push_family(folder, "video")
     card = ("--card", folder / "card.md")
     refused = client.push(folder / "video.pth", "org/video", *card, "--private")
@@ -175,6 +218,7 @@ def test_a_trained_directory_keeps_its_card_and_its_pictures(client):
     assert files["model.safetensors"] == (NANO / "model.safetensors").read_bytes()
     config = json.loads(files["config.json"])
     assert config["id2label"]["0"] == "down" and "AutoConfig" in config["auto_map"]
+    assert 'pipeline("video-classification", model="org/nano")' in files["README.md"].decode()
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +235,7 @@ def released(tmp_path_factory):
             names.add(re.sub(r"^layers\.\d+\.", f"layers.{layer}.", name))
     state_dict = {name: ours[rename(name)] for name in sorted(names)}
     state_dict["patch_embed.proj.weight"] = state_dict["patch_embed.proj.weight"].squeeze(2)
-    for name in ("videomamba_t16_in1k_res224", "videomamba_s16_in1k_res224", "mine"):
+    for name in ("videomamba_t16_in1k_res224", "videomamba_s16_in1k_res224", "videomamba_t16_k400_f8_res224", "mine"):
         torch.save({"model": state_dict}, folder / f"{name}.pth")
     (folder / "videomamba_b16_in1k_res224.pth").write_bytes(b"no checkpoint")
     return folder
@@ -199,11 +243,12 @@ def released(tmp_path_factory):
 
 def test_all_that_is_there_of_the_zoo(client, released):
     result = client.push("--all", released, "org")
-    assert result.returncode == 1 and "error: 1 models, 2 failed" in result.stderr
+    assert result.returncode == 1 and "error: 1 models, 3 failed" in result.stderr
     assert "videomamba_s16_in1k_res224.pth is not what the zoo has under this name: hidden_size 192" in result.stderr
     assert "videomamba_b16_in1k_res224.pth: not a file of plain tensors" in result.stderr
     assert "left out: mine.pth, which is not in the zoo" in result.stdout
-    assert result.stdout.count("there is no ") == 57 and result.stdout.count("under the name of another file") == 3
+    assert "`labels` has 400 names, the checkpoint has 1000 classes" in result.stderr
+    assert result.stdout.count("there is no ") == 56 and result.stdout.count("under the name of another file") == 3
     (name,) = client.hub.repositories
     assert name == "org/videomamba-ti-in1k-224"
     card = ModelCard(client.files(name)["README.md"].decode())
@@ -215,6 +260,8 @@ def test_what_cannot_be_published_is_explained(exit_of, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    shutil.copytree(NANO, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes((NANO / "model.safetensors").read_bytes()[:-100])
     card, video = ("--card", folder / "card.md"), folder / "video.pth"
     for message, *options in (
         ("not in the zoo: pass --card", video, "org/video"),
@@ -224,12 +271,49 @@ def test_what_cannot_be_published_is_explained(exit_of, folder, tmp_path):
         ("`labels` has 400 names, the checkpoint has", video, "org/x", "--labels", "kinetics400", *card),
         ("--labels x is for a .pth file", NANO, "org/x", "--labels", "x"),
         ("error: 0 models, 0 failed", "--all", tmp_path / "empty", "org"),
+        ("--all takes an organisation, got org/team", "--all", tmp_path / "empty", "org/team"),
+        ("damaged: ", tmp_path / "damaged", "org/x", *card),
         ("empty: no such folder", "--all", tmp_path / "no" / "empty", "org"),
         ("must be a VideoMamba", tmp_path / "bert", "org/x", *card),
     ):
         found = exit_of(push_to_hub, *options, "--dry-run", tmp_path / "staged")
         assert message in found, (message, found)
     assert not (tmp_path / "staged").exists()
+
+
+def test_a_card_whose_code_loads_several_models_is_not_guessed_at():
+    card = ModelCard('---\nlicense: mit\n---\nAutoModel.from_pretrained("a")\npipeline("x", model="b")\n')
+    with pytest.raises(ValueError, match="loads a, b: only one can become org/x"):
+        push_to_hub.rename_model(card, "org/x")
+
+
+def test_names_of_classes_are_in_the_card(exit_of, monkeypatch):
+    entry = next(entry for entry in load_zoo() if entry.dataset.name == "coin")
+    for labels, is_unnamed in ((None, True), ("coin.txt", False)):
+        args = argparse.Namespace(card=None, labels=labels)
+        card = push_to_hub.find_card(args, Path(entry.filename), "org/coin", entry)
+        assert ("Classes are called `LABEL_0`" in card.text) == is_unnamed
+
+
+@pytest.mark.parametrize(
+    ("filename", "message"),
+    [
+        (
+            "videomamba_m16_k400_mask_pt_f8_res224.pth",
+            "VideoMambaForVideoClassification instead of VideoMambaForMasked",
+        ),
+        ("videomamba_t16_coin_f32_res224.pth", "frames 4 instead of 32, classes 7 instead of 180"),
+    ],
+)
+def test_a_file_under_the_name_of_another_is_refused(filename, message):
+    """The class and the number of classes tell, where sizes don't."""
+    entry = find_by_filename(filename)
+    sizes = {"image_size": entry.resolution, "num_frames": 4, "num_labels": 7}
+    config = VideoMambaConfig(**sizes, hidden_size=entry.hidden_size, num_hidden_layers=entry.num_hidden_layers)
+    with torch.device("meta"):
+        model = VideoMambaForVideoClassification(config)
+    with pytest.raises(ValueError, match=message):
+        push_to_hub.check_entry(entry, staging.Publishable(model, None, []))
 
 
 def test_a_model_that_became_another_is_not_published(folder, tmp_path):

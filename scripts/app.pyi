@@ -1,0 +1,384 @@
+"""A page that labels videos with a VideoMamba model and, given an index, finds videos by a text.
+
+    python scripts/app.py [--model DIR_OR_ID] [--index INDEX]
+    python scripts/app.py --write-space DIR --model ORG/NAME
+
+Without --model it is the one that the README.md beside this file names, as in a Space, or the small one that comes with
+this repository. The videos in its directory, or else beside this file, are the examples to pick. INDEX is one of
+search_videos.py. --write-space writes what a Space of Hugging Face needs to show this page for a model on the Hub.
+"""
+
+import argparse
+import base64
+import io
+import shutil
+import sys
+import time
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import datasets
+import gradio as gr
+import torch
+from huggingface_hub import SpaceCard, SpaceCardData
+from huggingface_hub.utils import validate_repo_id
+from torchvision.transforms.v2.functional import to_pil_image
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor, VideoClassificationPipeline, logging
+
+from modeling_videomamba import VideoMambaVideoProcessor, __version__
+from modeling_videomamba.training.plots import restore_pixels
+from modeling_videomamba.training.search import Hit, Search, Text, find, load_search
+from modeling_videomamba.training.windows import window_pixels
+from modeling_videomamba.video_decoding import VideoFile
+from modeling_videomamba.video_processing_videomamba import sample_frame_indices
+
+HERE = Path(__file__).resolve().parent
+NANO = HERE.parent / "hub_cards" / "videomamba-nano"
+CARD = "README.md"
+
+MAX_MEGABYTES = 200
+MAX_MINUTES = 10
+MAX_SIDE = 4096  # pixels
+LIMITS = f"A video of at most {MAX_MEGABYTES} MB, {MAX_MINUTES} minutes and {MAX_SIDE} pixels a side."
+
+TOP_LABELS = 5
+TOP_HITS = 10
+FRAMES_OF_HIT = 8
+
+# of its other weights Gradio's files have no Latin letters
+FONT = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
+CSS = """
+.gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
+.html-container { padding: 0 !important; }
+#video video { max-height: 320px; }
+.frames { display: grid; grid-template-columns: repeat(8, 1fr); gap: 4px; }
+.frames img { width: 100%; display: block; border-radius: 4px; margin: 0; }
+.message { padding: 12px 16px; border-left: 4px solid #dc2626; background: #dc26261a; overflow-wrap: anywhere; }
+.hit { margin: 0 0 20px; }
+.hit figcaption, .facts { margin: 0 0 8px; overflow-wrap: anywhere; }
+@media (max-width: 600px) { .frames { grid-template-columns: repeat(4, 1fr); } }
+"""
+
+
+# Videos
+
+
+def check_size(name: str, path: Path) -> None:
+    """Raises `ValueError` for a file that is too large."""
+    megabytes = path.stat().st_size / 2**20
+    if megabytes > MAX_MEGABYTES:
+        raise ValueError(f"{name}: too large, {megabytes:.0f} MB. {LIMITS}")
+
+
+def check_video(reader: VideoFile) -> None:
+    """Raises `ValueError` for a video that is too long or whose frames are too large."""
+    minutes = duration(reader) / 60
+    if minutes > MAX_MINUTES:
+        raise ValueError(f"{reader.name}: too long, {minutes:.1f} minutes. {LIMITS}")
+    check_sides(reader, reader.stream.width, reader.stream.height)
+
+
+def check_sides(reader: VideoFile, width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{reader.name}: too large, {width} x {height} pixels. {LIMITS}")
+
+
+def check_frames(reader: VideoFile, processor: VideoMambaVideoProcessor) -> None:
+    """As [`check_video`], by a frame itself, which may be larger than the file states; all wanted ones are alike."""
+    indices = sample_frame_indices(reader.metadata.total_num_frames, processor.num_frames)
+    height, width = reader.frames([int(indices.min())]).shape[-2:]
+    check_sides(reader, width, height)
+
+
+def duration(reader: VideoFile) -> float:
+    """In seconds; by the times of the frames of what a browser has recorded, which doesn't state their rate."""
+    if reader.metadata.duration is not None:
+        return reader.metadata.duration
+    return float((reader.timestamps[-1] - reader.timestamps[0]) * reader.stream.time_base)
+
+
+def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tuple[torch.Tensor, str]:
+    r"""
+    What the model sees of a video, and what is in the file.
+
+    Args:
+        name (`str`): What errors call it.
+        path (`Path`): Of the file.
+        processor ([`VideoMambaVideoProcessor`]): Of the model.
+
+    Returns:
+        `tuple[torch.Tensor, str]`: `(1, frames, 3, height, width)` and a line of text.
+
+    Raises:
+        `ValueError`: if it is beyond the limits, or no video, with the name and the reason.
+        `OSError`: if there is no such file, or it can't be read.
+    """
+    check_size(name, path)
+    with VideoFile(name, str(path)) as reader:
+        check_video(reader)
+        check_frames(reader, processor)
+        pixels = window_pixels(reader, 0.0, None, processor)
+        seconds, frames = duration(reader), len(reader.timestamps)
+        rate = f", {frames / seconds:.3g} a second" if seconds else ""
+        return pixels, f"{frames} frames{rate}, {seconds:.1f} s, {reader.stream.width} x {reader.stream.height} pixels"
+
+
+# What is shown
+
+
+def show_message(text: str) -> str:
+    return f'<div class="message" role="alert">{escape(text)}</div>'
+
+
+def show_frames(pixel_values: torch.Tensor, processor: VideoMambaVideoProcessor) -> str:
+    """The frames of `(1, frames, 3, height, width)` as the model sees them."""
+    images = []
+    for frame in restore_pixels(pixel_values, processor)[0]:
+        file = io.BytesIO()
+        to_pil_image(frame).save(file, "JPEG", quality=90)
+        data = base64.b64encode(file.getvalue()).decode()
+        images.append(f'<img alt="frame" src="data:image/jpeg;base64,{data}">')
+    return f'<div class="frames">{"".join(images)}</div>'
+
+
+def show_hit(hit: Hit, processor: VideoMambaVideoProcessor) -> str:
+    pixels = hit.read_pixels()
+    shown = torch.linspace(0, pixels.shape[1] - 1, min(pixels.shape[1], FRAMES_OF_HIT)).round().long()
+    match = "" if hit.probability is None else f", match {hit.probability:.3f}"
+    caption = f"<b>{escape(hit.window.path)}</b> {hit.time}, similarity {hit.similarity:.3f}{match}"
+    frames = show_frames(pixels[:, shown], processor)
+    return f'<figure class="hit"><figcaption>{caption}</figcaption>{frames}</figure>'
+
+
+# What the buttons do
+
+
+@torch.inference_mode()
+def classify(
+    classifier: VideoClassificationPipeline, file: dict[str, Any] | None
+) -> tuple[str, dict[str, float] | None, str]:
+    r"""
+    The top labels of a video.
+
+    Args:
+        classifier (`VideoClassificationPipeline`): With the model.
+        file (`dict`, *optional*): `path` of an uploaded file, and `orig_name`, which the user knows it by.
+
+    Returns:
+        `tuple[str, dict[str, float] | None, str]`: a message if something is wrong, else the scores of the labels, and
+        what the video is, how long it took and the frames.
+    """
+    if file is None:
+        return show_message(f"There is no video yet: upload or record one, or pick an example. {LIMITS}"), None, ""
+    name = file.get("orig_name") or Path(file["path"]).name
+    began = time.perf_counter()
+    try:
+        pixels, contents = read_video(name, Path(file["path"]), classifier.video_processor)
+    except ValueError as error:
+        return show_message(str(error)), None, ""
+    except OSError:  # whose text has the path on the server
+        return show_message(f"{name}: can't be read, upload it again"), None, ""
+    read = time.perf_counter()
+    top = classifier.postprocess(classifier.forward({"pixel_values": pixels}), top_k=TOP_LABELS)
+    ended = time.perf_counter()
+    facts = (
+        f"<b>{escape(name)}</b>: {contents}<br>"
+        f"Reading and preparing {1000 * (read - began):.0f} ms, model {1000 * (ended - read):.0f} ms"
+    )
+    frames = show_frames(pixels, classifier.video_processor)
+    return "", {item["label"]: item["score"] for item in top}, f'<p class="facts">{facts}</p>{frames}'
+
+
+@torch.inference_mode()
+def search_videos(search: Search, model: Any, processor: Any, text: str) -> str:
+    """What is found for a text, or a message."""
+    began = time.perf_counter()
+    try:
+        hits, _ = find(search, Text(text, model, processor), TOP_HITS, with_pixels=True)
+    except ValueError as error:
+        return show_message(str(error))
+    lines = [f"<p>{len(search.rows)} clips searched in {1000 * (time.perf_counter() - began):.0f} ms</p>"]
+    if search.left_out:
+        lines.append(f"<p>Left out, as changed or unreadable since they were indexed: {len(search.left_out)}</p>")
+    return "".join(lines + [show_hit(hit, processor.video_processor) for hit in hits])
+
+
+# The page
+
+from gradio.events import Dependency
+
+class UploadedVideo(gr.Video):
+    """Takes no address: for who calls the page by its API, Gradio would download it, however large what is there."""
+
+    is_template = True  # it looks like its parent
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        if "://" in str(url_or_file_path):
+            raise ValueError("a video must be uploaded, an address is not read")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def build_page(name: str, classifier: VideoClassificationPipeline, index: tuple[Search, Any, Any] | None) -> gr.Blocks:
+    """The page for a model called `name`, with a tab for the search of [`load_search`] if there is one."""
+    # what is uploaded is deleted after an hour
+    with gr.Blocks(title="VideoMamba", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown("# VideoMamba")
+        with gr.Tab("Classify"):
+            build_classify_tab(name, classifier)
+        if index is not None:
+            with gr.Tab("Search"):
+                build_search_tab(*index)
+    return page
+
+
+def build_classify_tab(name: str, classifier: VideoClassificationPipeline) -> None:
+    with gr.Row():
+        with gr.Column():
+            # in its own format, as changing it takes an FFmpeg of the system
+            video = UploadedVideo(label="Video", sources=["upload", "webcam"], elem_id="video")
+            gr.Markdown(LIMITS)
+            button = gr.Button("Classify", variant="primary")
+            message = gr.HTML(elem_id="message")
+            if examples := find_examples(name):
+                gr.Examples([[str(path)] for path in examples], [video], cache_examples=False)
+        with gr.Column():
+            labels = gr.Label(label=f"Labels by {Path(name).name}", num_top_classes=TOP_LABELS, elem_id="labels")
+            details = gr.HTML(elem_id="details")
+    # without `preprocess` the name that the user knows the file by is kept
+    button.click(
+        partial(classify, classifier),
+        video,
+        [message, labels, details],
+        preprocess=False,
+        show_progress_on=labels,
+        concurrency_limit=1,
+        concurrency_id="model",
+        api_name="classify",
+    )
+
+
+def find_examples(model: str) -> list[Path]:
+    return sorted((Path(model) if Path(model).is_dir() else HERE).glob("*.mp4"))
+
+
+def build_search_tab(search: Search, model: Any, processor: Any) -> None:
+    text = gr.Textbox(label="What the videos show", max_lines=1, elem_id="text")
+    button = gr.Button("Search", variant="primary")
+    hits = gr.HTML(elem_id="hits")
+    gr.on(
+        [button.click, text.submit],
+        partial(search_videos, search, model, processor),
+        text,
+        hits,
+        concurrency_limit=1,
+        concurrency_id="model",
+        api_name="search",
+    )
+
+
+def load_classifier(name: str) -> VideoClassificationPipeline:
+    """A model with its processor. Raises `OSError` or `ValueError` where there is none that gives labels to videos."""
+    processor = AutoVideoProcessor.from_pretrained(name)
+    if not isinstance(processor, VideoMambaVideoProcessor):
+        raise ValueError(f"{name} is not a VideoMamba for videos")
+    model, info = AutoModelForVideoClassification.from_pretrained(name, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{name} has no weights for {', '.join(sorted(info['missing_keys']))}")
+    if model.config.problem_type == "regression":
+        raise ValueError(f"{name} gives values, not labels")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return VideoClassificationPipeline(model=model.eval(), video_processor=processor, device=device)
+
+
+# A Space
+
+
+def write_space(folder: Path, model: str) -> None:
+    """
+    A folder to be pushed to a Space, which shows the page for a model on the Hub. Raises `ValueError` if the folder has
+    something in it, or the model can't be one on the Hub.
+    """
+    if Path(model).is_dir():
+        raise ValueError(f"{model} is a directory here, a Space needs a model on the Hub")
+    validate_repo_id(model)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} must be empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    data = SpaceCardData(
+        title="VideoMamba",
+        sdk="gradio",
+        sdk_version=gr.__version__,
+        app_file="app.py",
+        models=[model],
+        license="apache-2.0",
+    )
+    text = f"Labels of videos by [{model}](https://huggingface.co/{model}). Files `*.mp4` added here become examples."
+    SpaceCard(f"---\n{data.to_yaml()}\n---\n\n# VideoMamba\n\n{text}\n").save(folder / CARD)
+    (folder / "requirements.txt").write_text(f"modeling-videomamba[app]=={__version__}\n", "utf-8")
+    shutil.copyfile(__file__, folder / "app.py")
+
+
+def default_model() -> str:
+    card = HERE / CARD
+    models = SpaceCard.load(card).data.models if card.exists() else None
+    return models[0] if models else str(NANO)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="of labels; default: see above")
+    parser.add_argument("--index", type=Path, metavar="INDEX", help="folder of an index: adds the search")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--write-space", type=Path, metavar="DIR", help="write a Space, instead of showing the page")
+    args = parser.parse_args()
+    if args.port is not None and not 0 < args.port < 2**16:
+        parser.error(f"--port must be from 1 to 65535, got {args.port}")
+    if args.write_space is not None and args.model is None:
+        parser.error("--write-space needs --model ORG/NAME")
+    if args.write_space is not None and args.index is not None:
+        parser.error(f"--index {args.index} is not for --write-space: a Space has no videos to search")
+    return args
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Until it is interrupted. Raises `ImportError`, `OSError` or `ValueError` with what is wrong."""
+    name = args.model or default_model()
+    index = None if args.index is None else load_search(args.index, "embedding")
+    build_page(name, load_classifier(name), index).launch(
+        server_name=args.host,  # without them Gradio listens where a Space asks it to, else on this machine alone
+        server_port=args.port,
+        share=False,
+        max_file_size=MAX_MEGABYTES * 2**20,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=[],
+        css=CSS,
+        theme=gr.themes.Default(font=[FONT, "sans-serif"]),
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        if args.write_space is None:
+            serve(args)
+        else:
+            write_space(args.write_space, args.model)
+            print(f"{args.write_space} is ready to be pushed to a Space")
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
