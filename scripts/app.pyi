@@ -61,16 +61,13 @@ CSS = """
 @media (max-width: 600px) { .frames { grid-template-columns: repeat(4, 1fr); } }
 """
 
-
 # Videos
-
 
 def check_size(name: str, path: Path) -> None:
     """Raises `ValueError` for a file that is too large."""
     megabytes = path.stat().st_size / 2**20
     if megabytes > MAX_MEGABYTES:
         raise ValueError(f"{name}: too large, {megabytes:.0f} MB. {LIMITS}")
-
 
 def check_video(reader: VideoFile) -> None:
     """Raises `ValueError` for a video that is too long or whose frames are too large."""
@@ -79,11 +76,9 @@ def check_video(reader: VideoFile) -> None:
         raise ValueError(f"{reader.name}: too long, {minutes:.1f} minutes. {LIMITS}")
     check_sides(reader, reader.stream.width, reader.stream.height)
 
-
 def check_sides(reader: VideoFile, width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE:
         raise ValueError(f"{reader.name}: too large, {width} x {height} pixels. {LIMITS}")
-
 
 def check_frames(reader: VideoFile, processor: VideoMambaVideoProcessor) -> None:
     """As [`check_video`], by a frame itself, which may be larger than the file states; all wanted ones are alike."""
@@ -91,13 +86,11 @@ def check_frames(reader: VideoFile, processor: VideoMambaVideoProcessor) -> None
     height, width = reader.frames([int(indices.min())]).shape[-2:]
     check_sides(reader, width, height)
 
-
 def duration(reader: VideoFile) -> float:
     """In seconds; by the times of the frames of what a browser has recorded, which doesn't state their rate."""
     if reader.metadata.duration is not None:
         return reader.metadata.duration
     return float((reader.timestamps[-1] - reader.timestamps[0]) * reader.stream.time_base)
-
 
 def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tuple[torch.Tensor, str]:
     r"""
@@ -124,13 +117,10 @@ def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tu
         rate = f", {frames / seconds:.3g} a second" if seconds else ""
         return pixels, f"{frames} frames{rate}, {seconds:.1f} s, {reader.stream.width} x {reader.stream.height} pixels"
 
-
 # What is shown
-
 
 def show_message(text: str) -> str:
     return f'<div class="message" role="alert">{escape(text)}</div>'
-
 
 def show_frames(pixel_values: torch.Tensor, processor: VideoMambaVideoProcessor) -> str:
     """The frames of `(1, frames, 3, height, width)` as the model sees them."""
@@ -142,7 +132,6 @@ def show_frames(pixel_values: torch.Tensor, processor: VideoMambaVideoProcessor)
         images.append(f'<img alt="frame" src="data:image/jpeg;base64,{data}">')
     return f'<div class="frames">{"".join(images)}</div>'
 
-
 def show_hit(hit: Hit, processor: VideoMambaVideoProcessor) -> str:
     pixels = hit.read_pixels()
     shown = torch.linspace(0, pixels.shape[1] - 1, min(pixels.shape[1], FRAMES_OF_HIT)).round().long()
@@ -151,9 +140,7 @@ def show_hit(hit: Hit, processor: VideoMambaVideoProcessor) -> str:
     frames = show_frames(pixels[:, shown], processor)
     return f'<figure class="hit"><figcaption>{caption}</figcaption>{frames}</figure>'
 
-
 # What the buttons do
-
 
 @torch.inference_mode()
 def classify(
@@ -190,7 +177,6 @@ def classify(
     frames = show_frames(pixels, classifier.video_processor)
     return "", {item["label"]: item["score"] for item in top}, f'<p class="facts">{facts}</p>{frames}'
 
-
 @torch.inference_mode()
 def search_videos(search: Search, model: Any, processor: Any, text: str) -> str:
     """What is found for a text, or a message."""
@@ -203,7 +189,6 @@ def search_videos(search: Search, model: Any, processor: Any, text: str) -> str:
     if search.left_out:
         lines.append(f"<p>Left out, as changed or unreadable since they were indexed: {len(search.left_out)}</p>")
     return "".join(lines + [show_hit(hit, processor.video_processor) for hit in hits])
-
 
 # The page
 
@@ -224,7 +209,6 @@ class UploadedVideo(gr.Video):
         from gradio.components import Timer
         from gradio.components.base import Component
 
-
 def build_page(name: str, classifier: VideoClassificationPipeline, index: tuple[Search, Any, Any] | None) -> gr.Blocks:
     """The page for a model called `name`, with a tab for the search of [`load_search`] if there is one."""
     # what is uploaded is deleted after an hour
@@ -236,7 +220,6 @@ def build_page(name: str, classifier: VideoClassificationPipeline, index: tuple[
             with gr.Tab("Search"):
                 build_search_tab(*index)
     return page
-
 
 def build_classify_tab(name: str, classifier: VideoClassificationPipeline) -> None:
     with gr.Row():
@@ -263,10 +246,8 @@ def build_classify_tab(name: str, classifier: VideoClassificationPipeline) -> No
         api_name="classify",
     )
 
-
 def find_examples(model: str) -> list[Path]:
     return sorted((Path(model) if Path(model).is_dir() else HERE).glob("*.mp4"))
-
 
 def build_search_tab(search: Search, model: Any, processor: Any) -> None:
     text = gr.Textbox(label="What the videos show", max_lines=1, elem_id="text")
@@ -282,7 +263,6 @@ def build_search_tab(search: Search, model: Any, processor: Any) -> None:
         api_name="search",
     )
 
-
 def load_classifier(name: str) -> VideoClassificationPipeline:
     """A model with its processor. Raises `OSError` or `ValueError` where there is none that gives labels to videos."""
     processor = AutoVideoProcessor.from_pretrained(name)
@@ -296,9 +276,7 @@ def load_classifier(name: str) -> VideoClassificationPipeline:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return VideoClassificationPipeline(model=model.eval(), video_processor=processor, device=device)
 
-
 # A Space
-
 
 def write_space(folder: Path, model: str) -> None:
     """
@@ -324,12 +302,10 @@ def write_space(folder: Path, model: str) -> None:
     (folder / "requirements.txt").write_text(f"modeling-videomamba[app]=={__version__}\n", "utf-8")
     shutil.copyfile(__file__, folder / "app.py")
 
-
 def default_model() -> str:
     card = HERE / CARD
     models = SpaceCard.load(card).data.models if card.exists() else None
     return models[0] if models else str(NANO)
-
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -347,7 +323,6 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--index {args.index} is not for --write-space: a Space has no videos to search")
     return args
 
-
 def serve(args: argparse.Namespace) -> None:
     """Until it is interrupted. Raises `ImportError`, `OSError` or `ValueError` with what is wrong."""
     name = args.model or default_model()
@@ -364,7 +339,6 @@ def serve(args: argparse.Namespace) -> None:
         theme=gr.themes.Default(font=[FONT, "sans-serif"]),
     )
 
-
 def main() -> None:
     args = parse_args()
     logging.set_verbosity_error()
@@ -378,7 +352,6 @@ def main() -> None:
             print(f"{args.write_space} is ready to be pushed to a Space")
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,5 @@
 """app.py: its page in a real browser, and the Space that it writes."""
 
-import asyncio
 import json
 import os
 import re
@@ -304,7 +303,7 @@ def test_frames_that_are_larger_than_the_file_states_are_not_read(tmp_path, monk
 
 def test_addresses_are_not_downloaded():
     with pytest.raises(ValueError, match="an address is not read"):
-        asyncio.run(app.UploadedVideo().async_move_resource_to_block_cache("http://example.com/x.mp4"))
+        app.UploadedVideo().async_move_resource_to_block_cache("http://example.com/x.mp4").send(None)
 
 
 def test_what_has_been_deleted_is_told_without_its_path(tmp_path):
