@@ -208,15 +208,17 @@ def search_videos(search: Search, model: Any, processor: Any, text: str) -> str:
 # The page
 
 
-class UploadedVideo(gr.Video):
-    """Takes no address: for who calls the page by its API, Gradio would download it, however large what is there."""
+def refuse_addresses(video: gr.Video) -> None:
+    """For who calls the page by its API, Gradio would download what is at an address, however large it is."""
+    move = video.async_move_resource_to_block_cache
 
-    is_template = True  # it looks like its parent
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+    async def move_upload(url_or_file_path: str | Path | None) -> str | None:
         if "://" in str(url_or_file_path):
             raise ValueError("a video must be uploaded, an address is not read")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return await move(url_or_file_path)
+
+    # a subclass would have Gradio write a file beside this one
+    video.async_move_resource_to_block_cache = move_upload  # type: ignore[method-assign]
 
 
 def build_page(name: str, classifier: VideoClassificationPipeline, index: tuple[Search, Any, Any] | None) -> gr.Blocks:
@@ -236,7 +238,8 @@ def build_classify_tab(name: str, classifier: VideoClassificationPipeline) -> No
     with gr.Row():
         with gr.Column():
             # in its own format, as changing it takes an FFmpeg of the system
-            video = UploadedVideo(label="Video", sources=["upload", "webcam"], elem_id="video")
+            video = gr.Video(label="Video", sources=["upload", "webcam"], elem_id="video")
+            refuse_addresses(video)
             gr.Markdown(LIMITS)
             button = gr.Button("Classify", variant="primary")
             message = gr.HTML(elem_id="message")

@@ -302,8 +302,10 @@ def test_frames_that_are_larger_than_the_file_states_are_not_read(tmp_path, monk
 
 
 def test_addresses_are_not_downloaded():
+    page = app.build_page("nano", app.load_classifier(str(NANO)), None)
+    (video,) = (block for block in page.blocks.values() if block.elem_id == "video")
     with pytest.raises(ValueError, match="an address is not read"):
-        app.UploadedVideo().async_move_resource_to_block_cache("http://example.com/x.mp4").send(None)
+        video.async_move_resource_to_block_cache("http://example.com/x.mp4").send(None)
 
 
 def test_what_has_been_deleted_is_told_without_its_path(tmp_path):
