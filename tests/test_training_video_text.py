@@ -18,28 +18,13 @@ from PIL import Image
 import evaluate_retrieval
 from make_moving_digits import FPS, write_mp4
 from modeling_videomamba import VideoMambaForVideoTextRetrieval, VideoMambaProcessor
-from modeling_videomamba.training.arguments import RunArguments
-from modeling_videomamba.training.augmentation import AugmentationArguments
-from modeling_videomamba.training.optimization import OptimizationArguments
 from modeling_videomamba.training.parts import Parts
-from modeling_videomamba.training.video_text import (
-    CaptionedArguments,
-    CaptionedDataArguments,
-    VideoTextArguments,
-    VideoTextRun,
-)
-from modeling_videomamba.training.video_text_models import VideoTextModelArguments, image_processor_of
+from modeling_videomamba.training.video_text import CaptionedArguments, VideoTextRun
+from modeling_videomamba.training.video_text_models import image_processor_of
 from modeling_videomamba.video_decoding import read_frames
+from pretrain_video_text import CLASSES
 from tests.models import save_video_text
 
-GROUPS = (
-    CaptionedDataArguments,
-    VideoTextModelArguments,
-    AugmentationArguments,
-    OptimizationArguments,
-    RunArguments,
-    VideoTextArguments,
-)
 COUNT = 12
 
 
@@ -93,11 +78,11 @@ def write_shard(path, folder, lines):
 def make_run(folder, **values):
     values = {"batch_size": 2, "num_workers": 0, "report_to": "none", "warmup_epochs": 0, **values}
     values["output_dir"] = folder
-    names = [{item.name for item in fields(group)} for group in GROUPS]
+    names = [{item.name for item in fields(group)} for group in CLASSES]
     assert set(values) <= set().union(*names)
     groups = [
         group(**{name: value for name, value in values.items() if name in known})
-        for group, known in zip(GROUPS, names, strict=True)
+        for group, known in zip(CLASSES, names, strict=True)
     ]
     return VideoTextRun(CaptionedArguments(*groups[:-1]), groups[-1])
 
