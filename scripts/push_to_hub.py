@@ -85,8 +85,6 @@ def parse_args() -> argparse.Namespace:
 
 def publish(args: argparse.Namespace, source: Path, repo_id: str, entry: ZooModel | None) -> str:
     """Stages and uploads a model; what was done, in a line. Raises `OSError` or `ValueError` with what is wrong."""
-    if args.dry_run is None:
-        check_login()
     loaded = load_source(source, args.labels or (entry.labels if entry else None), args.tokenizer)
     if entry is not None:
         check_entry(entry, loaded)
@@ -270,11 +268,13 @@ def main() -> None:
         validate_repo_id(args.repo_id)
         if args.all and "/" in args.repo_id:
             raise ValueError(f"--all takes an organisation, got {args.repo_id}")
+        if not args.all and args.repo_id.count("/") != 1:
+            raise ValueError(f"the repository must be ORG/NAME, got {args.repo_id}")
+        if args.dry_run is None:
+            check_login()
         if args.all:
             publish_all(args)
             return
-        if args.repo_id.count("/") != 1:
-            raise ValueError(f"the repository must be ORG/NAME, got {args.repo_id}")
         entry = None if args.source.is_dir() else find_by_filename(args.source.name)
         print(publish(args, args.source, args.repo_id, entry))
     except (OSError, ValueError, HTTPError) as error:  # the latter of a connection
