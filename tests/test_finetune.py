@@ -59,6 +59,7 @@ def digits(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(digits, tmp_path):
     """The same weights, each test clip once, every broken file named."""
     data, broken = digits
@@ -114,6 +115,7 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_images_with_everything_on_then_a_larger_student(images, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -251,6 +253,7 @@ def test_twenty_kills_change_nothing(digits, tmp_path):
 # evaluate_video.py
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_where_it_was(digits, tmp_path):
     data, broken = digits
     options = (NANO, "--data", data, "--num-clips", 2, "--num-crops", 3, "--on-broken-video", "skip", "--batch-size", 3)

@@ -118,6 +118,7 @@ def losses(folder):
     return [line for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_masked_and_an_unmasked_stage_on_images_and_videos(clips, pictures, starts, tmp_path):
     options = ("--data", clips, "--more-data", pictures, "--on-broken-video", "skip", "--report-to", "none")
     options += ("--log-steps", 1, "--max-text-length", 8, "--max-grad-norm", 1)

@@ -187,6 +187,7 @@ def test_a_server_that_is_not_there_is_told(client, folder):
     assert result.returncode == 1 and "Traceback" not in result.stderr and result.stderr.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_where_it_is_published(client, folder, tmp_path):
     text = client.push_family(folder, "image", "--private")
     assert client.hub.repositories["org/image"].private and "org/image: http" in text
