@@ -470,7 +470,8 @@ def test_shards_at_an_address(search, model_folder, clips, shards, tmp_path):
     with served(shards) as address:
         text = search("index", f"{address}/a.tar", f"{address}/b.tar", out, "--model", model_folder, *OPTIONS)
         assert counts(text) == [6, 4, 0, 0, 0, 1]
-        assert set(load_from_disk(str(Collection(out).table_folder()))["size"]) == {None}
+        table = load_from_disk(str(Collection(out).table_folder()))
+        assert set(table["size"]) == {(shards / name).stat().st_size for name in ("a.tar", "b.tar")}
         found = ask(search, out, TEXT)
     assert len(found["hits"]) == 6 and all(hit["match"] is not None for hit in found["hits"])
     assert {hit["path"] for hit in found["hits"]} == {
@@ -482,6 +483,25 @@ def test_shards_at_an_address(search, model_folder, clips, shards, tmp_path):
     gone = ask(search, out, TEXT)
     assert gone["hits"] == [] and len(gone["left_out"]) == 2  # of shards, each tried once
     assert all(any(f"{address}/{name}.tar: " in reason for reason in gone["left_out"]) for name in "ab")
+
+
+def test_a_shard_at_an_address_that_changed_or_went_is_noticed(search, exit_of, model_folder, clips, shards, tmp_path):
+    with served(shards) as address:
+        names = [f"{address}/{name}.tar" for name in "ab"]
+        command = ("index", *names, tmp_path, "--model", model_folder, *OPTIONS)
+        assert counts(search(*command)) == [5, 3, 0, 0, 0, 1]
+        assert counts(search(*command)) == [0, 0, 3, 0, 0, 1] and search.embedded == 0
+        before = (shards / "a.tar").stat()
+        write_shard(shards / "a.tar", {"x/0.mp4": clips / "0.mp4"})
+        os.utime(shards / "a.tar", ns=(0, before.st_mtime_ns + 10**10))
+        (shards / "b.tar").rename(shards / "b.bak")
+        found = ask(search, tmp_path, TEXT, "--rerank", 0)
+        told = [f"{names[0]}: changed since it was indexed", f"{names[1]}: removed since it was indexed"]
+        assert found["hits"] == [] and sorted(found["left_out"]) == told
+        assert counts(search(*command)) == [1, 1, 0, 2, 1, 1]
+    message = exit_of(search_videos, *command)
+    assert message.startswith(f"error: {names[0]}: can't be reached: ")
+    assert len(rows(tmp_path)) == 1  # nothing is dropped for that
 
 
 def test_a_shard_at_an_address_that_breaks_off_is_broken(search, model_folder, clips, shards, tmp_path):

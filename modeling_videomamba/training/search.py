@@ -17,7 +17,7 @@ from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .collection import SETTINGS, Collection, check_faiss, embed, load_table
 from .data import BROKEN
 from .video_text_models import fingerprint, load_trained
-from .windows import ShardError, Window, locate, open_video, read_media, window_pixels
+from .windows import ShardError, Window, find_remote, locate, open_video, read_media, window_pixels
 
 RERANKED = 32  # candidates, if no other number is asked for
 FUSED_TOGETHER = 8  # windows of a batch
@@ -102,13 +102,19 @@ class Search:
         return name in self._unchanged
 
     def _change(self, window: Window) -> str | None:
-        if "://" in window.file.path:
-            return None
         try:
-            found = Path(locate(self.root, window.file.path)).stat()
+            if "://" in window.file.path:
+                size, version = find_remote(window.file.path)[1:]
+            else:
+                found = Path(locate(self.root, window.file.path)).stat()
+                size, version = found.st_size, found.st_mtime_ns
+        except ShardError:  # nobody knows; reported when it is read
+            return None
         except OSError:
             return "removed"
-        return None if (found.st_size, found.st_mtime_ns) == (window.size, window.mtime) else "changed"
+        if (size, version) == (window.size, window.mtime):
+            return None
+        return "removed" if size is None and version is None else "changed"
 
     def with_pixels(self, hits: Iterable[Hit]) -> Iterator[Hit]:
         """Those of which the frames can be read. Of a shard that can't be, the rest is not tried."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import fsspec
 import torch
+from fsspec.core import url_to_fs
 from torch.utils.data import get_worker_info
 
 from ..video_decoding import VideoFile, VideoSource, open_source
@@ -28,12 +29,18 @@ from .data import BROKEN, Examples, TestViews, process_clips, window_frames
 from .sources import VIDEO_SUFFIXES, walk_files
 
 SHARD_SUFFIX = ".tar"
+# what servers and stores say of the version of a file, and that there is none
+VERSIONS = ("ETag", "etag", "Content-MD5", "Digest", "Last-Modified", "LastModified", "updated", "mtime")
+GONE = (404, 410)
 HTTP_PATIENCE = 60  # seconds, for a connection and for the next bytes
 Media = dict[str, Any]  # `path` and `bytes`, as the `Video` feature of `datasets` has them
 
 
 class Source(NamedTuple):
-    """A file or a video: its path, and the size and the time (ns) of the file, which are none for one elsewhere."""
+    """
+    A file or a video: its path, and the size and the time (ns) of the file; of one at an address a number for its
+    version instead of the time. Both are none where they aren't known.
+    """
 
     path: str
     size: int | None
@@ -113,6 +120,7 @@ def find_files(data: list[str]) -> list[Source]:
 
     Raises:
         `FileNotFoundError`: if there is no such folder or shard.
+        [`ShardError`]: if an address can't be reached; where nothing is at one, this is reported when it is read.
         `ValueError`: if nothing is found, or what is given is no shard.
     """
     if len(data) == 1 and Path(data[0]).is_dir():
@@ -127,7 +135,23 @@ def find_files(data: list[str]) -> list[Source]:
         if "://" not in name and not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such shard")
     local = {name: Path(name).absolute() for name in data if "://" not in name}
-    return sorted({_source(local[n], local[n].as_posix()) if n in local else Source(n, None, None) for n in data})
+    found = {_source(local[n], local[n].as_posix()) if n in local else find_remote(n) for n in data}
+    return sorted(found, key=lambda file: file.path)
+
+
+def find_remote(address: str) -> Source:
+    """A shard at an address, with nothing known of it if it isn't there. Raises [`ShardError`] if none can tell."""
+    try:
+        system, path = url_to_fs(address, **_http_options(address))
+        info = system.info(path)
+    except Exception as error:  # each protocol has errors of its own
+        reason = error.__cause__ or error
+        is_offline = isinstance(reason, aiohttp.ClientConnectionError | TimeoutError)
+        if isinstance(error, FileNotFoundError) and not is_offline and getattr(reason, "status", 404) in GONE:
+            return Source(address, None, None)
+        raise ShardError(f"{address}: can't be reached: {reason}") from error
+    version = [str(info[name]) for name in VERSIONS if info.get(name)]
+    return Source(address, info.get("size"), zlib.crc32("\n".join(version).encode()) if version else None)
 
 
 def _source(path: Path, name: str) -> Source:
@@ -239,9 +263,15 @@ def _open_file(location: str, streamed: bool) -> AbstractContextManager[Any]:
         return Path(location).open("rb")
     if not streamed:
         return fsspec.open(location, "rb")
-    # the time in all would count how long the model takes for what has come
+    return fsspec.open(location, "rb", block_size=0, **_http_options(location))
+
+
+def _http_options(address: str) -> dict[str, Any]:
+    """Patience with a server; the time in all would count how long the model takes for what has come."""
+    if not address.startswith(("http://", "https://")):
+        return {}
     limits = aiohttp.ClientTimeout(total=None, sock_connect=HTTP_PATIENCE, sock_read=HTTP_PATIENCE)
-    return fsspec.open(location, "rb", block_size=0, client_kwargs={"timeout": limits})
+    return {"client_kwargs": {"timeout": limits}}
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
