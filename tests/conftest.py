@@ -111,6 +111,20 @@ def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **option
     return path
 
 
+def forget_accelerator():
+    """As if no script had run in this process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def fresh_accelerator(monkeypatch):
+    """On the CPU, and gone after the test."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    forget_accelerator()
+
+
 @pytest.fixture
 def exit_of(monkeypatch):
     """Calls a script in this process, which is faster than to launch it; returns what it ends with."""
@@ -120,8 +134,7 @@ def exit_of(monkeypatch):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, options)])
         with pytest.raises(SystemExit) as error:
             script.main()
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         return str(error.value)
 
     return call

@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,7 +25,7 @@ from modeling_videomamba.training.augmentation import LabelledAugmentationArgume
 from modeling_videomamba.training.classification import ClassificationRun, LabelledArguments
 from modeling_videomamba.training.models import ModelArguments
 from modeling_videomamba.training.optimization import OptimizationArguments
-from tests.conftest import NANO, moving_square, tiny_config, write_video
+from tests.conftest import NANO, forget_accelerator, moving_square, tiny_config, write_video
 from tests.launching import (
     SCRIPTS,
     assert_finished,
@@ -350,8 +349,7 @@ def test_the_best_model_is_uploaded(images, tmp_path, monkeypatch):
         RunArguments(tmp_path / "model", report_to="none", push_to_hub="org/model"),
     )
     ClassificationRun(args).train()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerator()
     files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert calls == ["org/model", ("org/model", files)]
     card = ModelCard.load(tmp_path / "model" / "best" / "README.md")

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,7 +36,7 @@ from modeling_videomamba.training.windows import Share, Source, Windows, cut_vid
 from modeling_videomamba.training.workers import iterate
 from modeling_videomamba.video_decoding import BrokenVideoError, read_frames
 from modeling_videomamba.video_text_losses import similarities
-from tests.conftest import tiny_config
+from tests.conftest import forget_accelerator, tiny_config
 from tests.launching import SCRIPTS, assert_finished, launch, start, wait_until
 from tests.models import save_video_text
 
@@ -88,8 +87,7 @@ def call_script(*options):
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(sys, "argv", ["search_videos.py", *map(str, options)])
         search_videos.main()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerator()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from modeling_videomamba.training import checkpoints, loop
@@ -20,13 +19,7 @@ from modeling_videomamba.training.losses import classification_loss
 from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.models import build, video
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
