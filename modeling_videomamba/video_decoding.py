@@ -206,32 +206,39 @@ class VideoFile:
 
     def frames(self, indices: Sequence[int]) -> torch.Tensor:
         """RGB frames `(len(indices), 3, height, width)`, uint8, upright."""
-        wanted = sorted(set(indices))
-        decoded = dict(zip(wanted, self._decode_indices(wanted), strict=True))
-        return torch.from_numpy(np.stack([decoded[index] for index in indices])).permute(0, 3, 1, 2)
+        wanted, rows = np.unique(indices, return_inverse=True)
+        images = self.decode(wanted.tolist())
+        first = next(images)
+        frames = np.empty((len(indices), *first.shape), np.uint8)
+        for number, image in enumerate(itertools.chain([first], images)):
+            frames[rows == number] = image
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
-    def _decode_indices(self, wanted: list[int]) -> list[np.ndarray]:
-        images: list[np.ndarray] = []
+    def decode(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        """
+        RGB frames `(height, width, 3)`, uint8, upright, one after the other, so that not all of a large video have to
+        be held. `indices` must not decrease. Raises `BrokenVideoError` at a frame that can't be decoded.
+        """
         decoded: Iterator[tuple[int, Any]] = iter(())
-        position = -1
-        for index in wanted:
+        position, shape = -1, None
+        for index, repeats in itertools.groupby(indices):
             if position < 0 or self._keyframe_before(index) > position:
                 decoded = self._seek(index)
             found = next((item for item in decoded if item[0] >= index), None)
             if found is None or found[0] != index:
                 reason = f"damaged: frame {index} of {len(self.timestamps)} can't be decoded"
                 raise BrokenVideoError(self.name, reason, index)
-            position, frame = found
-            images.append(self._to_rgb(frame))
-            sizes = {image.shape[:2] for image in (images[0], images[-1])}
-            if len(sizes) > 1:
-                raise BrokenVideoError(self.name, f"its frames have several sizes: {sorted(sizes)}")
-        return images
+            position, image = found[0], self._to_rgb(found[1])
+            shape = shape or image.shape
+            if image.shape != shape:
+                sizes = sorted({shape[:2], image.shape[:2]})
+                raise BrokenVideoError(self.name, f"its frames have several sizes: {sizes}")
+            yield from (image for _ in repeats)
 
     def _to_rgb(self, frame: Any) -> np.ndarray:
         """`(height, width, 3)`, uint8, turned upright as the file asks (videos of phones are stored lying)."""
         rgb = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
-        return np.rot90(rgb, k=round(frame.rotation / 90))
+        return np.ascontiguousarray(np.rot90(rgb, k=round(frame.rotation / 90)))
 
     def _keyframe_before(self, index: int) -> int:
         """Number of the last keyframe that is not behind frame `index`, 0 where they are unknown."""

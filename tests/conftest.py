@@ -25,7 +25,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 
-from modeling_videomamba import VideoMambaConfig, selective_scan_backends
+from modeling_videomamba import VideoMambaConfig, selective_scan_backends, video_decoding
 from modeling_videomamba.cpu_library import load_library
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -144,3 +144,8 @@ def exit_of(monkeypatch):
 def video(tmp_path_factory) -> Path:
     """An mp4 of 45 frames of 48 x 48 with B-frames and 5 keyframes."""
     return write_video(tmp_path_factory.mktemp("video") / "square.mp4", moving_square(45))
+
+
+@pytest.fixture
+def without_torchcodec(monkeypatch):
+    monkeypatch.setattr(video_decoding, "_torchcodec_decoder_class", lambda: None)

@@ -24,6 +24,7 @@ from tests.conftest import NANO, NANO_VIDEO_TEXT, write_video
 from tests.launching import ENVIRONMENT, SCRIPTS, assert_finished, run, start, wait_until, write_broken_videos
 from tests.models import build
 
+TURNED = Path(__file__).parent / "data" / "turned.mp4"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -299,6 +300,33 @@ def test_frames_that_are_larger_than_the_file_states_are_not_read(tmp_path, monk
     processor = VideoMambaVideoProcessor.from_pretrained(NANO)
     with pytest.raises(ValueError, match=re.escape("mine.mp4: too large, 5000 x 16 pixels.")):
         app.read_video("mine.mp4", tmp_path / "a.mp4", processor)
+
+
+@pytest.mark.parametrize("path", [NANO / "example.mp4", TURNED], ids=["as it is", "turned, with frames repeated"])
+def test_what_is_read_is_what_the_processor_gives(without_torchcodec, path):
+    processor = VideoMambaVideoProcessor.from_pretrained(NANO)
+    pixels, _ = app.read_video("mine.mp4", path, processor)
+    assert torch.equal(pixels, processor(path, return_tensors="pt")["pixel_values"])
+
+
+READ = """
+import resource, sys, torch
+from pathlib import Path
+from app import VideoMambaVideoProcessor, read_video
+torch.set_num_threads(2)  # each decodes a frame of its own
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_video("mine.mp4", Path(sys.argv[1]), VideoMambaVideoProcessor(num_frames=64))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts kilobytes as Linux does")
+def test_the_frames_of_a_large_video_are_not_held_at_once(tmp_path):
+    frames = np.zeros((64, 2160, 2160, 3), np.uint8)
+    write_video(tmp_path / "large.mp4", frames, "mpeg4")
+    result = run(sys.executable, "-c", READ, tmp_path / "large.mp4", folder=SCRIPTS)
+    assert_finished(result)
+    assert int(result.stdout) * 1024 < frames.nbytes / 4
 
 
 def test_addresses_are_not_downloaded():

@@ -19,11 +19,6 @@ from modeling_videomamba.video_decoding import VideoFile, read_frames
 from tests.conftest import moving_square, write_video
 
 
-@pytest.fixture
-def without_torchcodec(monkeypatch):
-    monkeypatch.setattr(video_decoding, "_torchcodec_decoder_class", lambda: None)
-
-
 def all_frames(path):
     """Every frame, decoded from the first to the last."""
     import av

@@ -314,8 +314,9 @@ def window_pixels(
     What the model sees of a window, `(1, frames, 3, height, width)`. Raises `BrokenVideoError` for a damaged frame.
     """
     first, last = window_frames(reader.metadata, start, end)
-    frames = reader.frames((first + sample_frame_indices(last - first, processor.num_frames).flatten()).tolist())
-    return process_clips(processor, [frames])
+    indices = first + sample_frame_indices(last - first, processor.num_frames).flatten()
+    frames = (torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0) for image in reader.decode(indices.tolist()))
+    return torch.cat([process_clips(processor, [frame]) for frame in frames], dim=1)
 
 
 class Windows(torch.utils.data.IterableDataset):
