@@ -1,17 +1,15 @@
 """A page that labels videos with a VideoMamba model and, given an index, finds videos by a text.
 
     python scripts/app.py [--model DIR_OR_ID] [--index INDEX]
-    python scripts/app.py --write-space DIR --model ORG/NAME
 
-Without --model it is the one that the README.md beside this file names, as in a Space, or the small one that comes with
-this repository. The videos in its directory, or else beside this file, are the examples to pick. INDEX is one of
-search_videos.py. --write-space writes what a Space of Hugging Face needs to show this page for a model on the Hub.
+Without --model it is the one that the README.md beside this file names, as in a Space by make_space.py, or the small
+one that comes with this repository. The videos in its directory, or else beside this file, are the examples to pick.
+INDEX is one of search_videos.py.
 """
 
 import argparse
 import base64
 import io
-import shutil
 import sys
 import time
 from functools import partial
@@ -22,12 +20,11 @@ from typing import Any
 import datasets
 import gradio as gr
 import torch
-from huggingface_hub import SpaceCard, SpaceCardData
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import SpaceCard
 from torchvision.transforms.v2.functional import to_pil_image
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor, VideoClassificationPipeline, logging
 
-from modeling_videomamba import VideoMambaVideoProcessor, __version__
+from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.training.plots import restore_pixels
 from modeling_videomamba.training.search import Hit, Search, Text, find, load_search
 from modeling_videomamba.training.windows import window_pixels
@@ -294,34 +291,6 @@ def load_classifier(name: str) -> VideoClassificationPipeline:
     return VideoClassificationPipeline(model=model.eval(), video_processor=processor, device=device)
 
 
-# A Space
-
-
-def write_space(folder: Path, model: str) -> None:
-    """
-    A folder to be pushed to a Space, which shows the page for a model on the Hub. Raises `ValueError` if the folder has
-    something in it, or the model can't be one on the Hub.
-    """
-    if Path(model).is_dir():
-        raise ValueError(f"{model} is a directory here, a Space needs a model on the Hub")
-    validate_repo_id(model)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} must be empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    data = SpaceCardData(
-        title="VideoMamba",
-        sdk="gradio",
-        sdk_version=gr.__version__,
-        app_file="app.py",
-        models=[model],
-        license="apache-2.0",
-    )
-    text = f"Labels of videos by [{model}](https://huggingface.co/{model}). Files `*.mp4` added here become examples."
-    SpaceCard(f"---\n{data.to_yaml()}\n---\n\n# VideoMamba\n\n{text}\n").save(folder / CARD)
-    (folder / "requirements.txt").write_text(f"modeling-videomamba[app]=={__version__}\n", "utf-8")
-    shutil.copyfile(__file__, folder / "app.py")
-
-
 def default_model() -> str:
     card = HERE / CARD
     models = SpaceCard.load(card).data.models if card.exists() else None
@@ -334,14 +303,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--index", type=Path, metavar="INDEX", help="folder of an index: adds the search")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--write-space", type=Path, metavar="DIR", help="write a Space, instead of showing the page")
     args = parser.parse_args()
     if args.port is not None and not 0 < args.port < 2**16:
         parser.error(f"--port must be from 1 to 65535, got {args.port}")
-    if args.write_space is not None and args.model is None:
-        parser.error("--write-space needs --model ORG/NAME")
-    if args.write_space is not None and args.index is not None:
-        parser.error(f"--index {args.index} is not for --write-space: a Space has no videos to search")
     return args
 
 
@@ -368,11 +332,7 @@ def main() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        if args.write_space is None:
-            serve(args)
-        else:
-            write_space(args.write_space, args.model)
-            print(f"{args.write_space} is ready to be pushed to a Space")
+        serve(args)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -28,7 +28,13 @@ OPTIONAL = ("listed_as", "remarks")
 COUNTS = ("resolution", "frames", "temporal_clips", "spatial_crops", "epochs")
 SCORES = ("top1", "params_millions", "gflops")
 
-PIPELINE_TAGS = {"image-classification", "video-classification"}  # of the Hub; it has none for the other families
+# Tasks of the Hub, which has none for the last two: theirs is the one that it takes any AutoModel for.
+PIPELINE_TAGS = {
+    "image-classification": "image-classification",
+    "video-classification": "video-classification",
+    "masked-pretraining": "feature-extraction",
+    "video-text-retrieval": "feature-extraction",
+}
 TAGS = {
     "image-classification": ["vision"],
     "video-classification": ["video"],
@@ -37,11 +43,14 @@ TAGS = {
 }
 RETRIEVAL_TASK = "zero-shot-video-retrieval"
 PICTURES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main"
-# No public clip is known to belong to the classes of the other data sets.
-WIDGETS = {
-    "imagenet-1k": {name: f"{PICTURES}/{name.lower()}.jpg" for name in ("Tiger", "Teapot", "Palace")},
-    "kinetics400": {"Archery": "https://huggingface.co/datasets/nateraw/video-demo/resolve/main/archery.mp4"},
+EXAMPLE_PICTURES = {name: f"{PICTURES}/{name.lower()}.jpg" for name in ("Tiger", "Teapot", "Palace")}
+# Those of Transformers' own documentation, of Kinetics. No public ones are known of the other data sets.
+CLIPS = "https://huggingface.co/datasets/nateraw/kinetics-mini/resolve/main/val"
+EXAMPLE_CLIPS = {
+    "Archery": f"{CLIPS}/archery/-Qz25rXdMjE_000014_000024.mp4",
+    "Bowling": f"{CLIPS}/bowling/-WH-lxmGJVY_000005_000015.mp4",
 }
+CANDIDATE_LABELS = "a person shoots an arrow, a person throws a bowling ball, a dog runs over a meadow"
 # The resolutions that training went through, as file names have them; those that are not here are from 224.
 RESOLUTIONS = {224: "224", 576: "224to448to576"}
 
@@ -57,12 +66,15 @@ class Size:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a model was trained on: its name in file names and in texts, and on the Hub if it is there."""
+    """
+    What a model was trained on: its name in file names and in texts. `ids` are those on the Hub, or common names of
+    what isn't there (or only as copies by others), which the Hub shows without a link.
+    """
 
     name: str
     tag: str
     title: str
-    hub_id: str | None
+    ids: list[str]
     split: str | None
     num_classes: int | None
     has_labels: bool
@@ -115,7 +127,7 @@ class ZooModel:
     @property
     def labels(self) -> str | None:
         """What `load_labels` takes."""
-        return self.dataset.name if self.dataset.has_labels and self.family in PIPELINE_TAGS else None
+        return self.dataset.name if self.dataset.has_labels and self.top1 is not None else None
 
     @property
     def num_tokens(self) -> int:
@@ -368,27 +380,33 @@ def make_card(entry: ZooModel, repo_id: str) -> ModelCard:
 
 
 def _metadata(entry: ZooModel, model_name: str, base_models: list[str]) -> ModelCardData:
-    tag = entry.family if entry.family in PIPELINE_TAGS else None
-    examples = WIDGETS.get(entry.dataset.name, {}) if tag else {}
     others: dict[str, Any] = {}
     if base_models:  # of several the Hub would think that they were merged
         others["base_model_relation"] = "finetune"
-    if examples:
-        others["widget"] = [{"src": url, "example_title": title} for title, url in examples.items()]
     results = eval_results(entry)
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=tag,
+        pipeline_tag=PIPELINE_TAGS[entry.family],
         license="apache-2.0",
         language="en" if entry.family == "video-text-retrieval" else None,
         base_model=base_models or None,
-        datasets=[entry.dataset.hub_id] if entry.dataset.hub_id else None,
-        metrics=["accuracy" if entry.family in PIPELINE_TAGS else "recall"] if results else None,
+        datasets=entry.dataset.ids,
+        metrics=["recall" if entry.top1 is None else "accuracy"] if results else None,
         tags=["videomamba", "mamba", *TAGS[entry.family]],
         model_name=model_name,
         eval_results=results or None,
+        widget=widget(entry),
         **others,
     )
+
+
+def widget(entry: ZooModel) -> list[dict[str, str]]:
+    """Examples to try the model with."""
+    if entry.family == "image-classification":
+        return [{"src": url, "example_title": title} for title, url in EXAMPLE_PICTURES.items()]
+    foreign = "" if entry.dataset.name == "kinetics400" else ", from Kinetics-400"
+    more = {"candidate_labels": CANDIDATE_LABELS} if entry.family == "video-text-retrieval" else {}
+    return [{"src": url, "example_title": title + foreign, **more} for title, url in EXAMPLE_CLIPS.items()]
 
 
 def eval_results(entry: ZooModel) -> list[EvalResult]:
@@ -418,7 +436,7 @@ def eval_results(entry: ZooModel) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=entry.family,
-            dataset_type=entry.dataset.hub_id or entry.dataset.name,
+            dataset_type=entry.dataset.ids[0],
             dataset_name=entry.dataset.title,
             dataset_split=entry.dataset.split,
             dataset_args={key: value for key, value in (how | views).items() if value is not None},

@@ -1,4 +1,4 @@
-"""app.py: its page in a real browser, and the Space that it writes."""
+"""app.py: its page in a real browser. And make_space.py: the Space that shows it."""
 
 import json
 import os
@@ -18,9 +18,10 @@ from huggingface_hub import SpaceCard
 from playwright.sync_api import expect, sync_playwright
 
 import app
-from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor, __version__
+import make_space
+from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
 from modeling_videomamba.video_decoding import VideoFile
-from tests.conftest import NANO, NANO_VIDEO_TEXT, write_video
+from tests.conftest import NANO, NANO_VIDEO_TEXT, ROOT, write_video
 from tests.launching import ENVIRONMENT, SCRIPTS, assert_finished, run, start, wait_until, write_broken_videos
 from tests.models import build
 
@@ -344,32 +345,61 @@ def test_what_has_been_deleted_is_told_without_its_path(tmp_path):
     )
 
 
-def test_a_space_starts_by_itself(monkeypatch, tmp_path):
-    space, port, cache = tmp_path / "space", free_port(), tmp_path / "hub" / "models--org--nano"
-    monkeypatch.setattr(sys, "argv", ["app.py", "--write-space", str(space), "--model", "org/nano"])
-    app.main()
-    assert {path.name for path in space.iterdir()} == {"README.md", "app.py", "requirements.txt"}
-    assert (space / "requirements.txt").read_text("utf-8") == f"modeling-videomamba[app]=={__version__}\n"
-    data = SpaceCard.load(space / "README.md").data
-    assert (data.sdk, data.app_file, data.models) == ("gradio", "app.py", ["org/nano"])
-    assert re.fullmatch(r"\d+\.\d+\.\d+", data.sdk_version)
+def sources(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*.*") if path.suffix in (".py", ".cpp", ".h", ".json")}
 
+
+def test_a_space_starts_by_itself(monkeypatch, tmp_path):
+    """What its Dockerfile does, but for the compiler and what is installed here anyway."""
+    space, site, port = tmp_path / "space", tmp_path / "site", free_port()
+    monkeypatch.setattr(sys, "argv", ["make_space.py", "org/nano", str(space)])
+    make_space.main()
+    assert {path.name for path in space.iterdir()} == {"Dockerfile", "README.md", "app.py", "package"}
+    dockerfile = (space / "Dockerfile").read_text("utf-8")
+    (requirement,) = re.findall(r'^RUN pip install --no-cache-dir "(.+)"$', dockerfile, re.MULTILINE)
+    assert "ENV GRADIO_SERVER_NAME=0.0.0.0 GRADIO_SERVER_PORT=7860\n" in dockerfile
+    command = json.loads(re.search(r"^CMD (.+)$", dockerfile, re.MULTILINE)[1])
+    data = SpaceCard.load(space / "README.md").data
+    assert (data.sdk, data.app_port, data.models) == ("docker", 7860, ["org/nano"])
+
+    package = space / "package" / "modeling_videomamba"
+    assert sources(package) == sources(ROOT / "modeling_videomamba") and not list(package.rglob("*.so"))
+    pip = ("env", "CC=/bin/false", "CXX=/bin/false", sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
+    assert_finished(run(*pip, "--target", site, requirement, folder=space))
+    where = "import modeling_videomamba; print(modeling_videomamba.__path__[0])"
+    found = run("env", f"PYTHONPATH={site}", sys.executable, "-c", where, folder=space)
+    assert found.stdout.strip() == str(site / "modeling_videomamba")
+
+    cache = tmp_path / "hub" / "models--org--nano"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("0" * 40)
     shutil.copytree(NANO, cache / "snapshots" / ("0" * 40))
     shutil.copyfile(NANO / "example.mp4", space / "mine.mp4")
-    # a Space listens where it is told to
     environment = {
         "GRADIO_SERVER_NAME": "127.0.0.2",
         "GRADIO_SERVER_PORT": port,
         "GRADIO_TEMP_DIR": tmp_path / "files",
         "HF_HUB_CACHE": cache.parent,
+        "PYTHONPATH": site,
     }
-    with served("app.py", host="127.0.0.2", port=port, environment=environment, folder=space) as url:
+    assert command[0] == "python"
+    with served(*command[1:], host="127.0.0.2", port=port, environment=environment, folder=space) as url:
         assert not is_listening("127.0.0.1", port)
         with urlopen(f"{url}config") as response:
             config = response.read().decode()
     assert "Labels by nano" in config and "mine.mp4" in config and "What the videos show" not in config
+
+
+def test_what_can_be_no_space_is_explained(exit_of, tmp_path):
+    (tmp_path / "file").touch()
+    for model, folder, message in (
+        (NANO, tmp_path / "space", "a Space needs a model on the Hub"),
+        ("a b", tmp_path / "space", "a b"),
+        ("org/nano", tmp_path, f"{tmp_path} must be an empty folder"),
+        ("org/nano", tmp_path / "file", "file must be an empty folder"),
+    ):
+        assert message in exit_of(make_space, model, folder)
+    assert not (tmp_path / "space").exists()
 
 
 def test_what_is_wrong_is_explained(exit_of, capsys, tmp_path):
@@ -384,15 +414,7 @@ def test_what_is_wrong_is_explained(exit_of, capsys, tmp_path):
         (("--model", plain), f"{plain} has no weights for classifier.bias, classifier.weight"),
         (("--model", NANO_VIDEO_TEXT), "VideoMambaVideoTextConfig"),
         (("--index", tmp_path / "none"), "none has no finished index"),
-        (("--model", NANO, "--write-space", tmp_path / "space"), "a Space needs a model on the Hub"),
-        (("--model", "a b", "--write-space", tmp_path / "space"), "a b"),
-        (("--model", "org/nano", "--write-space", values), "values must be empty"),
     ):
         assert message in exit_of(app, *options)
-    for options, message in (
-        (("--port", 70000), "--port must be from 1 to 65535, got 70000"),
-        (("--write-space", tmp_path / "space"), "--write-space needs --model ORG/NAME"),
-        (("--write-space", tmp_path, "--model", "org/nano", "--index", tmp_path), "is not for --write-space"),
-    ):
-        assert exit_of(app, *options) == "2" and message in capsys.readouterr().err
-    assert not (tmp_path / "space").exists()
+    assert exit_of(app, "--port", 70000) == "2"
+    assert "--port must be from 1 to 65535, got 70000" in capsys.readouterr().err

@@ -242,18 +242,16 @@ def test_metadata_are_valid_and_those_of_the_table(cards, name):
     data = card.data.to_dict()
     assert data == metadata_load(cards[name]) == ModelCard(str(card)).data.to_dict()
     assert (data["library_name"], data["license"]) == ("transformers", "apache-2.0")
-    is_classifier = "classification" in row["family"]
-    assert data.get("pipeline_tag") == (row["family"] if is_classifier else None)
-    assert not is_classifier or row["family"] in PIPELINE_REGISTRY.get_supported_tasks()
-    hub_id = RAW["datasets"][row["dataset"]]["hub_id"]
-    assert data.get("datasets") == (None if hub_id is None else [hub_id])
+    assert data["pipeline_tag"] == (row["family"] if "classification" in row["family"] else "feature-extraction")
+    assert data["pipeline_tag"] in PIPELINE_REGISTRY.get_supported_tasks()
+    assert data["datasets"] == RAW["datasets"][row["dataset"]]["ids"] != []
     there = [
         base for base in row["base_models"] if "/" in base or ROWS[base]["filename"]
     ]  # the others aren't published
     bases = [base if "/" in base else f"{ORGANIZATION}/{base}" for base in there]
     assert data.get("base_model", []) == bases
     assert data.get("base_model_relation") == ("finetune" if bases else None)
-    for repo_id in (*bases, *data.get("datasets", [])):
+    for repo_id in (*bases, *data["datasets"]):
         validate_repo_id(repo_id)
     assert data.get("language") == ("en" if row["family"] == "video-text-retrieval" else None)
     assert "videomamba" in data["tags"]
@@ -296,18 +294,19 @@ def test_figures_of_retrieval_are_told_apart():
     assert names == [f"{way}, recall at {k} (%)" for way in directions for k in (1, 5, 10)]
 
 
-def test_widgets_show_what_the_model_has_a_class_for(cards):
-    examples = {name: ModelCard.load(path).data.get("widget") for name, path in cards.items()}
+def test_widgets_show_what_the_model_has_a_class_for_or_tell_where_it_is_from(cards):
     for name, entry in ZOO.items():
-        if entry.labels not in ("imagenet-1k", "kinetics400"):
-            assert examples[name] is None
-            continue
-        classes = " ".join(load_labels(entry.labels))
-        for example in examples[name]:
-            assert example["src"].startswith("https://huggingface.co/datasets/")
-            assert (
-                example["src"].split("/")[-1].split(".")[0] in classes and example["example_title"].lower() in classes
-            )
+        examples = ModelCard.load(cards[name]).data.widget
+        assert examples and all(example["src"].startswith("https://huggingface.co/datasets/") for example in examples)
+        suffix = ".jpg" if entry.family == "image-classification" else ".mp4"
+        assert all(example["src"].endswith(suffix) for example in examples)
+        assert all(("candidate_labels" in example) == (entry.zero_shot is not None) for example in examples)
+        titles = [example["example_title"] for example in examples]
+        if entry.dataset.name not in ("imagenet-1k", "kinetics400"):
+            assert all(title.endswith(", from Kinetics-400") for title in titles)
+        elif entry.labels is not None:
+            classes = " ".join(load_labels(entry.labels))
+            assert all(title.lower() in classes for title in titles)
 
 
 @pytest.mark.parametrize("name", NAMES)

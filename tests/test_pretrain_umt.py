@@ -114,6 +114,8 @@ def test_two_processes_learn_what_one_does(clips, teacher, tmp_path):
     assert torch.equal(classifier.videomamba.layers[0].mixer.in_proj.weight, weight)
     card = ModelCard.load(tmp_path / "1" / "best" / "README.md")
     assert "Accuracy of the nearest neighbours" in card.text and str(tmp_path) not in card.text
+    assert card.data.pipeline_tag == "feature-extraction"
+    assert "knn_accuracy" in {result.metric_type for result in card.data.eval_results}
 
     options = ("--data", clips, "--model", tmp_path / "1" / "best", "--epochs", 1, "--on-broken-video", "skip")
     text = assert_finished(launch("finetune.py", 1, *options, "--output-dir", tmp_path / "finetuned"))

@@ -157,6 +157,8 @@ def test_a_masked_and_an_unmasked_stage_on_images_and_videos(clips, pictures, st
     assert processor.tokenizer.get_vocab() == BertTokenizer.from_pretrained(starts / "text").get_vocab()
     card = ModelCard.load(tmp_path / "masked" / "best" / "README.md")
     assert "Text to video, recall at 1" in card.text and "from `vision`" in card.text and str(tmp_path) not in card.text
+    assert card.data.pipeline_tag == "feature-extraction"
+    assert "text_to_video_r1" in {result.metric_type for result in card.data.eval_results}
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def draw_confusion_matrix(predictions: Predictions, names: list[str], path: Path
 def model_card(
     *,
     model_name: str,
-    pipeline_tag: str | None,
+    pipeline_tag: str,
     dataset_name: str,
     split: str,
     results: dict[str, float],
@@ -116,11 +116,11 @@ def model_card(
     **facts: Any,
 ) -> ModelCard:
     r"""
-    Card of a trained model with its results, as `model-index` where it has a task.
+    Card of a trained model with its results.
 
     Args:
         model_name (`str`): Id on the Hub, or name of the folder.
-        pipeline_tag (`str`, *optional*): `video-classification` or `image-classification`.
+        pipeline_tag (`str`): Task on the Hub.
         dataset_name, split (`str`): What `results` were measured on.
         results (`dict[str, float]`): Metrics.
         use (`str`): Python code.
@@ -141,7 +141,6 @@ def model_card(
             metric_value=value,
         )
         for name, value in results.items()
-        if pipeline_tag is not None
     ]
     data = ModelCardData(
         model_name=model_name,

@@ -121,9 +121,9 @@ class TrainingRun(ABC):
         """The processor of the model, which is saved with it."""
         return load_processor(self.args.model, self.model, self.kind)
 
-    def pipeline_tag(self) -> str | None:
-        """The task of the model on the Hub."""
-        return None
+    def pipeline_tag(self) -> str:
+        """The task of the model on the Hub, which has none for models without classes but this."""
+        return "feature-extraction"
 
     def argument_groups(self) -> list[Any]:
         """Dataclasses of all arguments of the run."""

@@ -1,0 +1,81 @@
+"""Writes the folder of a Space of Hugging Face that shows the page of app.py for a model on the Hub.
+
+    python scripts/make_space.py ORG/MODEL DIR
+    hf upload ORG/SPACE DIR . --repo-type space
+
+The folder has all that the Space needs: the page, the source of this package, and a Dockerfile that installs it. Files
+`*.mp4` added to the folder become examples to pick.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from huggingface_hub import SpaceCard, SpaceCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+SCRIPTS = Path(__file__).resolve().parent
+ROOT = SCRIPTS.parent
+PACKAGE = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "modeling_videomamba")
+PORT = 7860  # as in the Dockerfile
+
+
+def write_space(folder: Path, model: str) -> None:
+    r"""
+    Writes the folder.
+
+    Args:
+        folder (`Path`): Empty, or not there yet.
+        model (`str`): Id on the Hub; the page reads it from the card.
+
+    Raises:
+        `ValueError`: if the folder has something in it, or the model can't be one on the Hub.
+    """
+    if Path(model).is_dir():
+        raise ValueError(f"{model} is a directory here, a Space needs a model on the Hub")
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise ValueError(str(error)) from error
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} must be an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(SCRIPTS / "app.py", folder / "app.py")
+    shutil.copyfile(SCRIPTS / "space.Dockerfile", folder / "Dockerfile")
+    copy_package(folder / "package")
+    make_card(model).save(folder / "README.md")
+
+
+def copy_package(folder: Path) -> None:
+    """What pip needs to install the package, without what was compiled here."""
+    folder.mkdir()
+    for name in PACKAGE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+        else:
+            shutil.copyfile(source, folder / name)
+
+
+def make_card(model: str) -> SpaceCard:
+    data = SpaceCardData(title="VideoMamba", sdk="docker", app_port=PORT, models=[model], license="apache-2.0")
+    text = f"Labels of videos by [{model}](https://huggingface.co/{model})."
+    return SpaceCard(f"---\n{data.to_yaml()}\n---\n\n# VideoMamba\n\n{text}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="ORG/MODEL", help="model on the Hub that gives labels to videos")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="empty, or not there yet")
+    args = parser.parse_args()
+    try:
+        write_space(args.folder, args.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.folder} is ready: hf upload ORG/SPACE {args.folder} . --repo-type space")
+
+
+if __name__ == "__main__":
+    main()
