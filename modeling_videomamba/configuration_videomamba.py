@@ -268,6 +268,9 @@ class VideoMambaVideoTextConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a {config_class.__name__} or its values, got those of {kind!r}.")
             if isinstance(values, dict):
                 setattr(self, name, config_class(**values))
+        if not type(self).__module__.startswith("transformers_modules."):
+            # the package has registered the pipeline, and Transformers would ask for leave to run that of the directory
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
     def validate_text_config(self):

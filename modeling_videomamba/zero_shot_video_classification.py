@@ -25,7 +25,7 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
     ```python
     >>> from transformers import pipeline
 
-    >>> classifier = pipeline("zero-shot-video-classification", "org/videomamba-m-25m", trust_remote_code=True)
+    >>> classifier = pipeline("zero-shot-video-classification", "org/videomamba-m-25m-f8-224", trust_remote_code=True)
     >>> classifier("clip.mp4", candidate_labels=["a dog runs", "a cat sleeps"])
     [{'score': 0.97, 'label': 'a dog runs'}, {'score': 0.03, 'label': 'a cat sleeps'}]
     ```

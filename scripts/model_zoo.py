@@ -67,8 +67,8 @@ class Size:
 @dataclass(frozen=True)
 class DataSet:
     """
-    What a model was trained on: its name in file names and in texts. `ids` are those on the Hub, or common names of
-    what isn't there (or only as copies by others), which the Hub shows without a link.
+    What a model was trained on: its name in file names and in texts. `ids` are those on the Hub, or where no whole copy
+    is known there common names, which the Hub shows without a link.
     """
 
     name: str
@@ -115,6 +115,7 @@ class ZooModel:
     listed_as: str | None = None
     remarks: list[str] = field(default_factory=list)
     published_base_models: list[str] = field(default_factory=list)  # but for those whose file isn't known
+    also_listed_for: list[str] = field(default_factory=list)  # names of those that are `listed_as` the file of this one
 
     @property
     def hidden_size(self) -> int:
@@ -193,7 +194,14 @@ def _parse(table: dict[str, Any]) -> list[ZooModel]:
             if "/" not in name:
                 _check_one_of(f"{entry.name}: base model or teacher", name, known)
     without_file = {entry.name for entry in models if entry.filename is None}
-    return [replace(e, published_base_models=[n for n in e.base_models if n not in without_file]) for e in models]
+    return [
+        replace(
+            entry,
+            published_base_models=[name for name in entry.base_models if name not in without_file],
+            also_listed_for=[other.name for other in models if other.listed_as and other.listed_as == entry.filename],
+        )
+        for entry in models
+    ]
 
 
 def _entry(
@@ -274,15 +282,19 @@ def recipe_facts(recipe: Recipe) -> dict[str, str]:
     views = values["batch_size"] * values.get("gradient_accumulation_steps", 1) * repeats * recipe.gpus
     scale = views / values["base_batch_size"]
     highest, lowest = (values[name] * scale for name in ("learning_rate", "min_learning_rate"))
-    of_views = f" of {repeats} views of each example" if repeats > 1 else ""
+    of_views = f" with {repeats} views of each example" if repeats > 1 else ""
     facts = {
-        "epochs": f"{values['epochs']:g}{of_views}, the first {values['warmup_epochs']:.3g} as warm-up",
+        "epochs": f"{values['epochs']:.3g}{of_views}, the first {values['warmup_epochs']:.3g} as warm-up",
         "batch": f"{views:,} views on {recipe.gpus} GPUs" + ("" if recipe.gpus_are_published else " (assumed)"),
-        "learning rate": f"{highest:.3g}" + (f", by a cosine to {lowest:.3g}" if lowest < highest else ""),
+        "learning rate": f"{highest:.3g}" + (f", by a cosine to {lowest:.3g}" if lowest != highest else ""),
         "weight decay": f"{values['weight_decay']:g}",
         "drop path": f"{values['drop_path_rate']:g}",
         "augmentation": ", ".join(_augmentation(values)),
     }
+    if "adam_beta2" in values:
+        facts["second beta of AdamW"] = f"{values['adam_beta2']:g}"
+    if "max_grad_norm" in values:
+        facts["largest norm of gradients"] = f"{values['max_grad_norm']:g}"
     if masks := _masks(values):
         facts["hidden tokens"] = masks
     return {**facts, "precision": values["mixed_precision"]}
@@ -325,9 +337,14 @@ def contradictions(entry: ZooModel, recipes: Sequence[Recipe]) -> list[str]:
             )
         if entry.epochs is not None and entry.epochs != recipe.values["epochs"]:
             sentences.append(
-                f"The table says {entry.epochs} epochs, the published run file, which the recipe follows, "
-                f"{recipe.values['epochs']:g}."
+                f"The table says {entry.epochs} epochs, the recipe {recipe.values['epochs']:g}, as the published run "
+                "file does but for one more, for the sake of a last checkpoint."
             )
+    for name in entry.also_listed_for:
+        sentences.append(
+            f"The table lists this file for `{name}` as well, and at least one of the two rows is wrong. By the rule "
+            "that all other names follow, it is the model of this card."
+        )
     return [*sentences, *entry.remarks]
 
 
@@ -393,7 +410,7 @@ def _metadata(entry: ZooModel, model_name: str, base_models: list[str]) -> Model
         datasets=entry.dataset.ids,
         metrics=["recall" if entry.top1 is None else "accuracy"] if results else None,
         tags=["videomamba", "mamba", *TAGS[entry.family]],
-        model_name=model_name,
+        model_name=model_name if results else None,
         eval_results=results or None,
         widget=widget(entry),
         **others,

@@ -31,7 +31,6 @@ from modeling_videomamba import (
     VideoMambaModel,
     VideoMambaProcessor,
     VideoMambaVideoProcessor,
-    ZeroShotVideoClassificationPipeline,
 )
 from tests.conftest import ROOT, moving_square, tiny_config, write_video
 from tests.models import save_video_text
@@ -130,8 +129,7 @@ print(json.dumps(pipeline("image-classification", model=sys.argv[1])(sys.argv[2]
 
 @pytest.fixture
 def zero_shot(directories):
-    options = {"trust_remote_code": True, "pipeline_class": ZeroShotVideoClassificationPipeline}
-    return pipeline("zero-shot-video-classification", model=str(directories / "video_text"), **options)
+    return pipeline("zero-shot-video-classification", model=str(directories / "video_text"))
 
 
 def test_the_zero_shot_pipeline_agrees_with_the_model(directories, zero_shot, video, tmp_path):
