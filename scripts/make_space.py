@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -35,10 +34,7 @@ def write_space(folder: Path, model: str) -> None:
     """
     if Path(model).is_dir():
         raise ValueError(f"{model} is a directory here, a Space needs a model on the Hub")
-    try:
-        validate_repo_id(model)
-    except HFValidationError as error:
-        raise ValueError(str(error)) from error
+    validate_repo_id(model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
