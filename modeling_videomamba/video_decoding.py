@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import string
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -20,8 +21,12 @@ from transformers.video_utils import VideoMetadata
 VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
 
 
-# What FFmpeg opens besides videos: texts, pictures, and lists that name other files.
-NOT_VIDEOS = ("tty", "image2", "concat", "hls", "dash", "sdp")
+# FFmpeg also opens playlists, with all that they name, and can be asked only then what it has opened.
+CONTAINERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,apng,mxf,nut,wtv,dv,gxf,rm,swf,nsv,nuv,pva,dhav,kux,"
+    "h261,h263,h264,hevc,vvc,av1,obu,ivf,m4v,mjpeg,vc1,vc1test,dirac,cavsvideo,yuv4mpegpipe"
+)
+MAX_THREADS = 8  # each holds a frame of its own
 
 
 class BrokenVideoError(ValueError):
@@ -104,10 +109,19 @@ class VideoFile:
     Args:
         name (`str`): What errors call it.
         file (`str` or `io.BytesIO`): Path, or the bytes of the file.
+        max_pixels (`int`, *optional*): A frame of more is not decoded, and so damaged.
+        max_seconds (`float`, *optional*): How long reading and decoding may take in all.
+
+    Raises:
+        `BrokenVideoError`, `OSError`, `ImportError`: as [`read_frames`].
+        `TimeoutError`: after `max_seconds`, here or in what is called later.
     """
 
-    def __init__(self, name: str, file: str | io.BytesIO):
-        self.name, self.file = name, file
+    def __init__(
+        self, name: str, file: str | io.BytesIO, *, max_pixels: int | None = None, max_seconds: float | None = None
+    ):
+        self.name, self.file, self.max_pixels, self.max_seconds = name, file, max_pixels, max_seconds
+        self.began = time.monotonic()
         try:
             import av
         except ImportError as error:
@@ -136,16 +150,15 @@ class VideoFile:
         # "file:" keeps FFmpeg from reading a path as one of its protocols
         source = f"file:{self.file}" if isinstance(self.file, str) else self.file
         try:
-            self.container = self.av.open(source, metadata_errors="ignore")
+            options = {"format_whitelist": CONTAINERS}
+            self.container = self.av.open(source, options=options, metadata_errors="ignore")
+        except self.av.error.ArgumentError as error:
+            raise BrokenVideoError(self.name, "not a video, or in no container of videos") from error
         except self.av.error.FFmpegError as error:
             if isinstance(error, OSError) and isinstance(self.file, str):  # no permission, say
                 raise
             reason = f"not a video, or truncated so that no frame can be read ({error.strerror})"
             raise BrokenVideoError(self.name, reason) from error
-        kind = self.container.format.name
-        if kind.split(",")[0] in NOT_VIDEOS or kind.endswith("_pipe"):
-            self.container.close()
-            raise BrokenVideoError(self.name, f"not a video but {kind.removesuffix('_pipe')}")
         cover = self.av.stream.Disposition.attached_pic
         streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
         if not streams:
@@ -153,13 +166,21 @@ class VideoFile:
             raise BrokenVideoError(self.name, "it has no video stream")
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
-        self.stream.codec_context.thread_count = torch.get_num_threads()  # one in the workers of a data loader
+        # one in the workers of a data loader
+        self.stream.codec_context.thread_count = min(torch.get_num_threads(), MAX_THREADS)
+        if self.max_pixels is not None:
+            self.stream.codec_context.options = {"max_pixels": str(self.max_pixels)}
+
+    def _check_time(self) -> None:
+        if self.max_seconds is not None and time.monotonic() - self.began > self.max_seconds:
+            raise TimeoutError(f"{self.name}: reading it takes longer than {self.max_seconds:g} s")
 
     def _index(self) -> tuple[list[int], list[int]]:
         """Timestamps of all frames and of the keyframes, sorted, from the packets (nothing is decoded if they tell)."""
         frames, keyframes, num_packets, end, damaged = [], [], 0, 0, False
         try:
             for packet in self.container.demux(self.stream):
+                self._check_time()
                 if packet.size == 0 or packet.is_corrupt:
                     continue
                 num_packets += 1
@@ -205,7 +226,9 @@ class VideoFile:
         )
 
     def frames(self, indices: Sequence[int]) -> torch.Tensor:
-        """RGB frames `(len(indices), 3, height, width)`, uint8, upright."""
+        """RGB frames `(len(indices), 3, height, width)`, uint8, upright. Raises `ValueError` for no indices."""
+        if len(indices) == 0:
+            raise ValueError("`indices` must name at least one frame, got none.")
         wanted, rows = np.unique(indices, return_inverse=True)
         images = self.decode(wanted.tolist())
         first = next(images)
@@ -222,13 +245,17 @@ class VideoFile:
         decoded: Iterator[tuple[int, Any]] = iter(())
         position, shape = -1, None
         for index, repeats in itertools.groupby(indices):
-            if position < 0 or self._keyframe_before(index) > position:
+            if position < 0 or self._keyframe_before(index) > position + 1:
                 decoded = self._seek(index)
-            found = next((item for item in decoded if item[0] >= index), None)
-            if found is None or found[0] != index:
+            frame = _find(decoded, index)
+            if frame is None:  # it may be the seek that has lost it
+                self._restart()
+                decoded = self._decoded()
+                frame = _find(decoded, index)
+            if frame is None:
                 reason = f"damaged: frame {index} of {len(self.timestamps)} can't be decoded"
                 raise BrokenVideoError(self.name, reason, index)
-            position, image = found[0], self._to_rgb(found[1])
+            position, image = index, self._to_rgb(frame)
             shape = shape or image.shape
             if image.shape != shape:
                 sizes = sorted({shape[:2], image.shape[:2]})
@@ -241,22 +268,29 @@ class VideoFile:
         return np.ascontiguousarray(np.rot90(rgb, k=round(frame.rotation / 90)))
 
     def _keyframe_before(self, index: int) -> int:
-        """Number of the last keyframe that is not behind frame `index`, 0 where they are unknown."""
+        """Number of the last keyframe that is not behind frame `index` and can be sought, 0 where none is known."""
+        if self.container.format.name == "mpeg":  # of program streams the frames have other times after a seek
+            return 0
         behind = bisect.bisect_right(self.keyframes, self.timestamps[index])
         return self._number(self.keyframes[behind - 1]) if behind else 0
 
     def _seek(self, index: int) -> Iterator[tuple[int, Any]]:
         """Numbers and frames from the keyframe of frame `index` on, or from an earlier one."""
         keyframe = self._keyframe_before(index)
-        if keyframe > 0:
+        for _ in range(2):  # in MPEG-TS a seek often ends behind its keyframe, and then that to the one before does not
+            if keyframe <= 0:
+                break
             try:
                 self.container.seek(self.timestamps[keyframe], stream=self.stream)
-                decoded = self._decoded()
-                first = next(decoded, None)
             except self.av.error.FFmpegError:  # not every container can
-                first = None
-            if first is not None and first[0] <= index:
+                break
+            decoded = self._decoded()
+            not_behind = itertools.takewhile(lambda item: item[0] <= index, decoded)
+            # what comes before a keyframe lacks the frames that it refers to
+            first = next((item for item in not_behind if item[0] >= 0 and item[1].key_frame), None)
+            if first is not None:
                 return itertools.chain([first], decoded)
+            keyframe = self._keyframe_before(keyframe - 1)
         self._restart()  # nothing to seek to, or the seek went too far
         return self._decoded()
 
@@ -268,6 +302,7 @@ class VideoFile:
         """Numbers and frames from where the container stands; ends where the file can't be decoded further."""
         try:
             for count, frame in enumerate(self.container.decode(self.stream)):
+                self._check_time()
                 yield self._number(frame.pts) if self.keyframes else count, frame
         except self.av.error.FFmpegError:
             return
@@ -276,6 +311,12 @@ class VideoFile:
         """Number of the frame of a timestamp, -1 if the index has no such frame."""
         number = bisect.bisect_left(self.timestamps, timestamp)
         return number if self.timestamps[number : number + 1] == [timestamp] else -1
+
+
+def _find(decoded: Iterator[tuple[int, Any]], index: int) -> Any | None:
+    """The frame of this number, if it comes before any later one."""
+    number, frame = next((item for item in decoded if item[0] >= index), (-1, None))
+    return frame if number == index else None
 
 
 def _wanted(metadata: VideoMetadata, sample_indices) -> list[int]:

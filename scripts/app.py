@@ -37,8 +37,14 @@ CARD = "README.md"
 
 MAX_MEGABYTES = 200
 MAX_MINUTES = 10
-MAX_SIDE = 4096  # pixels
-LIMITS = f"A video of at most {MAX_MEGABYTES} MB, {MAX_MINUTES} minutes and {MAX_SIDE} pixels a side."
+MIN_SIDE, MAX_SIDE = 16, 4096  # pixels
+MAX_SECONDS = 60  # to read and decode
+MAX_CHARACTERS = 1000
+MAX_WAITING = 20
+LIMITS = (
+    f"A video of at most {MAX_MEGABYTES} MB and {MAX_MINUTES} minutes, of {MIN_SIDE} to {MAX_SIDE} pixels a side, "
+    f"which can be read in {MAX_SECONDS} s."
+)
 
 TOP_LABELS = 5
 TOP_HITS = 10
@@ -82,11 +88,17 @@ def check_sides(reader: VideoFile, width: int, height: int) -> None:
         raise ValueError(f"{reader.name}: too large, {width} x {height} pixels. {LIMITS}")
 
 
-def check_frames(reader: VideoFile, processor: VideoMambaVideoProcessor) -> None:
-    """As [`check_video`], by a frame itself, which may be larger than the file states; all wanted ones are alike."""
+def check_frames(reader: VideoFile, processor: VideoMambaVideoProcessor) -> tuple[int, int]:
+    """
+    Width and height of the frames upright, which may not be those that the file states; all wanted ones are alike.
+    Raises `ValueError` as [`check_video`], and for very thin ones, which are enlarged to many pixels.
+    """
     indices = sample_frame_indices(reader.metadata.total_num_frames, processor.num_frames)
     height, width = reader.frames([int(indices.min())]).shape[-2:]
     check_sides(reader, width, height)
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{reader.name}: too small, {width} x {height} pixels. {LIMITS}")
+    return width, height
 
 
 def duration(reader: VideoFile) -> float:
@@ -110,16 +122,17 @@ def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tu
 
     Raises:
         `ValueError`: if it is beyond the limits, or no video, with the name and the reason.
+        `TimeoutError`: if that takes too long.
         `OSError`: if there is no such file, or it can't be read.
     """
     check_size(name, path)
-    with VideoFile(name, str(path)) as reader:
+    with VideoFile(name, str(path), max_pixels=MAX_SIDE**2, max_seconds=MAX_SECONDS) as reader:
         check_video(reader)
-        check_frames(reader, processor)
+        width, height = check_frames(reader, processor)
         pixels = window_pixels(reader, 0.0, None, processor)
         seconds, frames = duration(reader), len(reader.timestamps)
         rate = f", {frames / seconds:.3g} a second" if seconds else ""
-        return pixels, f"{frames} frames{rate}, {seconds:.1f} s, {reader.stream.width} x {reader.stream.height} pixels"
+        return pixels, f"{frames} frames{rate}, {seconds:.1f} s, {width} x {height} pixels"
 
 
 # What is shown
@@ -173,7 +186,7 @@ def classify(
     began = time.perf_counter()
     try:
         pixels, contents = read_video(name, Path(file["path"]), classifier.video_processor)
-    except ValueError as error:
+    except (TimeoutError, ValueError) as error:
         return show_message(str(error)), None, ""
     except OSError:  # whose text has the path on the server
         return show_message(f"{name}: can't be read, upload it again"), None, ""
@@ -191,6 +204,8 @@ def classify(
 @torch.inference_mode()
 def search_videos(search: Search, model: Any, processor: Any, text: str) -> str:
     """What is found for a text, or a message."""
+    if len(text) > MAX_CHARACTERS:
+        return show_message(f"The text has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read.")
     began = time.perf_counter()
     try:
         hits, _ = find(search, Text(text, model, processor), TOP_HITS, with_pixels=True)
@@ -228,7 +243,7 @@ def build_page(name: str, classifier: VideoClassificationPipeline, index: tuple[
         if index is not None:
             with gr.Tab("Search"):
                 build_search_tab(*index)
-    return page
+    return page.queue(max_size=MAX_WAITING)
 
 
 def build_classify_tab(name: str, classifier: VideoClassificationPipeline) -> None:

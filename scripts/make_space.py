@@ -35,6 +35,8 @@ def write_space(folder: Path, model: str) -> None:
     if Path(model).is_dir():
         raise ValueError(f"{model} is a directory here, a Space needs a model on the Hub")
     validate_repo_id(model)
+    if "/" not in model:
+        raise ValueError(f"{model} must be ORG/MODEL")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be an empty folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -112,8 +112,8 @@ def find_card(args: argparse.Namespace, source: Path, repo_id: str, entry: ZooMo
     if args.card is not None:
         return ModelCard.load(args.card)
     if entry is not None:
-        names = replace(entry.dataset, has_labels=entry.dataset.has_labels or args.labels is not None)
-        return make_card(replace(entry, dataset=names), repo_id)
+        dataset = replace(entry.dataset, has_labels=entry.dataset.has_labels or args.labels is not None)
+        return make_card(replace(entry, dataset=dataset), repo_id)
     if (source / CARD).is_file():
         return rename_model(ModelCard.load(source / CARD), repo_id)
     raise ValueError(f"{source} has no {CARD}, and is not in the zoo: pass --card")
@@ -188,7 +188,7 @@ def upload(args: argparse.Namespace, folder: Path, files: list[StagedFile], repo
     ]
     if stale:
         print(f"{repo_id}: removes {', '.join(stale)}, which the model no longer has")
-    if args.pull_request and (opened := find_pull_request(api, repo_id, files)):
+    if args.pull_request and (opened := find_pull_request(api, repo_id, files, stale)):
         return f"{repo_id}: unchanged since {opened}, no commit"
     try:
         commit = api.create_commit(
@@ -206,15 +206,16 @@ def is_ours(path: str) -> bool:
     return path in CODE | PROCESSORS or WEIGHTS.fullmatch(path) is not None
 
 
-def find_pull_request(api: HfApi, repo_id: str, files: list[StagedFile]) -> str | None:
-    """An open pull request that has all these files as they are."""
+def find_pull_request(api: HfApi, repo_id: str, files: list[StagedFile], stale: list[str]) -> str | None:
+    """An open pull request that has all these files as they are, and none of the stale ones."""
     for one in api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"):
         there = {
             file.path: file.lfs.sha256 if file.lfs else file.blob_id
             for file in api.list_repo_tree(repo_id, revision=one.git_reference, recursive=True)
             if isinstance(file, RepoFile)
         }
-        if all(there.get(file.path) in (file.sha256, file.git_oid) for file in files):
+        same = all(there.get(file.path) in (file.sha256, file.git_oid) for file in files)
+        if same and there.keys().isdisjoint(stale):
             return one.url
     return None
 

@@ -80,7 +80,7 @@ def load_directory(path: Path) -> tuple[PreTrainedModel, Any]:
     config = AutoConfig.from_pretrained(path)
     if not isinstance(config, VideoMambaConfig | VideoMambaVideoTextConfig):
         raise ValueError(f"{path} must be a VideoMamba, got {config.model_type}")
-    (name,) = config.architectures or ["VideoMambaModel"]
+    name = ", ".join(config.architectures or ["VideoMambaModel"])
     if name not in modeling_videomamba.__all__:
         raise ValueError(f"{path} is a {name}, which this package doesn't have")
     try:

@@ -1,26 +1,33 @@
 """app.py: its page in a real browser. And make_space.py: the Space that shows it."""
 
+import io
 import json
 import os
 import re
 import shutil
 import socket
 import sys
+import threading
 from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import av
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import SpaceCard
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import app
 import make_space
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
-from modeling_videomamba.video_decoding import VideoFile
+from modeling_videomamba.training.search import load_search
 from tests.conftest import NANO, NANO_VIDEO_TEXT, ROOT, write_video
 from tests.launching import ENVIRONMENT, SCRIPTS, assert_finished, run, start, wait_until, write_broken_videos
 from tests.models import build
@@ -66,7 +73,7 @@ def served(*command, host="127.0.0.1", port, environment, folder):
         for name, value in environment.items():
             patch.setitem(ENVIRONMENT, name, str(value))
         patch.chdir(folder)
-        process = start(sys.executable, *command)
+        process = start(*command)
     try:
         wait_until(lambda: is_listening(host, port), process)
         yield f"http://{host}:{port}/"
@@ -96,7 +103,7 @@ def index(clips, tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(index, tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("served"), free_port()
-    command = (SCRIPTS / "app.py", "--index", index, "--port", port)
+    command = (sys.executable, SCRIPTS / "app.py", "--index", index, "--port", port)
     with served(*command, port=port, environment={"GRADIO_TEMP_DIR": folder / "files"}, folder=folder) as url:
         yield url
 
@@ -274,18 +281,68 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(page, clips, tmp_path):
 # Without a browser
 
 
+def post(url, content, kind):
+    with urlopen(Request(url, content, {"Content-Type": kind})) as response:
+        return json.load(response)
+
+
+def upload_by_api(address, path):
+    """Its path on the server."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'.encode()
+    return post(
+        f"{address}gradio_api/upload", head + path.read_bytes() + b"\r\n--x--\r\n", "multipart/form-data; boundary=x"
+    )[0]
+
+
+def classify_by_api(address, path, name="x.mp4"):
+    """The events that the server answers with."""
+    file = {"path": str(path), "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+    call = f"{address}gradio_api/call/classify"
+    event = post(call, json.dumps({"data": [file]}).encode(), "application/json")["event_id"]
+    with urlopen(f"{call}/{event}", timeout=60) as response:
+        return response.read().decode()
+
+
 def test_only_what_was_uploaded_is_opened(address, tmp_path):
-    """Whoever calls the page by its API can't look at other files of the server."""
+    """Whoever calls the page by its API can't look at other files of the server, or have it download any."""
+    answer = classify_by_api(address, upload_by_api(address, NANO / "example.mp4"))
+    assert answer.startswith("event: complete") and "up-right" in answer
     shutil.copyfile(NANO / "example.mp4", tmp_path / "private.mp4")
-    for path in (tmp_path / "private.mp4", Path("/etc/passwd")):
-        file = {"path": str(path), "orig_name": "x.mp4", "meta": {"_type": "gradio.FileData"}}
-        content = json.dumps({"data": [file]}).encode()
-        call = Request(f"{address}gradio_api/call/classify", content, {"Content-Type": "application/json"})
-        with urlopen(call) as response:
-            event = json.load(response)["event_id"]
-        with urlopen(f"{address}gradio_api/call/classify/{event}") as response:
-            answer = response.read().decode()
-        assert answer.startswith("event: error") and "up-right" not in answer and "not a video" not in answer
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Recording, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.requests = []
+        web = f"http://127.0.0.1:{server.server_port}/private.mp4"
+        for path in (tmp_path / "private.mp4", "/etc/passwd", web):
+            answer = classify_by_api(address, path)
+            assert answer.startswith("event: error") and "up-right" not in answer and "not a video" not in answer
+        server.shutdown()
+    assert server.requests == []
+
+
+class Recording(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        self.server.requests.append(self.path)
+
+
+PLAYLISTS = {
+    "x.m3u8": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nx.m3u8\n",  # itself, without an end
+    "live.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.ts\n",  # one that may go on
+    "list.mp4": "ffconcat version 1.0\nfile list.mp4\n",
+    "d.mpd": '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><BaseURL>d.mpd</BaseURL></Period></MPD>',
+}
+
+
+def test_playlists_do_not_occupy_the_page(address, tmp_path):
+    for name, text in PLAYLISTS.items():
+        (tmp_path / name).write_text(text)
+        answer = classify_by_api(address, upload_by_api(address, tmp_path / name), name)
+        assert answer.startswith("event: complete") and f"{name}: not a video" in answer
+
+
+def test_a_text_without_end_is_not_read(index):
+    model_and_more = load_search(index, "embedding")
+    answer = app.search_videos(*model_and_more, "word " * 10**6)
+    assert answer == app.show_message("The text has 5,000,000 characters, at most 1,000 are read.")
 
 
 def test_files_that_are_too_large_are_not_opened(tmp_path):
@@ -295,18 +352,53 @@ def test_files_that_are_too_large_are_not_opened(tmp_path):
         app.read_video("mine.mp4", tmp_path / "a.mp4", processor)
 
 
-def test_frames_that_are_larger_than_the_file_states_are_not_read(tmp_path, monkeypatch):
-    write_video(tmp_path / "a.mp4", np.zeros((8, 64, 64, 3), np.uint8), "mpeg4")
-    monkeypatch.setattr(VideoFile, "frames", lambda reader, indices: torch.zeros(len(indices), 3, 16, 5000))
+def write_pictures(path, sizes):
+    """A video that states the first of these sizes, and has a frame of each."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=8)
+        stream.width, stream.height, stream.pix_fmt = *sizes[0], "rgb24"
+        container.start_encoding()
+        for number, size in enumerate(sizes):
+            data = io.BytesIO()
+            Image.new("RGB", size).save(data, "PNG")
+            packet = av.Packet(data.getvalue())
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 8), stream, True
+            container.mux(packet)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([(5000, 64)] * 16, "mine.mov: too large, 5000 x 64 pixels."),
+        ([(64, 64)] * 8 + [(64, 80)] * 8, "mine.mov: its frames have several sizes: [(64, 64), (80, 64)]"),
+        ([(64, 64)] * 8 + [(4200, 4200)] * 8, "mine.mov: damaged: frame 8 of 16 can't be decoded"),
+        ([(4000, 15)] * 16, "mine.mov: too small, 4000 x 15 pixels."),
+    ],
+)
+def test_frames_are_measured_themselves(tmp_path, sizes, message):
+    write_pictures(tmp_path / "a.mov", sizes)
     processor = VideoMambaVideoProcessor.from_pretrained(NANO)
-    with pytest.raises(ValueError, match=re.escape("mine.mp4: too large, 5000 x 16 pixels.")):
-        app.read_video("mine.mp4", tmp_path / "a.mp4", processor)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        app.read_video("mine.mov", tmp_path / "a.mov", processor)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "h264"])
+def test_what_takes_too_long_is_told(tmp_path, monkeypatch, suffix):
+    """With and without times in the file."""
+    write_video(tmp_path / f"a.{suffix}", np.zeros((40, 64, 64, 3), np.uint8))
+    monkeypatch.setattr(app, "MAX_SECONDS", 1e-6)
+    message, *_ = app.classify(
+        app.load_classifier(str(NANO)), {"path": str(tmp_path / f"a.{suffix}"), "orig_name": "b"}
+    )
+    assert "b: reading it takes longer than 1e-06 s" in message
 
 
 @pytest.mark.parametrize("path", [NANO / "example.mp4", TURNED], ids=["as it is", "turned, with frames repeated"])
 def test_what_is_read_is_what_the_processor_gives(without_torchcodec, path):
     processor = VideoMambaVideoProcessor.from_pretrained(NANO)
-    pixels, _ = app.read_video("mine.mp4", path, processor)
+    pixels, contents = app.read_video("mine.mp4", path, processor)
+    assert contents.endswith(", 32 x 64 pixels" if path == TURNED else ", 64 x 64 pixels")
     assert torch.equal(pixels, processor(path, return_tensors="pt")["pixel_values"])
 
 
@@ -328,13 +420,6 @@ def test_the_frames_of_a_large_video_are_not_held_at_once(tmp_path):
     result = run(sys.executable, "-c", READ, tmp_path / "large.mp4", folder=SCRIPTS)
     assert_finished(result)
     assert int(result.stdout) * 1024 < frames.nbytes / 4
-
-
-def test_addresses_are_not_downloaded():
-    page = app.build_page("nano", app.load_classifier(str(NANO)), None)
-    (video,) = (block for block in page.blocks.values() if block.elem_id == "video")
-    with pytest.raises(ValueError, match="an address is not read"):
-        video.async_move_resource_to_block_cache("http://example.com/x.mp4").send(None)
 
 
 def test_what_has_been_deleted_is_told_without_its_path(tmp_path):
@@ -381,9 +466,9 @@ def test_a_space_starts_by_itself(monkeypatch, tmp_path):
         "GRADIO_TEMP_DIR": tmp_path / "files",
         "HF_HUB_CACHE": cache.parent,
         "PYTHONPATH": site,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    assert command[0] == "python"
-    with served(*command[1:], host="127.0.0.2", port=port, environment=environment, folder=space) as url:
+    with served(*command, host="127.0.0.2", port=port, environment=environment, folder=space) as url:
         assert not is_listening("127.0.0.1", port)
         with urlopen(f"{url}config") as response:
             config = response.read().decode()
@@ -395,6 +480,7 @@ def test_what_can_be_no_space_is_explained(exit_of, tmp_path):
     for model, folder, message in (
         (NANO, tmp_path / "space", "a Space needs a model on the Hub"),
         ("a b", tmp_path / "space", "a b"),
+        ("nano", tmp_path / "space", "nano must be ORG/MODEL"),
         ("org/nano", tmp_path, f"{tmp_path} must be an empty folder"),
         ("org/nano", tmp_path / "file", "file must be an empty folder"),
     ):

@@ -99,6 +99,23 @@ def test_few_frames_of_a_long_video_are_sought(tmp_path, without_torchcodec, mon
     assert len(decoded) < 60  # of 284 up to the last one
 
 
+@pytest.mark.parametrize("suffix", ["ts", "vob"])
+def test_seeks_that_go_too_far(tmp_path, without_torchcodec, monkeypatch, suffix):
+    """In MPEG-TS behind the keyframe; in VOB, where frames have other times afterwards, there is none."""
+    path = write_video(tmp_path / f"video.{suffix}", moving_square(240), "mpeg2video", bf="2", g="12")
+    expected, restarts = all_frames(path), []
+    restart = VideoFile._restart
+    monkeypatch.setattr(VideoFile, "_restart", lambda reader: (restarts.append(reader), restart(reader)))
+    indices = [50, 100, 150, 200]
+    assert torch.equal(read_frames(path, sampler(*indices))[0], expected[indices])
+    assert len(restarts) == {"ts": 0, "vob": 1}[suffix]  # one to begin with
+
+
+def test_no_frame_is_an_error(video, without_torchcodec):
+    with pytest.raises(ValueError, match="`indices` must name at least one frame"):
+        read_frames(video, sampler())
+
+
 @pytest.mark.parametrize(
     ("suffix", "codec"),
     [("mkv", "libx264"), ("avi", "mpeg4"), ("ts", "libx264"), ("webm", "libvpx"), ("h264", "libx264")],
