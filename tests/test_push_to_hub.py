@@ -201,6 +201,11 @@ def test_where_it_is_published(client, folder, tmp_path):
     for option in (("--pull-request",), ("--revision", "v2"), ("--revision", opened)):
         text = client.push_family(folder, "image", *option, "--max-shard-size", "20KB")
         assert "unchanged" in text and len(refs) == 3 and len(refs["v2"]) == len(refs[opened]) == 3
+    for ref in ("main", opened):  # has a file more than the model
+        client.files("org/image", ref)["video_preprocessor_config.json"] = b"x"
+    client.push_family(folder, "image", "--pull-request", "--max-shard-size", "20KB")
+    (another,) = (name for name in refs if name.startswith("refs/pr/") and name != opened)
+    assert "video_preprocessor_config.json" not in client.files("org/image", another)
     client.push_family(folder, "video")
     card = ("--card", folder / "card.md")
     refused = client.push(folder / "video.pth", "org/video", *card, "--private")
