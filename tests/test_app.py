@@ -27,6 +27,7 @@ from playwright.sync_api import expect, sync_playwright
 import app
 import make_space
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
+from modeling_videomamba.training import windows
 from modeling_videomamba.training.search import load_search
 from tests.conftest import NANO, NANO_VIDEO_TEXT, ROOT, write_video
 from tests.launching import ENVIRONMENT, SCRIPTS, assert_finished, run, start, wait_until, write_broken_videos
@@ -228,6 +229,7 @@ def test_what_is_beyond_the_limits_is_told(page, tmp_path):
     for name, reason in (("long", "too long, 12.0 minutes"), ("wide", "too large, 5000 x 16 pixels")):
         classify(page, tmp_path / f"{name}.mp4")
         expect(page.get_by_role("alert")).to_have_text(f"{name}.mp4: {reason}. {app.LIMITS}")
+        assert page.locator("#labels h2").count() == 0 and sizes_of_images(page, "#details") == []
         page.reload()
 
 
@@ -242,6 +244,7 @@ def test_what_need_not_be_uploaded_is_refused_before(page, tmp_path):
     expect(page.locator("body")).to_contain_text("Invalid file type: notes.txt. Only")
     button(page, "Classify").click()
     expect(page.get_by_role("alert")).to_contain_text("There is no video yet")
+    assert page.locator("#video video").count() == 0 and page.locator("#labels h2").count() == 0
 
 
 def sparse_file(path):
@@ -395,7 +398,8 @@ def test_what_takes_too_long_is_told(tmp_path, monkeypatch, suffix):
 
 
 @pytest.mark.parametrize("path", [NANO / "example.mp4", TURNED], ids=["as it is", "turned, with frames repeated"])
-def test_what_is_read_is_what_the_processor_gives(without_torchcodec, path):
+def test_what_is_read_is_what_the_processor_gives(without_torchcodec, monkeypatch, path):
+    monkeypatch.setattr(windows, "PREPARED_BYTES", 3 * 64 * 64 * 3)  # three frames of the example
     processor = VideoMambaVideoProcessor.from_pretrained(NANO)
     pixels, contents = app.read_video("mine.mp4", path, processor)
     assert contents.endswith(", 32 x 64 pixels" if path == TURNED else ", 64 x 64 pixels")

@@ -99,6 +99,23 @@ def test_few_frames_of_a_long_video_are_sought(tmp_path, without_torchcodec, mon
     assert len(decoded) < 60  # of 284 up to the last one
 
 
+def test_frames_in_order_are_read_without_seeks(video, monkeypatch):
+    seeks, seek = [], VideoFile._seek
+    monkeypatch.setattr(VideoFile, "_seek", lambda reader, index: (seeks.append(index), seek(reader, index))[1])
+    with VideoFile("video", str(video)) as reader:
+        assert len(reader.keyframes) > 2 and torch.equal(reader.frames(range(45)), all_frames(video))
+    assert seeks == [0]
+
+
+def test_the_decoder_takes_few_threads_and_no_longer_than_it_may(video, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    with VideoFile("video", str(video), max_seconds=1000) as reader:
+        assert reader.stream.codec_context.thread_count == 8
+        reader.began -= 1000
+        with pytest.raises(TimeoutError, match="video: reading it takes longer than 1000 s"):
+            reader.frames([3])
+
+
 @pytest.mark.parametrize("suffix", ["ts", "vob"])
 def test_seeks_that_go_too_far(tmp_path, without_torchcodec, monkeypatch, suffix):
     """In MPEG-TS behind the keyframe; in VOB, where frames have other times afterwards, there is none."""

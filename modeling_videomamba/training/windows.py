@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import fsspec
+import numpy as np
 import torch
 from fsspec.core import url_to_fs
 from torch.utils.data import get_worker_info
@@ -33,6 +34,7 @@ SHARD_SUFFIX = ".tar"
 VERSIONS = ("ETag", "etag", "Content-MD5", "Digest", "Last-Modified", "LastModified", "updated", "mtime")
 GONE = (404, 410)
 HTTP_PATIENCE = 60  # seconds, for a connection and for the next bytes
+PREPARED_BYTES = 2**25  # of frames that are prepared at once
 Media = dict[str, Any]  # `path` and `bytes`, as the `Video` feature of `datasets` has them
 
 
@@ -315,8 +317,18 @@ def window_pixels(
     """
     first, last = window_frames(reader.metadata, start, end)
     indices = first + sample_frame_indices(last - first, processor.num_frames).flatten()
-    frames = (torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0) for image in reader.decode(indices.tolist()))
-    return torch.cat([process_clips(processor, [frame]) for frame in frames], dim=1)
+    parts = _parts(reader.decode(indices.tolist()))
+    return torch.cat([process_clips(processor, [part]) for part in parts], dim=1)
+
+
+def _parts(images: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
+    """
+    Frames `(frames, 3, height, width)`, at least one and as many as have `PREPARED_BYTES`: all of a large video would
+    take gigabytes, and one of a small one costs as much as all.
+    """
+    for first in images:
+        others = itertools.islice(images, max(0, PREPARED_BYTES // first.nbytes - 1))
+        yield torch.from_numpy(np.stack([first, *others])).permute(0, 3, 1, 2)
 
 
 class Windows(torch.utils.data.IterableDataset):
