@@ -285,10 +285,8 @@ class VideoFile:
             except self.av.error.FFmpegError:  # not every container can
                 break
             decoded = self._decoded()
-            not_behind = itertools.takewhile(lambda item: item[0] <= index, decoded)
-            # what comes before a keyframe lacks the frames that it refers to
-            first = next((item for item in not_behind if item[0] >= 0 and item[1].key_frame), None)
-            if first is not None:
+            first = next(decoded, None)
+            if first is not None and 0 <= first[0] <= index:
                 return itertools.chain([first], decoded)
             keyframe = self._keyframe_before(keyframe - 1)
         self._restart()  # nothing to seek to, or the seek went too far

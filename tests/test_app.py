@@ -452,6 +452,7 @@ def test_a_space_starts_by_itself(monkeypatch, tmp_path):
     assert (data.sdk, data.app_port, data.models) == ("docker", 7860, ["org/nano"])
 
     package = space / "package" / "modeling_videomamba"
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} < {path.name for path in package.parent.iterdir()}
     assert sources(package) == sources(ROOT / "modeling_videomamba") and not list(package.rglob("*.so"))
     pip = ("env", "CC=/bin/false", "CXX=/bin/false", sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
     assert_finished(run(*pip, "--target", site, requirement, folder=space))
