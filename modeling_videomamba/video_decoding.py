@@ -1,50 +1,20 @@
 """Frames of a video by index, from a path, a URL, bytes or a decoder: PyAV, or torchcodec where that works."""
 
-import bisect
+import dataclasses
 import io
 import itertools
-import os
-import re
-import string
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from http.client import HTTPException
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-from urllib.request import urlopen
 
 import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
-VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
+from .video_index import FrameIndex, read_index
+from .video_opening import CONTAINERS, BrokenVideoError, VideoSource, open_source
 
-
-# FFmpeg also opens playlists, with all that they name, and can be asked only then what it has opened.
-CONTAINERS = (
-    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,apng,mxf,nut,wtv,dv,gxf,rm,swf,nsv,nuv,pva,dhav,kux,"
-    "h261,h263,h264,hevc,vvc,av1,obu,ivf,m4v,mjpeg,vc1,vc1test,dirac,cavsvideo,yuv4mpegpipe"
-)
 MAX_THREADS = 8  # each holds a frame of its own
-
-
-class BrokenVideoError(ValueError):
-    """
-    A file that is not a video, or from which not every frame can be read.
-
-    Args:
-        name (`str`): Path or URL of the file, or what it is.
-        reason (`str`): What is wrong with it.
-        num_readable_frames (`int`, defaults to 0): How many of its frames could be read.
-    """
-
-    def __init__(self, name: str, reason: str, num_readable_frames: int = 0):
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason, self.num_readable_frames = name, reason, num_readable_frames
-
-    def __reduce__(self):  # workers of a data loader send their exceptions to the main process
-        return type(self), (self.name, self.reason, self.num_readable_frames)
 
 
 def is_video_source(video: Any) -> bool:
@@ -109,6 +79,7 @@ class VideoFile:
     Args:
         name (`str`): What errors call it.
         file (`str` or `io.BytesIO`): Path, or the bytes of the file.
+        index ([`FrameIndex`], *optional*): Of this file, from an earlier `VideoFile`: the file is not scanned again.
         max_pixels (`int`, *optional*): A frame of more is not decoded, and so damaged.
         max_seconds (`float`, *optional*): How long reading and decoding may take in all.
 
@@ -118,7 +89,13 @@ class VideoFile:
     """
 
     def __init__(
-        self, name: str, file: str | io.BytesIO, *, max_pixels: int | None = None, max_seconds: float | None = None
+        self,
+        name: str,
+        file: str | io.BytesIO,
+        *,
+        index: FrameIndex | None = None,
+        max_pixels: int | None = None,
+        max_seconds: float | None = None,
     ):
         self.name, self.file, self.max_pixels, self.max_seconds = name, file, max_pixels, max_seconds
         self.began = time.monotonic()
@@ -130,9 +107,7 @@ class VideoFile:
         self.reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: each is costly to set up
         self._open()
         try:
-            self.timestamps: list[int] = []
-            self.keyframes: list[int] = []
-            self.timestamps, self.keyframes = self._index()
+            self.index = index or self._read_index()
             self.metadata = self._metadata()
         except BaseException:
             self.container.close()
@@ -175,53 +150,22 @@ class VideoFile:
         if self.max_seconds is not None and time.monotonic() - self.began > self.max_seconds:
             raise TimeoutError(f"{self.name}: reading it takes longer than {self.max_seconds:g} s")
 
-    def _index(self) -> tuple[list[int], list[int]]:
-        """Timestamps of all frames and of the keyframes, sorted, from the packets (nothing is decoded if they tell)."""
-        frames, keyframes, num_packets, end, damaged = [], [], 0, 0, False
-        try:
-            for packet in self.container.demux(self.stream):
-                self._check_time()
-                if packet.size == 0 or packet.is_corrupt:
-                    continue
-                num_packets += 1
-                end = max(end, (packet.pts or 0) + (packet.duration or 0))
-                if not packet.is_discard:
-                    frames.append(packet.pts)
-                    if packet.is_keyframe:
-                        keyframes.append(packet.pts)
-        except self.av.error.FFmpegError:
-            damaged = True
-        # of Matroska and FLV files only the duration tells; the last frame may be a still one of any length
-        missing = self._stated_seconds() - float(end * self.stream.time_base)
-        gaps = [after - before for before, after in itertools.pairwise(sorted(filter(None, frames)))]
-        still = 2 * float(max(gaps, default=0) * self.stream.time_base)
-        if damaged or num_packets < len(self.stream.index_entries) or missing > max(0.5, still):
-            reason = f"truncated: {len(frames)} of {self.stream.frames or 'more'} frames can be read"
-            raise BrokenVideoError(self.name, reason, len(frames))
-        if None in frames or len(set(frames)) < len(frames):  # no usable timestamps, as in a raw stream
+    def _read_index(self) -> FrameIndex:
+        index = read_index(self.name, self.container, self.stream, self._check_time)
+        if index.timestamps is None:
+            self.index = index  # frames are counted by it
             self._restart()
-            frames, keyframes = list(range(sum(1 for _ in self._decoded()))), []
-        if not frames:
+            index = dataclasses.replace(index, num_frames=sum(1 for _ in self._decoded()))
+        if index.num_frames == 0:
             raise BrokenVideoError(self.name, "it has no frame")
-        return sorted(frames), sorted(keyframes)
-
-    def _stated_seconds(self) -> float:
-        """Length of the video by the header of a Matroska or FLV file, 0 where it does not tell."""
-        if not self.container.format.name.startswith(("matroska", "flv")):
-            return 0.0
-        if stated := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", self.stream.metadata.get("DURATION", "")):
-            hours, minutes, seconds = stated.groups()
-            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-        alone = len(self.container.streams) == 1  # sound may be longer
-        return (self.container.duration or 0) / self.av.time_base if alone else 0.0
+        return index
 
     def _metadata(self) -> VideoMetadata:
-        rate = self.stream.average_rate
-        fps = float(rate) if rate else None
+        fps = float(self.index.rate) if self.index.rate else None
         return VideoMetadata(
-            total_num_frames=len(self.timestamps),
+            total_num_frames=self.index.num_frames,
             fps=fps,
-            duration=len(self.timestamps) / fps if fps else None,
+            duration=self.index.num_frames / fps if fps else None,
             video_backend="pyav",
         )
 
@@ -253,7 +197,7 @@ class VideoFile:
                 decoded = self._decoded()
                 frame = _find(decoded, index)
             if frame is None:
-                reason = f"damaged: frame {index} of {len(self.timestamps)} can't be decoded"
+                reason = f"damaged: frame {index} of {self.index.num_frames} can't be decoded"
                 raise BrokenVideoError(self.name, reason, index)
             position, image = index, self._to_rgb(frame)
             shape = shape or image.shape
@@ -271,8 +215,7 @@ class VideoFile:
         """Number of the last keyframe that is not behind frame `index` and can be sought, 0 where none is known."""
         if self.container.format.name == "mpeg":  # of program streams the frames have other times after a seek
             return 0
-        behind = bisect.bisect_right(self.keyframes, self.timestamps[index])
-        return self._number(self.keyframes[behind - 1]) if behind else 0
+        return self.index.keyframe_before(index)
 
     def _seek(self, index: int) -> Iterator[tuple[int, Any]]:
         """Numbers and frames from the keyframe of frame `index` on, or from an earlier one."""
@@ -281,7 +224,7 @@ class VideoFile:
             if keyframe <= 0:
                 break
             try:
-                self.container.seek(self.timestamps[keyframe], stream=self.stream)
+                self.container.seek(self.index.timestamp(keyframe), stream=self.stream)
             except self.av.error.FFmpegError:  # not every container can
                 break
             decoded = self._decoded()
@@ -301,14 +244,9 @@ class VideoFile:
         try:
             for count, frame in enumerate(self.container.decode(self.stream)):
                 self._check_time()
-                yield self._number(frame.pts) if self.keyframes else count, frame
+                yield count if self.index.timestamps is None else self.index.number(frame.pts), frame
         except self.av.error.FFmpegError:
             return
-
-    def _number(self, timestamp: int) -> int:
-        """Number of the frame of a timestamp, -1 if the index has no such frame."""
-        number = bisect.bisect_left(self.timestamps, timestamp)
-        return number if self.timestamps[number : number + 1] == [timestamp] else -1
 
 
 def _find(decoded: Iterator[tuple[int, Any]], index: int) -> Any | None:
@@ -321,35 +259,6 @@ def _wanted(metadata: VideoMetadata, sample_indices) -> list[int]:
     indices = range(metadata.total_num_frames) if sample_indices is None else sample_indices(metadata)
     metadata.frames_indices = [int(index) for index in indices]
     return metadata.frames_indices
-
-
-def open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
-    """A name for errors, and a path of an existing file or its bytes."""
-    if isinstance(video, dict):
-        path, data = video.get("path"), video.get("bytes")
-        if path is None and data is None:
-            raise ValueError("A video given as a dictionary needs `path` or `bytes`, got neither.")
-        if data is not None:
-            return str(path or "video from bytes"), io.BytesIO(data)
-        video = str(path)
-    if isinstance(video, bytes | bytearray | memoryview):
-        return "video from bytes", io.BytesIO(video)
-    path = os.fspath(video)
-    if path.startswith(("http://", "https://")):
-        return path, io.BytesIO(_download(path))
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path}: a folder, not a video file")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such video file")
-    return path, path
-
-
-def _download(url: str) -> bytes:
-    try:
-        with urlopen(quote(url, safe=string.punctuation), timeout=60) as response:
-            return response.read()
-    except (OSError, HTTPException, ValueError) as error:
-        raise OSError(f"{url}: can't be downloaded ({error})") from error
 
 
 # torchcodec: optional, faster on many files, in need of an FFmpeg of the system.
@@ -391,7 +300,7 @@ def _decode_with_torchcodec(reader: VideoFile, indices: Sequence[int]) -> torch.
     try:
         source = reader.file if isinstance(reader.file, str) else reader.file.getvalue()
         decoder = decoder_class(source, stream_index=reader.stream.index)
-        if decoder.metadata.num_frames != len(reader.timestamps):
+        if decoder.metadata.num_frames != reader.index.num_frames:
             return None
         frames = _torchcodec_frames(decoder, indices)
     except Exception:  # PyAV has the last word, and says what is wrong

@@ -105,7 +105,7 @@ def duration(reader: VideoFile) -> float:
     """In seconds; by the times of the frames of what a browser has recorded, which doesn't state their rate."""
     if reader.metadata.duration is not None:
         return reader.metadata.duration
-    return float((reader.timestamps[-1] - reader.timestamps[0]) * reader.stream.time_base)
+    return float(reader.index.times[-1])
 
 
 def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tuple[torch.Tensor, str]:
@@ -130,7 +130,7 @@ def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tu
         check_video(reader)
         width, height = check_frames(reader, processor)
         pixels = window_pixels(reader, 0.0, None, processor)
-        seconds, frames = duration(reader), len(reader.timestamps)
+        seconds, frames = duration(reader), reader.index.num_frames
         rate = f", {frames / seconds:.3g} a second" if seconds else ""
         return pixels, f"{frames} frames{rate}, {seconds:.1f} s, {width} x {height} pixels"
 

@@ -103,7 +103,7 @@ def test_frames_in_order_are_read_without_seeks(video, monkeypatch):
     seeks, seek = [], VideoFile._seek
     monkeypatch.setattr(VideoFile, "_seek", lambda reader, index: (seeks.append(index), seek(reader, index))[1])
     with VideoFile("video", str(video)) as reader:
-        assert len(reader.keyframes) > 2 and torch.equal(reader.frames(range(45)), all_frames(video))
+        assert len(reader.index.keyframes) > 2 and torch.equal(reader.frames(range(45)), all_frames(video))
     assert seeks == [0]
 
 
