@@ -1,18 +1,22 @@
 """Frames of a video by index, from a path, a URL, bytes or a decoder: PyAV, or torchcodec where that works."""
 
+from __future__ import annotations
+
 import dataclasses
 import io
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers.video_utils import VideoMetadata
 
 from .video_index import FrameIndex, read_index
 from .video_opening import CONTAINERS, BrokenVideoError, VideoSource, open_source
+
+if TYPE_CHECKING:  # processes that only decode do without them: their import takes seconds
+    import torch
+    from transformers.video_utils import VideoMetadata
 
 MAX_THREADS = 8  # each holds a frame of its own
 
@@ -81,11 +85,10 @@ class VideoFile:
         file (`str` or `io.BytesIO`): Path, or the bytes of the file.
         index ([`FrameIndex`], *optional*): Of this file, from an earlier `VideoFile`: the file is not scanned again.
         max_pixels (`int`, *optional*): A frame of more is not decoded, and so damaged.
-        max_seconds (`float`, *optional*): How long reading and decoding may take in all.
+        num_threads (`int`, *optional*): Threads of the decoder, by default at most 8, and no more than PyTorch uses.
 
     Raises:
         `BrokenVideoError`, `OSError`, `ImportError`: as [`read_frames`].
-        `TimeoutError`: after `max_seconds`, here or in what is called later.
     """
 
     def __init__(
@@ -95,10 +98,9 @@ class VideoFile:
         *,
         index: FrameIndex | None = None,
         max_pixels: int | None = None,
-        max_seconds: float | None = None,
+        num_threads: int | None = None,
     ):
-        self.name, self.file, self.max_pixels, self.max_seconds = name, file, max_pixels, max_seconds
-        self.began = time.monotonic()
+        self.name, self.file, self.max_pixels, self.num_threads = name, file, max_pixels, num_threads
         try:
             import av
         except ImportError as error:
@@ -108,12 +110,11 @@ class VideoFile:
         self._open()
         try:
             self.index = index or self._read_index()
-            self.metadata = self._metadata()
         except BaseException:
             self.container.close()
             raise
 
-    def __enter__(self) -> "VideoFile":
+    def __enter__(self) -> VideoFile:
         return self
 
     def __exit__(self, *_) -> None:
@@ -141,17 +142,12 @@ class VideoFile:
             raise BrokenVideoError(self.name, "it has no video stream")
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
-        # one in the workers of a data loader
-        self.stream.codec_context.thread_count = min(torch.get_num_threads(), MAX_THREADS)
+        self.stream.codec_context.thread_count = self.num_threads or _default_threads()
         if self.max_pixels is not None:
             self.stream.codec_context.options = {"max_pixels": str(self.max_pixels)}
 
-    def _check_time(self) -> None:
-        if self.max_seconds is not None and time.monotonic() - self.began > self.max_seconds:
-            raise TimeoutError(f"{self.name}: reading it takes longer than {self.max_seconds:g} s")
-
     def _read_index(self) -> FrameIndex:
-        index = read_index(self.name, self.container, self.stream, self._check_time)
+        index = read_index(self.name, self.container, self.stream)
         if index.timestamps is None:
             self.index = index  # frames are counted by it
             self._restart()
@@ -160,12 +156,14 @@ class VideoFile:
             raise BrokenVideoError(self.name, "it has no frame")
         return index
 
-    def _metadata(self) -> VideoMetadata:
-        fps = float(self.index.rate) if self.index.rate else None
+    @cached_property
+    def metadata(self) -> VideoMetadata:
+        from transformers.video_utils import VideoMetadata
+
         return VideoMetadata(
             total_num_frames=self.index.num_frames,
-            fps=fps,
-            duration=self.index.num_frames / fps if fps else None,
+            fps=self.index.fps,
+            duration=self.index.duration,
             video_backend="pyav",
         )
 
@@ -179,6 +177,8 @@ class VideoFile:
         frames = np.empty((len(indices), *first.shape), np.uint8)
         for number, image in enumerate(itertools.chain([first], images)):
             frames[rows == number] = image
+        import torch
+
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     def decode(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
@@ -243,10 +243,16 @@ class VideoFile:
         """Numbers and frames from where the container stands; ends where the file can't be decoded further."""
         try:
             for count, frame in enumerate(self.container.decode(self.stream)):
-                self._check_time()
                 yield count if self.index.timestamps is None else self.index.number(frame.pts), frame
         except self.av.error.FFmpegError:
             return
+
+
+def _default_threads() -> int:
+    """One in the workers of a data loader."""
+    import torch
+
+    return min(torch.get_num_threads(), MAX_THREADS)
 
 
 def _find(decoded: Iterator[tuple[int, Any]], index: int) -> Any | None:
@@ -277,6 +283,8 @@ def _is_torchcodec_decoder(video: Any) -> bool:
 
 
 def _torchcodec_metadata(decoder) -> VideoMetadata:
+    from transformers.video_utils import VideoMetadata
+
     metadata = decoder.metadata
     return VideoMetadata(
         total_num_frames=metadata.num_frames,

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -24,6 +23,7 @@ class FrameIndex:
         keyframes (`np.ndarray` of shape `(keyframes,)`, int64): Numbers of the frames to seek to, increasing.
         time_base (`Fraction`): Seconds.
         rate (`Fraction` or `None`): Mean number of frames a second as the file states it.
+        end (`int`, *optional*): When the last frame ends, in units of `time_base`. `None` without timestamps.
     """
 
     num_frames: int
@@ -31,6 +31,27 @@ class FrameIndex:
     keyframes: np.ndarray
     time_base: Fraction
     rate: Fraction | None
+    end: int | None = None
+
+    @property
+    def duration(self) -> float:
+        """Seconds from when the first frame is shown to when the last one ends."""
+        return float(self._seconds)
+
+    @property
+    def fps(self) -> float:
+        """Mean number of frames a second."""
+        return float(self.num_frames / self._seconds)
+
+    @property
+    def _seconds(self) -> Fraction:
+        rate = self.rate or Fraction(RAW_RATE)
+        stated = self.num_frames / rate
+        if self.timestamps is None or self.end is None:
+            return stated
+        seconds = (self.end - int(self.timestamps[0])) * self.time_base
+        # timestamps are rounded; a stated rate is exact, or wrong
+        return stated if self.rate and abs(stated - seconds) <= 1 / rate else seconds
 
     @property
     def times(self) -> np.ndarray:
@@ -61,7 +82,7 @@ class FrameIndex:
 RAW_RATE = 25  # FFmpeg's own of raw streams
 
 
-def read_index(name: str, container: Any, stream: Any, check_time: Callable[[], None]) -> FrameIndex:
+def read_index(name: str, container: Any, stream: Any) -> FrameIndex:
     r"""
     Reads all packets of a video stream, of which none is decoded.
 
@@ -69,7 +90,6 @@ def read_index(name: str, container: Any, stream: Any, check_time: Callable[[], 
         name (`str`): What errors call the file.
         container (`av.container.InputContainer`): Just opened.
         stream (`av.video.stream.VideoStream`): Of the container.
-        check_time (`Callable`): Called at each packet.
 
     Returns:
         [`FrameIndex`]: Without timestamps, `num_frames` is the number of packets.
@@ -77,19 +97,19 @@ def read_index(name: str, container: Any, stream: Any, check_time: Callable[[], 
     Raises:
         `BrokenVideoError`: if the file is truncated.
     """
-    frames, keyframes, num_packets, end, damaged = [], [], 0, 0, False
+    frames, keyframes, num_packets, end, shown_end, damaged = [], [], 0, 0, 0, False
     try:
         for packet in container.demux(stream):
-            check_time()
             if packet.size == 0 or packet.is_corrupt:
                 continue
             num_packets += 1
             end = max(end, (packet.pts or 0) + (packet.duration or 0))
             if not packet.is_discard:
                 frames.append(packet.pts)
+                shown_end = max(shown_end, (packet.pts or 0) + (packet.duration or 0))
                 if packet.is_keyframe:
                     keyframes.append(packet.pts)
-    except (MemoryError, TimeoutError):
+    except MemoryError:
         raise
     except Exception:  # FFmpegError, and what else PyAV raises
         damaged = True
@@ -108,7 +128,17 @@ def read_index(name: str, container: Any, stream: Any, check_time: Callable[[], 
         keyframes=np.searchsorted(timestamps, np.array(sorted(keyframes) if usable else [], np.int64)),
         time_base=stream.time_base,
         rate=stream.average_rate,
+        end=_end(timestamps, shown_end, _stated_seconds(container, stream) / stream.time_base) if usable else None,
     )
+
+
+def _end(timestamps: np.ndarray, packets_end: int, stated_end: Fraction | float) -> int:
+    """When the last frame ends: by the packets, or by the header, else after as long as most frames are shown."""
+    if len(timestamps) == 0:
+        return 0
+    gap = int(np.median(np.diff(timestamps))) if len(timestamps) > 1 else 1
+    end = max(packets_end, round(stated_end))
+    return end if end > timestamps[-1] else int(timestamps[-1]) + gap
 
 
 def _stated_seconds(container: Any, stream: Any) -> float:

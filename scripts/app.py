@@ -7,8 +7,6 @@ one that comes with this repository. The videos in its directory, or else beside
 INDEX is one of search_videos.py.
 """
 
-import thread_policy  # noqa: F401 - before PyTorch is loaded
-
 import argparse
 import base64
 import io
@@ -27,10 +25,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor, VideoClassificationPipeline, logging
 
 from modeling_videomamba import VideoMambaVideoProcessor
+from modeling_videomamba.training.guarded_video import GuardedVideo
 from modeling_videomamba.training.plots import restore_pixels
 from modeling_videomamba.training.search import Hit, Search, Text, find, load_search
-from modeling_videomamba.training.windows import window_pixels
-from modeling_videomamba.video_decoding import VideoFile
+from modeling_videomamba.training.windows import prepare_frames
 from modeling_videomamba.video_processing_videomamba import sample_frame_indices
 
 HERE = Path(__file__).resolve().parent
@@ -41,11 +39,12 @@ MAX_MEGABYTES = 200
 MAX_MINUTES = 10
 MIN_SIDE, MAX_SIDE = 16, 4096  # pixels
 MAX_SECONDS = 60  # to read and decode
+MAX_MEMORY = 2**29  # bytes, to read and decode
 MAX_CHARACTERS = 1000
 MAX_WAITING = 20
 LIMITS = (
     f"A video of at most {MAX_MEGABYTES} MB and {MAX_MINUTES} minutes, of {MIN_SIDE} to {MAX_SIDE} pixels a side, "
-    f"which can be read in {MAX_SECONDS} s."
+    f"which can be read in {MAX_SECONDS} s and {MAX_MEMORY >> 20} MB of memory."
 )
 
 TOP_LABELS = 5
@@ -77,37 +76,30 @@ def check_size(name: str, path: Path) -> None:
         raise ValueError(f"{name}: too large, {megabytes:.0f} MB. {LIMITS}")
 
 
-def check_video(reader: VideoFile) -> None:
+def check_video(video: GuardedVideo) -> None:
     """Raises `ValueError` for a video that is too long or whose frames are too large."""
-    minutes = duration(reader) / 60
+    minutes = video.seconds / 60
     if minutes > MAX_MINUTES:
-        raise ValueError(f"{reader.name}: too long, {minutes:.1f} minutes. {LIMITS}")
-    check_sides(reader, reader.stream.width, reader.stream.height)
+        raise ValueError(f"{video.name}: too long, {minutes:.1f} minutes. {LIMITS}")
+    check_sides(video.name, video.width, video.height)
 
 
-def check_sides(reader: VideoFile, width: int, height: int) -> None:
+def check_sides(name: str, width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE:
-        raise ValueError(f"{reader.name}: too large, {width} x {height} pixels. {LIMITS}")
+        raise ValueError(f"{name}: too large, {width} x {height} pixels. {LIMITS}")
 
 
-def check_frames(reader: VideoFile, processor: VideoMambaVideoProcessor) -> tuple[int, int]:
+def check_frames(video: GuardedVideo, first: int) -> tuple[int, int]:
     """
-    Width and height of the frames upright, which may not be those that the file states; all wanted ones are alike.
-    Raises `ValueError` as [`check_video`], and for very thin ones, which are enlarged to many pixels.
+    Width and height of the upright frames, which can be other than the file states. Raises `ValueError` as
+    [`check_video`], and for very thin frames, which are enlarged to many pixels.
     """
-    indices = sample_frame_indices(reader.metadata.total_num_frames, processor.num_frames)
-    height, width = reader.frames([int(indices.min())]).shape[-2:]
-    check_sides(reader, width, height)
+    (frame,) = video.decode([first])
+    height, width = frame.shape[:2]
+    check_sides(video.name, width, height)
     if min(width, height) < MIN_SIDE:
-        raise ValueError(f"{reader.name}: too small, {width} x {height} pixels. {LIMITS}")
+        raise ValueError(f"{video.name}: too small, {width} x {height} pixels. {LIMITS}")
     return width, height
-
-
-def duration(reader: VideoFile) -> float:
-    """In seconds; by the times of the frames of what a browser has recorded, which doesn't state their rate."""
-    if reader.metadata.duration is not None:
-        return reader.metadata.duration
-    return float(reader.index.times[-1])
 
 
 def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tuple[torch.Tensor, str]:
@@ -115,9 +107,9 @@ def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tu
     What the model sees of a video, and what is in the file.
 
     Args:
-        name (`str`): What errors call it.
-        path (`Path`): Of the file.
-        processor ([`VideoMambaVideoProcessor`]): Of the model.
+        name (`str`): Name of the file in errors.
+        path (`Path`): Path of the file.
+        processor ([`VideoMambaVideoProcessor`]): Processor of the model.
 
     Returns:
         `tuple[torch.Tensor, str]`: `(1, frames, 3, height, width)` and a line of text.
@@ -128,13 +120,14 @@ def read_video(name: str, path: Path, processor: VideoMambaVideoProcessor) -> tu
         `OSError`: if there is no such file, or it can't be read.
     """
     check_size(name, path)
-    with VideoFile(name, str(path), max_pixels=MAX_SIDE**2, max_seconds=MAX_SECONDS) as reader:
-        check_video(reader)
-        width, height = check_frames(reader, processor)
-        pixels = window_pixels(reader, 0.0, None, processor)
-        seconds, frames = duration(reader), reader.index.num_frames
-        rate = f", {frames / seconds:.3g} a second" if seconds else ""
-        return pixels, f"{frames} frames{rate}, {seconds:.1f} s, {width} x {height} pixels"
+    limits = {"max_pixels": MAX_SIDE**2, "max_seconds": MAX_SECONDS, "max_memory": MAX_MEMORY}
+    with GuardedVideo(name, path, **limits) as video:
+        check_video(video)
+        indices = sample_frame_indices(video.num_frames, processor.num_frames).flatten()
+        width, height = check_frames(video, int(indices[0]))
+        pixels = prepare_frames(video.decode(indices.tolist()), processor)
+        rate = f", {video.num_frames / video.seconds:.3g} a second" if video.seconds else ""
+        return pixels, f"{video.num_frames} frames{rate}, {video.seconds:.1f} s, {width} x {height} pixels"
 
 
 # What is shown

@@ -317,8 +317,12 @@ def window_pixels(
     """
     first, last = window_frames(reader.metadata, start, end)
     indices = first + sample_frame_indices(last - first, processor.num_frames).flatten()
-    parts = _parts(reader.decode(indices.tolist()))
-    return torch.cat([process_clips(processor, [part]) for part in parts], dim=1)
+    return prepare_frames(reader.decode(indices.tolist()), processor)
+
+
+def prepare_frames(images: Iterator[np.ndarray], processor: VideoMambaVideoProcessor) -> torch.Tensor:
+    """`pixel_values` `(1, frames, 3, height, width)` of frames `(height, width, 3)`, uint8, a few at a time."""
+    return torch.cat([process_clips(processor, [part]) for part in _parts(images)], dim=1)
 
 
 def _parts(images: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
