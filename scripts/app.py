@@ -7,6 +7,8 @@ one that comes with this repository. The videos in its directory, or else beside
 INDEX is one of search_videos.py.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import base64
 import io

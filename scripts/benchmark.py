@@ -8,6 +8,8 @@ The limit of a model is the time for its multiply-adds at the best rate of matri
 and after its timed runs. A measurement that can't be made is reported with the reason.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import json
 import subprocess

@@ -5,6 +5,8 @@
 Without --model it is the small model that comes with this repository: it tells in which direction a digit moves.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import json
 import sys

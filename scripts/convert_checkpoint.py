@@ -6,6 +6,8 @@ The kind of model (image, self-distilled student, video, masked pretraining, vid
 value of its configuration are read off the tensors, but for those that have an option here.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import sys
 from pathlib import Path

@@ -6,6 +6,8 @@ TEACHER is a directory or a Hub id; everything else is as in finetune.py. The st
 to those of the teacher, which keeps a large model from overfitting. OUTPUT/best and OUTPUT/last are plain classifiers.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 from pathlib import Path
 
 from modeling_videomamba.training.classification import parse

@@ -10,6 +10,8 @@ again by the fusion layers. OUTPUT/metrics.json gets the metrics. A run may be s
 also on another number of processes or with another --top-k than 0: what is encoded stays in OUTPUT, in half precision.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import hashlib
 import json
 import sys

@@ -7,6 +7,8 @@ run may be stopped at any moment and started again: it goes on with the videos t
 number of processes.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import json
 import sys
 from collections.abc import Iterator

@@ -8,6 +8,8 @@ set on the Hub; MODEL is a directory or a Hub id, also of an image model, which 
 values are those of a published run. OUTPUT/best and OUTPUT/last are the models.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 from pathlib import Path
 
 from modeling_videomamba.training.classification import ClassificationRun, parse

@@ -5,6 +5,8 @@
 They come from the table hub_cards/models.json and the templates beside it.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import sys
 from pathlib import Path

@@ -11,6 +11,8 @@ With --captions, train.jsonl and test.jsonl have a caption for each clip, such a
 fast, over gray". No test clip has a caption that another test clip or a training clip has.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import itertools
 import json

@@ -8,6 +8,8 @@ scaled to the batch of the run at hand. Those of pretrain_umt.py and of pretrain
 own, `umt` and `video-text`.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import json
 import re

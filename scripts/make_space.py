@@ -7,6 +7,8 @@ The folder has all that the Space needs: the page, the source of this package, a
 `*.mp4` added to the folder become examples to pick.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import shutil
 import sys
@@ -40,7 +42,8 @@ def write_space(folder: Path, model: str) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(SCRIPTS / "app.py", folder / "app.py")
+    for name in ("app.py", "thread_policy.py"):
+        shutil.copyfile(SCRIPTS / name, folder / name)
     shutil.copyfile(SCRIPTS / "space.Dockerfile", folder / "Dockerfile")
     copy_package(folder / "package")
     make_card(model).save(folder / "README.md")

@@ -8,6 +8,8 @@ the whole clip. CLIPS is what finetune.py takes; labels are not used. OUTPUT/bes
 starts from: --model OUTPUT/best. With --recipe the values are those of a published run.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 from pathlib import Path
 
 from modeling_videomamba.training.arguments import DataArguments, RunArguments, parse_arguments

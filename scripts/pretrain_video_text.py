@@ -11,6 +11,8 @@ of a video, tar shards with `txt`, or a data set on the Hub. Each batch is of vi
 hidden, and those that are not are aligned with a CLIP teacher; then a short run goes on without masks.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 from pathlib import Path
 
 from modeling_videomamba.training.arguments import RunArguments, parse_arguments

@@ -10,6 +10,8 @@ what is not standard of a .pth file). Released checkpoints get the cards of the 
 what has been uploaded is not uploaded again, and without changes there is no commit.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import logging
 import re

@@ -9,6 +9,8 @@ processes; started later, it embeds what is new or has changed, and drops what i
 `query` searches OUT, where `index` has left its table.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import json
 import sys

@@ -7,6 +7,8 @@ Trains a small teacher with finetune.py, three times as long as the students, th
 nobody was trained on.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import json
 import statistics

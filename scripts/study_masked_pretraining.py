@@ -7,6 +7,8 @@ Trains a small CLIP on single frames and the names of their digits. It teaches a
 of the accuracies on clips of digits that nobody was trained on. What is in FOLDER already is not computed again.
 """
 
+import thread_policy  # noqa: F401 - before PyTorch is loaded
+
 import argparse
 import csv
 import json

@@ -443,7 +443,8 @@ def test_a_space_starts_by_itself(monkeypatch, tmp_path):
     space, site, port = tmp_path / "space", tmp_path / "site", free_port()
     monkeypatch.setattr(sys, "argv", ["make_space.py", "org/nano", str(space)])
     make_space.main()
-    assert {path.name for path in space.iterdir()} == {"Dockerfile", "README.md", "app.py", "package"}
+    files = {"Dockerfile", "README.md", "app.py", "thread_policy.py"}
+    assert {path.name for path in space.iterdir()} == {*files, "package"}
     dockerfile = (space / "Dockerfile").read_text("utf-8")
     (requirement,) = re.findall(r'^RUN pip install --no-cache-dir "(.+)"$', dockerfile, re.MULTILINE)
     assert "ENV GRADIO_SERVER_NAME=0.0.0.0 GRADIO_SERVER_PORT=7860\n" in dockerfile
