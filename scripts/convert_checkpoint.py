@@ -8,34 +8,44 @@ value of its configuration are read off the tensors, but for those that have an 
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from modeling_videomamba.conversion import KNOWN_LABELS, ConvertedCheckpoint, convert_checkpoint, load_labels
+from command_line import Parser
+
+KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")  # as in `load_labels`
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="the .pth file")
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--labels", help=f"class names: a file, or one of {', '.join(KNOWN_LABELS)}")
+    parser = Parser(description=__doc__)
+    parser.add_argument("input", type=Path, metavar="INPUT", help="the .pth file")
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="directory for the model")
+    parser.add_argument("--labels", help=f"class names: a file, or one of {', '.join(KNOWN_LABELS)} (default: numbers)")
     parser.add_argument(
         "--alignment-interval",
         type=int,
         help="layers from one to the next that masked pretraining aligned (default: 1)",
     )
     parser.add_argument(
-        "--num-attention-heads", type=int, help="of a CLIP visual encoder; by default heads have 64 channels"
+        "--num-attention-heads",
+        type=int,
+        help="heads of a CLIP visual encoder (default: one for 64 channels)",
     )
     parser.add_argument(
-        "--text-num-attention-heads", type=int, help="of the BERT of a video-text checkpoint (default: 12)"
+        "--text-num-attention-heads",
+        type=int,
+        help="heads of the BERT of a video-text checkpoint (default: 12)",
     )
-    parser.add_argument("--tokenizer", help="directory or Hub id, saved with a video-text model")
+    parser.add_argument("--tokenizer", help="directory or Hub id, saved with a video-text model (default: none)")
     parser.add_argument(
-        "--clip-teacher", type=Path, help="directory for the CLIP that a video-text checkpoint contains"
+        "--clip-teacher",
+        type=Path,
+        help="directory for the CLIP of a video-text checkpoint (default: left out)",
     )
     args = parser.parse_args()
+    from modeling_videomamba.conversion import convert_checkpoint, load_labels
+
     try:
         labels = None if args.labels is None else load_labels(args.labels)
         converted = convert_checkpoint(
@@ -59,7 +69,7 @@ def main() -> None:
         print("its CLIP teacher is left out; --clip-teacher saves it")
 
 
-def save(converted: ConvertedCheckpoint, source: Path, directory: Path) -> None:
+def save(converted: Any, source: Path, directory: Path) -> None:
     converted.save_pretrained(directory)
     tensors = converted.model.state_dict()
     parameters = sum(parameter.numel() for parameter in converted.model.parameters())

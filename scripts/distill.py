@@ -8,16 +8,18 @@ to those of the teacher, which keeps a large model from overfitting. OUTPUT/best
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-from pathlib import Path
-
-from modeling_videomamba.training.classification import parse
-from modeling_videomamba.training.distillation import DistillationArguments, DistillationRun
-from modeling_videomamba.training.run import run_or_exit
+from command_line import parse_dataclasses
+from finetune import CLASSES, RECIPES
+from videomamba_arguments import DistillationArguments
 
 
 def main() -> None:
-    args, distillation = parse(__doc__ or "", Path(__file__).parent / "recipes", DistillationArguments)
-    run_or_exit(lambda: DistillationRun(args, distillation))
+    *groups, distillation = parse_dataclasses(__doc__ or "", *CLASSES, DistillationArguments, recipes=RECIPES)
+    from modeling_videomamba.training.classification import LabelledArguments
+    from modeling_videomamba.training.distillation import DistillationRun
+    from modeling_videomamba.training.run import run_or_exit
+
+    run_or_exit(lambda: DistillationRun(LabelledArguments(*groups), distillation))
 
 
 if __name__ == "__main__":

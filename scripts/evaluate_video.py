@@ -9,48 +9,26 @@ number of processes.
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-import json
-import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import tqdm
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoImageProcessor, AutoVideoProcessor, HfArgumentParser
-
-from modeling_videomamba import VideoMambaForVideoClassification
-from modeling_videomamba.training.arguments import LabelledDataArguments, check_settings
-from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, test_batches
-from modeling_videomamba.training.evaluation import (
-    Predictions,
-    class_scores,
-    compute_metrics,
-    is_regression,
-    predict_batch,
-)
-from modeling_videomamba.training.loop import start_accelerator
-from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
-from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
-from modeling_videomamba.training.workers import iterate
+from command_line import parse_dataclasses
+from videomamba_arguments import MIXED_PRECISION, LabelledDataArguments
 
 
 @dataclass
 class Arguments:
-    """What is tested, and how."""
+    """Test: what is tested, and how."""
 
-    model: str = field(metadata={"help": "directory or Hub id"})
-    output_dir: Path = field(metadata={"help": "of predictions and metrics"})
-    split: str | None = field(default=None, metadata={"help": "validation, or else test, if left out"})
+    model: str = field(metadata={"help": "directory or Hub id", "positional": True})
+    output_dir: Path = field(metadata={"help": "folder for predictions and metrics"})
+    split: str | None = field(
+        default=None, metadata={"help": "split of --data to test on (default: validation, or else test)"}
+    )
     num_clips: int = field(default=1, metadata={"help": "clips along time of each video"})
     num_crops: int = field(default=1, metadata={"help": "crops in space of each clip"})
     batch_size: int = field(default=8, metadata={"help": "videos of a batch on each process"})
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16"})
+    mixed_precision: str | None = field(default=None, metadata={"help": MIXED_PRECISION})
 
     def __post_init__(self):
         for name in ("num_clips", "num_crops", "batch_size"):
@@ -58,142 +36,14 @@ class Arguments:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
 
-class PredictionLines:
-    """
-    One line of JSON for each example, in a file of its own for each process while a run goes on. A line that a kill has
-    cut doesn't count.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.whole = folder / "predictions.jsonl"
-
-    def part(self, rank: int) -> Path:
-        return self.folder / f"predictions-{rank:04}.jsonl"
-
-    def read(self) -> dict[int, dict[str, Any]]:
-        """All lines by the index of the example."""
-        texts = (path.read_text("utf-8") for path in sorted(self.folder.glob("predictions*.jsonl")))
-        lines = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
-        return {line["index"]: line for line in lines}
-
-    def merge(self) -> dict[int, dict[str, Any]]:
-        """Moves all lines to one file, sorted."""
-        lines = self.read()
-        writing = self.folder / ".predictions.writing"
-        writing.write_text("".join(json.dumps(lines[index]) + "\n" for index in sorted(lines)), "utf-8")
-        writing.replace(self.whole)
-        for path in self.folder.glob("predictions-*.jsonl"):
-            path.unlink()
-        return lines
-
-
-def load(args: Arguments, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
-    """Model, processor and split, which has the labels of the model."""
-    if data.streaming:
-        raise ValueError("--streaming is for training: which videos have been tested must be known")
-    split_name = args.split or find_evaluation_split(data.data)
-    model, info = VideoMambaForVideoClassification.from_pretrained(args.model, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{args.model} has no weights for {', '.join(sorted(info['missing_keys']))}")
-    names = None
-    if not is_regression(model):
-        names = data.label_names() or [model.config.id2label[index] for index in range(model.num_labels)]
-    options: dict[str, Any] = {"data_root": data.data_root, "regression": is_regression(model), "label_names": names}
-    split = load_split(data.data, split_name, **options)
-    if media_kind(split) == "image":
-        if args.num_clips * args.num_crops > 1:
-            raise ValueError("--num-clips and --num-crops are for videos")
-        return model, AutoImageProcessor.from_pretrained(args.model), split
-    if data.clip_seconds is not None:
-        split = cut_into_windows(split, data.clip_seconds, data.clip_stride_seconds)
-    return model, AutoVideoProcessor.from_pretrained(args.model), split
-
-
-def predict_split(
-    accelerator: Accelerator, model: Any, batches: Iterator[dict[str, Any]], part: Path, bar: Any
-) -> None:
-    """Appends a line for each example of this process."""
-    score = partial(class_scores, model, regression=is_regression(model))
-    with part.open("a", encoding="utf-8") as file:
-        for batch in batches:
-            found = {i: (scores, label) for i, scores, label in predict_batch(accelerator, score, batch)}
-            reasons = dict(batch["broken"])
-            for index, name in zip(batch["indices"].tolist(), batch["names"], strict=False):  # once for all views
-                line: dict[str, Any] = {"index": index, "video": name}
-                if index in found:
-                    scores, label = found[index]
-                    line |= {"label": label, "scores": [round(score, 6) for score in scores.tolist()]}
-                elif index >= 0:
-                    line["error"] = reasons[name]
-                if index >= 0:
-                    file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update(min(len(batch["names"]) * accelerator.num_processes, bar.total - bar.n))
-
-
-def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: Path) -> None:
-    """Metrics over videos, as a table, as JSON and, for classes, as a picture of what was taken for what."""
-    read = {index: line for index, line in lines.items() if "scores" in line}
-    predictions = Predictions(
-        {index: torch.tensor(line["scores"]) for index, line in read.items()},
-        {index: line["label"] for index, line in read.items()},
-        {line["video"]: line["error"] for line in lines.values() if "error" in line},
-    )
-    if "source" in split.features:
-        predictions = predictions.grouped(dict(enumerate(split["source"])))
-    metrics = compute_metrics(predictions, is_regression(model))
-    summary = {**metrics, "videos": len(predictions.scores), "broken": predictions.broken}
-    (folder / "metrics.json").write_text(json.dumps(summary, indent=2), "utf-8")
-    table = Table("metric", "value", title=f"{len(predictions.scores)} videos")
-    for name, value in metrics.items():
-        table.add_row(METRICS[name], f"{value:.4f}")
-    Console().print(table)
-    for reason in predictions.broken.values():
-        print(f"broken: {reason}")
-    if not is_regression(model):
-        names = [model.config.id2label[index] for index in range(model.num_labels)]
-        draw_confusion_matrix(predictions, names, folder / "confusion_matrix.png")
+CLASSES = (Arguments, LabelledDataArguments)
 
 
 def main() -> None:
-    parser = HfArgumentParser((Arguments, LabelledDataArguments), description=__doc__)
-    positional = sys.argv[1:2] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else []
-    try:
-        words = [*(["--model"] if positional else []), *sys.argv[1:]]
-        args, data = parser.parse_args_into_dataclasses(words)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    lines = PredictionLines(args.output_dir)
-    try:
-        accelerator = start_accelerator(mixed_precision=args.mixed_precision)
-        with accelerator.main_process_first():
-            model, processor, split = load(args, data)
-        if accelerator.is_main_process:
-            settings = {**asdict(args), **asdict(data)}
-            free = ("output_dir", "batch_size", "num_workers", "on_broken_video", "streaming")
-            settings = {name: str(value) for name, value in settings.items() if name not in free}
-            owner = f"--output-dir {args.output_dir} has predictions of another run"
-            check_settings(args.output_dir / "settings.json", settings, owner)
-            lines.merge()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    accelerator.wait_for_everyone()
-    done = lines.read()
-    accelerator.wait_for_everyone()
+    args, data = parse_dataclasses(__doc__ or "", *CLASSES)
+    from video_evaluation import run
 
-    model = model.to(accelerator.device).eval()
-    remaining = [index for index in range(len(split)) if index not in done]
-    views = TestViews(processor, args.num_clips, args.num_crops)
-    examples = Examples(split, views, skip_broken=data.on_broken_video == "skip")
-    keys = test_batches(remaining, args.batch_size, accelerator.process_index, accelerator.num_processes)
-    batches = iterate(examples, data.num_workers, batch_sampler=keys)
-    with tqdm(total=len(split), initial=len(done), unit="video", desc="all processes") as bar:
-        predict_split(accelerator, model, batches, lines.part(accelerator.process_index), bar)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        report(lines.merge(), split, model, args.output_dir)
-    accelerator.end_training()
+    run(args, data)
 
 
 if __name__ == "__main__":

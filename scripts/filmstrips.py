@@ -1,25 +1,13 @@
-"""Pictures of videos as rows of frames, and which files they can be."""
+"""Pictures of videos as rows of frames."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from modeling_videomamba.training.plots import pyplot, restore_pixels
+from modeling_videomamba.training.plots import restore_pixels
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
-MAX_PICTURE_ROWS = 50
 MAX_FRAMES = 8
-
-
-def check_picture(path: Path) -> None:
-    """Raises `ValueError` for a path that no picture can be written to, `ImportError` where matplotlib is missing."""
-    if path.suffix not in PICTURE_SUFFIXES:
-        raise ValueError(f"--picture {path}: must end in {', '.join(PICTURE_SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--picture {path}: there is no such folder")
-    pyplot()
 
 
 def draw_filmstrip(axis: Any, pixel_values: torch.Tensor, processor: Any, title: str) -> None:

@@ -12,14 +12,26 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 from pathlib import Path
 
-from modeling_videomamba.training.classification import ClassificationRun, parse
-from modeling_videomamba.training.run import run_or_exit
+from command_line import parse_dataclasses
+from videomamba_arguments import (
+    LabelledAugmentationArguments,
+    LabelledDataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    RunArguments,
+)
+
+RECIPES = Path(__file__).parent / "recipes"
+CLASSES = (LabelledDataArguments, ModelArguments, LabelledAugmentationArguments, OptimizationArguments, RunArguments)
 
 
 def main() -> None:
-    (args,) = parse(__doc__ or "", Path(__file__).parent / "recipes")
+    groups = parse_dataclasses(__doc__ or "", *CLASSES, recipes=RECIPES)
+    from modeling_videomamba.training.classification import ClassificationRun, LabelledArguments
+    from modeling_videomamba.training.run import run_or_exit
+
     # a distillation head gets no gradient here, which several processes don't bear
-    run_or_exit(lambda: ClassificationRun(args, teacher_hidden_size=None))
+    run_or_exit(lambda: ClassificationRun(LabelledArguments(*groups), teacher_hidden_size=None))
 
 
 if __name__ == "__main__":

@@ -7,22 +7,20 @@ They come from the table hub_cards/models.json and the templates beside it.
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-import argparse
 import sys
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from command_line import Parser
 from model_zoo import load_zoo, make_card
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument(
-        "--organization", default="ORG", help="on the Hub, where the models are published (default: ORG)"
-    )
+    parser = Parser(description=__doc__)
+    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder for the cards")
+    parser.add_argument("--organization", default="ORG", help="on the Hub, where the models are published")
     args = parser.parse_args()
     try:
         zoo = load_zoo()

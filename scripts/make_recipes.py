@@ -10,13 +10,14 @@ own, `umt` and `video-text`.
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-import argparse
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from command_line import Parser
 
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_GPUS = 8
@@ -241,8 +242,8 @@ def make_recipes(published: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("published", type=Path)
+    parser = Parser(description=__doc__)
+    parser.add_argument("published", type=Path, metavar="PUBLISHED.json", help="arguments of the original programs")
     args = parser.parse_args()
     for folder in ("umt", "video-text"):
         (FOLDER / folder).mkdir(parents=True, exist_ok=True)

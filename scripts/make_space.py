@@ -9,7 +9,6 @@ The folder has all that the Space needs: the page, the source of this package, a
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -17,9 +16,12 @@ from pathlib import Path
 from huggingface_hub import SpaceCard, SpaceCardData
 from huggingface_hub.utils import validate_repo_id
 
+from command_line import Parser
+
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
-PACKAGE = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "modeling_videomamba")
+PACKAGE = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "modeling_videomamba", "videomamba_arguments")
+PAGE = ("app.py", "page.py", "command_line.py", "thread_policy.py")
 PORT = 7860  # as in the Dockerfile
 
 
@@ -42,7 +44,7 @@ def write_space(folder: Path, model: str) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("app.py", "thread_policy.py"):
+    for name in PAGE:
         shutil.copyfile(SCRIPTS / name, folder / name)
     shutil.copyfile(SCRIPTS / "space.Dockerfile", folder / "Dockerfile")
     copy_package(folder / "package")
@@ -67,7 +69,7 @@ def make_card(model: str) -> SpaceCard:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", metavar="ORG/MODEL", help="model on the Hub that gives labels to videos")
     parser.add_argument("folder", type=Path, metavar="DIR", help="empty, or not there yet")
     args = parser.parse_args()

@@ -12,13 +12,17 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 from pathlib import Path
 
-from modeling_videomamba.training.arguments import DataArguments, RunArguments, parse_arguments
-from modeling_videomamba.training.augmentation import AugmentationArguments
-from modeling_videomamba.training.models import ModelArguments
-from modeling_videomamba.training.optimization import OptimizationArguments
-from modeling_videomamba.training.pretraining import PretrainingArguments, PretrainingRun, UnlabelledArguments
-from modeling_videomamba.training.run import run_or_exit
+from command_line import parse_dataclasses
+from videomamba_arguments import (
+    AugmentationArguments,
+    DataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    PretrainingArguments,
+    RunArguments,
+)
 
+RECIPES = Path(__file__).parent / "recipes" / "umt"
 CLASSES = (
     DataArguments,
     ModelArguments,
@@ -30,7 +34,10 @@ CLASSES = (
 
 
 def main() -> None:
-    *groups, pretraining = parse_arguments(__doc__ or "", Path(__file__).parent / "recipes" / "umt", *CLASSES)
+    *groups, pretraining = parse_dataclasses(__doc__ or "", *CLASSES, recipes=RECIPES)
+    from modeling_videomamba.training.pretraining import PretrainingRun, UnlabelledArguments
+    from modeling_videomamba.training.run import run_or_exit
+
     run_or_exit(lambda: PretrainingRun(UnlabelledArguments(*groups), pretraining))
 
 

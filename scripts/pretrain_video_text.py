@@ -15,18 +15,17 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 from pathlib import Path
 
-from modeling_videomamba.training.arguments import RunArguments, parse_arguments
-from modeling_videomamba.training.augmentation import AugmentationArguments
-from modeling_videomamba.training.optimization import OptimizationArguments
-from modeling_videomamba.training.run import run_or_exit
-from modeling_videomamba.training.video_text import (
-    CaptionedArguments,
+from command_line import parse_dataclasses
+from videomamba_arguments import (
+    AugmentationArguments,
     CaptionedDataArguments,
+    OptimizationArguments,
+    RunArguments,
     VideoTextArguments,
-    VideoTextRun,
+    VideoTextModelArguments,
 )
-from modeling_videomamba.training.video_text_models import VideoTextModelArguments
 
+RECIPES = Path(__file__).parent / "recipes" / "video-text"
 CLASSES = (
     CaptionedDataArguments,
     VideoTextModelArguments,
@@ -38,7 +37,10 @@ CLASSES = (
 
 
 def main() -> None:
-    *groups, pretraining = parse_arguments(__doc__ or "", Path(__file__).parent / "recipes" / "video-text", *CLASSES)
+    *groups, pretraining = parse_dataclasses(__doc__ or "", *CLASSES, recipes=RECIPES)
+    from modeling_videomamba.training.run import run_or_exit
+    from modeling_videomamba.training.video_text import CaptionedArguments, VideoTextRun
+
     run_or_exit(lambda: VideoTextRun(CaptionedArguments(*groups), pretraining))
 
 

@@ -13,67 +13,36 @@ what has been uploaded is not uploaded again, and without changes there is no co
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 import argparse
-import logging
-import re
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
-from transformers.utils.logging import disable_progress_bar
-
-import modeling_videomamba
-from model_zoo import ZooModel, find_by_filename, load_zoo, make_card
-from modeling_videomamba import (
-    VideoMambaForImageClassification,
-    VideoMambaForMaskedPreTraining,
-    VideoMambaForVideoClassification,
-    VideoMambaForVideoTextRetrieval,
-)
-from staging import CARD, Publishable, StagedFile, load_source, stage
+from command_line import Parser
 
 DRY_RUN_FOLDER = Path("staged")
-CLASSES: dict[str, type] = {
-    "image-classification": VideoMambaForImageClassification,
-    "video-classification": VideoMambaForVideoClassification,
-    "masked-pretraining": VideoMambaForMaskedPreTraining,
-    "video-text-retrieval": VideoMambaForVideoTextRetrieval,
-}
-MODEL_NAME = re.compile(r'(?:from_pretrained\(|model=|name = )"([^"]+)"')
 TOKENIZER = "google-bert/bert-base-uncased"  # of all released models of videos and texts
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-PROCESSORS = {"preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"}
-CODE = {path.name for path in Path(modeling_videomamba.__file__).parent.glob("*.py")}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "source", type=Path, metavar="MODEL", help=".pth file or directory; with --all a folder of them"
     )
     parser.add_argument("repo_id", metavar="ORG/NAME", help="where it is published; with --all an organisation")
     parser.add_argument("--all", action="store_true", help="all released checkpoints that are in the folder")
     parser.add_argument(
-        "--dry-run",
-        type=Path,
-        nargs="?",
-        const=DRY_RUN_FOLDER,
-        metavar="DIR",
-        help=f"leave in DIR/NAME what would be published, and publish nothing (DIR: {DRY_RUN_FOLDER})",
+        "--dry-run", action="store_true", help="leave in --folder what would be published, and publish nothing"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=DRY_RUN_FOLDER, metavar="DIR", help="with --dry-run: gets a folder NAME"
     )
     parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument("--revision", metavar="BRANCH", help="commit to this branch")
+    parser.add_argument("--revision", metavar="BRANCH", help="commit to this branch (default: main)")
     parser.add_argument("--pull-request", action="store_true", help="commit to a new pull request")
-    parser.add_argument("--labels", help="class names of a .pth file: a file, or a known data set")
-    parser.add_argument("--tokenizer", default=TOKENIZER, help=f"of a .pth file of videos and texts ({TOKENIZER})")
-    parser.add_argument("--card", type=Path, help="README.md of a model that has none")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: 5GB)")
+    parser.add_argument(
+        "--labels", help="class names of a .pth file: a file, or a data set (default: those of the zoo)"
+    )
+    parser.add_argument("--tokenizer", default=TOKENIZER, help="tokenizer for a .pth file of videos and texts")
+    parser.add_argument("--card", type=Path, help="README.md for a model that has none (default: the model's)")
+    parser.add_argument("--max-shard-size", default="5GB", help="most bytes of a file of weights")
     args = parser.parse_args()
     if args.revision is not None and args.pull_request:
         parser.error(f"--revision {args.revision} and --pull-request exclude each other")
@@ -82,206 +51,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-# One model
-
-
-def publish(args: argparse.Namespace, source: Path, repo_id: str, entry: ZooModel | None) -> str:
-    """Stages and uploads a model; what was done, in a line. Raises `OSError` or `ValueError` with what is wrong."""
-    loaded = load_source(source, args.labels or (entry.labels if entry else None), args.tokenizer)
-    if entry is not None:
-        check_entry(entry, loaded)
-    card = find_card(args, source, repo_id, entry)
-    with staging_folder(args, repo_id) as folder:
-        files = stage(loaded, card, folder, args.max_shard_size)
-        print_files(repo_id, files)
-        if args.dry_run is not None:
-            return f"{repo_id}: staged in {folder}, nothing is published"
-        return upload(args, folder, files, repo_id, f"Upload {type(loaded.model).__name__} from {source.name}")
-
-
-@contextmanager
-def staging_folder(args: argparse.Namespace, repo_id: str) -> Iterator[Path]:
-    """That of a dry run, or one that doesn't stay."""
-    if args.dry_run is not None:
-        yield args.dry_run / repo_id.split("/")[-1]
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
-
-
-def find_card(args: argparse.Namespace, source: Path, repo_id: str, entry: ZooModel | None) -> ModelCard:
-    """That of --card, of the zoo or of the directory. Raises `ValueError` where there is none."""
-    if args.card is not None:
-        return ModelCard.load(args.card)
-    if entry is not None:
-        dataset = replace(entry.dataset, has_labels=entry.dataset.has_labels or args.labels is not None)
-        return make_card(replace(entry, dataset=dataset), repo_id)
-    if (source / CARD).is_file():
-        return rename_model(ModelCard.load(source / CARD), repo_id)
-    raise ValueError(f"{source} has no {CARD}, and is not in the zoo: pass --card")
-
-
-def rename_model(card: ModelCard, repo_id: str) -> ModelCard:
-    """A card whose code loads the model from where it is published, and not from where it was trained."""
-    names = set(MODEL_NAME.findall(card.text))
-    if len(names) > 1:
-        raise ValueError(f"the code in {CARD} loads {', '.join(sorted(names))}: only one can become {repo_id}, edit it")
-    for name in names:
-        card.text = card.text.replace(f'"{name}"', f'"{repo_id}"')
-    if card.data.eval_results:
-        card.data.model_name = repo_id
-    return card
-
-
-def check_entry(entry: ZooModel, loaded: Publishable) -> None:
-    """Raises `ValueError` where a checkpoint isn't what the zoo says of the file of this name."""
-    config = loaded.model.config
-    vision = getattr(config, "vision_config", config)
-    found = {
-        "hidden_size": vision.hidden_size,
-        "num_hidden_layers": vision.num_hidden_layers,
-        "resolution": vision.input_size[0],
-        "frames": vision.num_frames,
-    }
-    expected = {name: getattr(entry, name) for name in found}
-    found["class"], expected["class"] = type(loaded.model).__name__, CLASSES[entry.family].__name__
-    if "classification" in entry.family:
-        found["classes"], expected["classes"] = config.num_labels, entry.dataset.num_classes
-    if wrong := [
-        f"{name} {found[name]} instead of {expected[name]}" for name in found if found[name] != expected[name]
-    ]:
-        raise ValueError(f"{entry.filename} is not what the zoo has under this name: {', '.join(wrong)}")
-
-
-def print_files(repo_id: str, files: list[StagedFile]) -> None:
-    print(f"{repo_id}: {len(files)} files, {sum(file.size for file in files):,} bytes")
-    for file in files:
-        print(f"  {file.sha256}  {file.size:>13,}  {file.path}")
-
-
-# The Hub
-
-
-def check_login() -> None:
-    """Raises `OSError` where nobody is logged in, before anything is computed."""
-    try:
-        HfApi().whoami()
-    except LocalTokenNotFoundError as error:
-        raise OSError("nobody is logged in: run `hf auth login`") from error
-
-
-def upload(args: argparse.Namespace, folder: Path, files: list[StagedFile], repo_id: str, message: str) -> str:
-    """One commit of what differs from the repository, which is made if there is none; none without a difference."""
-    api = HfApi()
-    api.create_repo(repo_id, private=args.private or None, exist_ok=True)
-    if args.private and not api.model_info(repo_id).private:
-        raise ValueError(f"--private: {repo_id} is public")
-    try:
-        before = api.model_info(repo_id, revision=args.revision)
-    except RevisionNotFoundError:
-        api.create_branch(repo_id, branch=args.revision)
-        before = api.model_info(repo_id, revision=args.revision)
-    names = {file.path for file in files}
-    there = [sibling.rfilename for sibling in before.siblings or []]
-    stale = [name for name in there if is_ours(name) and name not in names]
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        *(CommitOperationAdd(file.path, folder / file.path) for file in files),
-        *(CommitOperationDelete(name) for name in stale),
-    ]
-    if stale:
-        print(f"{repo_id}: removes {', '.join(stale)}, which the model no longer has")
-    if args.pull_request and (opened := find_pull_request(api, repo_id, files, stale)):
-        return f"{repo_id}: unchanged since {opened}, no commit"
-    try:
-        commit = api.create_commit(
-            repo_id, operations, commit_message=message, revision=args.revision, create_pr=args.pull_request
-        )
-    except RuntimeError as error:  # of the upload of one file, with its reason
-        raise OSError(f"{error} {error.__cause__ or ''}") from error
-    if commit.oid == before.sha:
-        return f"{repo_id}: unchanged, no commit"
-    return f"{repo_id}: {commit.pr_url or commit.commit_url}"
-
-
-def is_ours(path: str) -> bool:
-    """Whether a file of a repository is one of those that a model consists of here, whoever put it there."""
-    return path in CODE | PROCESSORS or WEIGHTS.fullmatch(path) is not None
-
-
-def find_pull_request(api: HfApi, repo_id: str, files: list[StagedFile], stale: list[str]) -> str | None:
-    """An open pull request that has all these files as they are, and none of the stale ones."""
-    for one in api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"):
-        there = {
-            file.path: file.lfs.sha256 if file.lfs else file.blob_id
-            for file in api.list_repo_tree(repo_id, revision=one.git_reference, recursive=True)
-            if isinstance(file, RepoFile)
-        }
-        same = all(there.get(file.path) in (file.sha256, file.git_oid) for file in files)
-        if same and there.keys().isdisjoint(stale):
-            return one.url
-    return None
-
-
-class WithoutSignatures(logging.Filter):
-    """The client logs addresses of uploads that it tries again, which give access."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = without_signatures(record.getMessage()), ()
-        return True
-
-
-# The zoo
-
-
-def publish_all(args: argparse.Namespace) -> None:
-    """Publishes what is there; tells what isn't, and ends with an error if something failed or there is nothing."""
-    if not args.source.is_dir():
-        sys.exit(f"error: {args.source}: no such folder")
-    failed, left = [], {path.name for path in args.source.glob("*.pth")}
-    unknown, published = set(left), 0
-    for entry in load_zoo():
-        if entry.filename is None:
-            print(f"left out: {entry.name}, which the source lists under the name of another file")
-        elif entry.filename not in left:
-            print(f"left out: {entry.name}, there is no {entry.filename}")
-        else:
-            unknown.discard(entry.filename)
-            try:
-                print(publish(args, args.source / entry.filename, f"{args.repo_id}/{entry.name}", entry))
-                published += 1
-            except (OSError, ValueError, HTTPError) as error:
-                failed.append(entry.name)
-                print(f"failed: {entry.name}: {without_signatures(str(error))}", file=sys.stderr)
-    for name in sorted(unknown):
-        print(f"left out: {name}, which is not in the zoo")
-    if failed or not published:
-        sys.exit(f"error: {published} models, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
-
-
-def without_signatures(text: str) -> str:
-    """Without the parts of addresses that give access."""
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
-
-
 def main() -> None:
     args = parse_args()
-    disable_progress_bar()
-    logging.getLogger("huggingface_hub.utils._http").addFilter(WithoutSignatures())
-    try:
-        validate_repo_id(args.repo_id)
-        if args.all and "/" in args.repo_id:
-            raise ValueError(f"--all takes an organisation, got {args.repo_id}")
-        if not args.all and args.repo_id.count("/") != 1:
-            raise ValueError(f"the repository must be ORG/NAME, got {args.repo_id}")
-        if args.dry_run is None:
-            check_login()
-        if args.all:
-            publish_all(args)
-            return
-        entry = None if args.source.is_dir() else find_by_filename(args.source.name)
-        print(publish(args, args.source, args.repo_id, entry))
-    except (OSError, ValueError, HTTPError) as error:  # the latter of a connection
-        sys.exit(f"error: {without_signatures(str(error))}")
+    from publishing import run
+
+    run(args)
 
 
 if __name__ == "__main__":

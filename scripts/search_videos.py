@@ -12,81 +12,48 @@ processes; started later, it embeds what is new or has changed, and drops what i
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Iterable
-from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import datasets
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text as Plain
-from transformers import logging
+from command_line import MAX_PICTURE_ROWS, Parser, check_picture
 
-from filmstrips import MAX_PICTURE_ROWS, check_picture, draw_filmstrip
-from modeling_videomamba.training.arguments import check_settings
-from modeling_videomamba.training.collection import SETTINGS, Collection, check_faiss, describe_changes, embed
-from modeling_videomamba.training.loop import start_accelerator
-from modeling_videomamba.training.parts import Parts
-from modeling_videomamba.training.plots import pyplot
-from modeling_videomamba.training.search import (
-    RERANKED,
-    Hit,
-    Search,
-    Text,
-    embed_clip,
-    find,
-    load_retrieval_model,
-    load_search,
-)
-from modeling_videomamba.training.video_text_models import fingerprint
-from modeling_videomamba.training.windows import (
-    Share,
-    Source,
-    Window,
-    Windows,
-    complete_videos,
-    find_files,
-    is_shard,
-)
-from modeling_videomamba.training.workers import iterate
-
-# a process waits for the others, whose videos may be longer, and for the main one, which writes the table
-PATIENCE = InitProcessGroupKwargs(timeout=timedelta(days=7))
+RERANKED = 32  # candidates, as in `find`
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     index = commands.add_parser("index", help="embed videos, those that are new or changed")
     index.add_argument(
-        "data", nargs="+", metavar="FOLDER", help="with videos or tar shards; or paths or URLs of shards"
+        "data", nargs="+", metavar="FOLDER", help="folder with videos or tar shards; or paths or URLs of shards"
     )
     index.add_argument("out", type=Path, metavar="OUT", help="folder of the index")
-    index.add_argument("--model", required=True, metavar="DIR_OR_ID", help="of videos and texts")
-    index.add_argument("--clip-seconds", type=float, default=10.0, help="longest window of a video (default: 10)")
-    index.add_argument("--batch-size", type=int, default=8, help="windows of a batch on each process (default: 8)")
-    index.add_argument("--num-workers", type=int, default=4, help="decoding processes of each process (default: 4)")
-    index.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"])
-    index.add_argument("--on-broken-video", choices=["skip", "raise"], default="skip", help="default: skip, and tell")
+    index.add_argument("--model", required=True, metavar="DIR_OR_ID", help="model of videos and texts (required)")
+    index.add_argument("--clip-seconds", type=float, default=10.0, help="longest window of a video, in seconds")
+    index.add_argument("--batch-size", type=int, default=8, help="windows of a batch on each process")
+    index.add_argument("--num-workers", type=int, default=4, help="decoding processes of each process")
+    index.add_argument(
+        "--mixed-precision",
+        choices=["no", "bf16", "fp16"],
+        help="precision of the model (default: as accelerate is configured, else no)",
+    )
+    index.add_argument(
+        "--on-broken-video", choices=["skip", "raise"], default="skip", help="leave it out and report it, or end"
+    )
     query = commands.add_parser("query", help="search what is indexed")
     query.add_argument("out", type=Path, metavar="OUT", help="folder of the index")
-    query.add_argument("text", nargs="?", help="what the videos are to show")
-    query.add_argument("--video", metavar="CLIP", help="what they are to be like, instead of a text")
-    query.add_argument("--top-k", type=int, default=10, help="hits to show (default: 10)")
-    query.add_argument(
-        "--rerank", type=int, metavar="K", help=f"candidates to judge more exactly (default: {RERANKED})"
-    )
-    query.add_argument("--picture", type=Path, metavar="OUT.png", help="draw the hits as filmstrips")
+    query.add_argument("text", nargs="?", metavar="TEXT", help="what the videos are to show")
+    query.add_argument("--video", metavar="CLIP", help="what they are to be like, instead of TEXT (default: TEXT)")
+    query.add_argument("--top-k", type=int, default=10, help="hits to show")
+    query.add_argument("--rerank", type=int, help=f"candidates to judge more exactly, 0 for none (default: {RERANKED})")
+    query.add_argument("--picture", type=Path, metavar="OUT.png", help="draw the hits as filmstrips (default: no)")
     query.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        {"index": check_index_args, "query": check_query_args}[args.command](args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def check_index_args(args: argparse.Namespace) -> None:
@@ -114,179 +81,12 @@ def check_query_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--picture shows at most {MAX_PICTURE_ROWS} hits, got --top-k {args.top_k}")
 
 
-# Indexing
-
-
-def index(args: argparse.Namespace) -> None:
-    check_index_args(args)
-    accelerator = start_accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[PATIENCE])
-    found: list[list[Source]] = [find_files(args.data) if accelerator.is_main_process else []]
-    (files,) = broadcast_object_list(found)
-    with accelerator.main_process_first():
-        model, processor = load_retrieval_model(args.model)
-    collection = Collection(args.out)
-    with collection.lock() if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            check_index(collection, args, fingerprint(model, processor), accelerator.mixed_precision)
-        accelerator.wait_for_everyone()
-        before, known = collection.windows(), collection.embedded(files)
-        accelerator.wait_for_everyone()  # nobody writes before all have read
-        broken = embed_missing(args, accelerator, model, processor, files, known)
-        if accelerator.is_main_process:
-            for reason in broken.values():
-                print(f"broken: {reason}")
-            now = collection.finish(files)
-            print(describe_changes(before, known, now, broken))
-        accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
-def check_index(collection: Collection, args: argparse.Namespace, weights: str, mixed_precision: str) -> None:
-    """What is embedded with other settings is not mixed."""
-    settings = {
-        "model": str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
-        "weights": weights,
-        "folder": root_of(args.data),
-        "clip_seconds": args.clip_seconds,
-        "mixed_precision": mixed_precision,
-    }
-    if collection.is_empty:  # but for the settings of a run that did nothing
-        (args.out / SETTINGS).unlink(missing_ok=True)
-    check_settings(args.out / SETTINGS, settings, f"{args.out} is an index of another run")
-
-
-def root_of(data: list[str]) -> str:
-    """What the paths of videos are relative to."""
-    return str(Path(data[0]).resolve()) if Path(data[0]).is_dir() else ""
-
-
-def embed_missing(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model: Any,
-    processor: Any,
-    files: list[Source],
-    known: set[Window],
-) -> dict[str, str]:
-    """Embeds the windows that are not `known`; returns the reason for each file that can't be read."""
-    complete = complete_videos(known)
-    remaining = [file for file in files if is_shard(file.path) or file not in complete]
-    if not remaining:
-        return {}
-    share = Share(accelerator.process_index, accelerator.num_processes)
-    windows = Windows(remaining, root_of(args.data), processor.video_processor, args.clip_seconds, known, share)
-    has_shards = any(is_shard(file.path) for file in remaining)
-    most = -(-len(remaining) // accelerator.num_processes)
-    batches = iterate(
-        windows, args.num_workers if has_shards else min(args.num_workers, most), batch_size=args.batch_size
-    )
-    parts, stop = Collection(args.out).parts, args.on_broken_video == "raise"
-    with tqdm(total=None if has_shards else most, unit="video", desc="videos of this process") as bar:
-        broken = embed_all(accelerator, model.to(accelerator.device), batches, parts, bar, stop)
-    return dict(gather_object(list(broken.items())))
-
-
-def embed_all(
-    accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Any]], parts: Parts, bar: Any, stop: bool
-) -> dict[str, str]:
-    """Embeds windows; returns the reason for each file that can't be read, or raises `ValueError` if it is to stop."""
-    broken: dict[str, str] = {}
-    seen: set[str] = set()
-    for batch in batches:
-        keys = [name for name in batch["names"] if name]
-        if keys:
-            pixels = batch["pixel_values"][batch["valid"]].to(accelerator.device)
-            with torch.inference_mode(), accelerator.autocast():
-                embedding = embed(model, pixels)
-            if not embedding.isfinite().all():
-                raise ValueError(f"embeddings are not finite, of one of {', '.join(keys)}: try --mixed-precision no")
-            parts.write(keys, {"embedding": embedding})
-        for path, reason in batch["broken"]:
-            broken.setdefault(path, reason)
-        if broken and stop:
-            raise ValueError("; ".join(broken.values()))
-        paths = {json.loads(key)[0] for key in keys} | {path for path, _ in batch["broken"]}
-        bar.update(len(paths - seen))
-        seen |= paths
-    return broken
-
-
-# Searching
-
-
-def query(args: argparse.Namespace) -> None:
-    check_query_args(args)
-    search, model, processor = load_search(args.out, "embedding" if args.video is None else "direction")
-    with torch.inference_mode():
-        began = time.perf_counter()
-        wanted = embed_clip(args.video, model, processor) if args.text is None else Text(args.text, model, processor)
-        encoding_ms = 1000 * (time.perf_counter() - began)
-        reranked = RERANKED if args.rerank is None else args.rerank
-        hits, times = find(search, wanted, args.top_k, reranked, with_pixels=args.picture is not None)
-    times["search_ms"] += encoding_ms
-    if args.picture is not None and hits:
-        draw_picture(hits, processor.video_processor, args.picture)
-    if args.json:
-        print_json(hits, search, times)
-    else:
-        print_table(hits, search, times)
-    if args.picture is not None and not hits:
-        print(f"no hits, {args.picture} is not drawn", file=sys.stderr)
-    for reason in search.left_out.values():
-        print(f"left out: {reason}", file=sys.stderr)
-
-
-def draw_picture(hits: list[Hit], processor: Any, path: Path) -> None:
-    """A row for each of the hits, which have pixels: frames as the model sees them, under where they are and scores."""
-    plots = pyplot()
-    figure, axes = plots.subplots(len(hits), figsize=(14, 2 * len(hits) + 0.5), squeeze=False, layout="constrained")
-    for axis, hit in zip(axes[:, 0], hits, strict=True):
-        match = "" if hit.probability is None else f", match {hit.probability:.3f}"
-        title = f"{hit.window.path}  {hit.time}  similarity {hit.similarity:.3f}{match}"
-        draw_filmstrip(axis, hit.read_pixels()[0], processor, title)
-    figure.savefig(path, dpi=100)
-    plots.close(figure)
-
-
-def print_table(hits: list[Hit], search: Search, times: dict[str, float]) -> None:
-    table = Table("rank", "video", "time", "similarity", "match")
-    for column in (table.columns[0], *table.columns[2:]):
-        column.justify, column.no_wrap = "right", True
-    table.columns[1].overflow = "fold"
-    for rank, hit in enumerate(hits, 1):
-        match = "" if hit.probability is None else f"{hit.probability:.3f}"
-        table.add_row(str(rank), Plain(hit.window.path), hit.time, f"{hit.similarity:.3f}", match)
-    Console().print(table)
-    took = f"searching {times['search_ms']:.0f} ms"
-    if "rerank_ms" in times:
-        took += f", re-ranking {times['rerank_ms']:.0f} ms"
-    print(f"{len(search.rows)} clips; {took}")
-
-
-def print_json(hits: list[Hit], search: Search, times: dict[str, float]) -> None:
-    found = [
-        {
-            "path": hit.window.path,
-            "start": hit.window.start,
-            "end": hit.window.end,
-            "similarity": hit.similarity,
-            "match": hit.probability,
-        }
-        for hit in hits
-    ]
-    report = {"hits": found, "left_out": list(search.left_out.values()), "clips": len(search.rows), **times}
-    print(json.dumps(report, indent=2))
-
-
 def main() -> None:
     args = parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    from searching import run
+
     try:
-        check_faiss()
-        {"index": index, "query": query}[args.command](args)
+        run(args)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

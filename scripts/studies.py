@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modeling_videomamba.training.arguments import check_settings
-
 SCRIPTS = Path(__file__).parent
 
 
 def check_study(folder: Path, **settings: Any) -> None:
     """Ends the process where what is in the folder was made with other settings."""
+    from modeling_videomamba.training.settings import check_settings  # takes seconds, and is not for the help
+
     try:
         check_settings(folder / "settings.json", settings, f"{folder} has a study")
     except ValueError as error:

@@ -9,7 +9,6 @@ nobody was trained on.
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -17,12 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from rich.progress import track
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
+from command_line import Parser
 from studies import check_study, train
 
 COMMON = {"image_size": 16, "patch_size": 4, "num_frames": None}
@@ -33,6 +29,11 @@ OPTIONS = ("--batch-size", "32", "--learning-rate", "1e-3", "--warmup-epochs", "
 
 def write_images(folder: Path, train_images: int) -> None:
     """The digits as PNG files of 16 x 16 pixels in the `imagefolder` layout."""
+    import numpy as np  # with what follows it takes seconds, and is not for the help
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     train, test = train_test_split(
         np.arange(len(digits.images)), train_size=train_images, stratify=digits.target, random_state=0
@@ -51,11 +52,11 @@ def accuracy(script: str, output: Path, *options: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--train-images", type=int, default=300)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = Parser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the runs")
+    parser.add_argument("--train-images", type=int, default=300, help="training images in all")
+    parser.add_argument("--epochs", type=int, default=60, help="epochs of a student")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind")
     args = parser.parse_args()
     check_study(args.folder, train_images=args.train_images, epochs=args.epochs)
     write_images(args.folder / "digits", args.train_images)

@@ -26,6 +26,7 @@ from playwright.sync_api import expect, sync_playwright
 
 import app
 import make_space
+import page as page_module
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
 from modeling_videomamba.training import windows
 from modeling_videomamba.training.search import load_search
@@ -225,10 +226,10 @@ def test_what_is_no_video_is_told(page, tmp_path):
 def test_what_is_beyond_the_limits_is_told(page, tmp_path):
     write_video(tmp_path / "long.mp4", np.zeros((7200, 16, 16, 3), np.uint8), "mpeg4")
     write_video(tmp_path / "wide.mp4", np.zeros((2, 16, 5000, 3), np.uint8), "mpeg4")
-    expect(page.locator("body")).to_contain_text(app.LIMITS)
+    expect(page.locator("body")).to_contain_text(page_module.LIMITS)
     for name, reason in (("long", "too long, 12.0 minutes"), ("wide", "too large, 5000 x 16 pixels")):
         classify(page, tmp_path / f"{name}.mp4")
-        expect(page.get_by_role("alert")).to_have_text(f"{name}.mp4: {reason}. {app.LIMITS}")
+        expect(page.get_by_role("alert")).to_have_text(f"{name}.mp4: {reason}. {page_module.LIMITS}")
         assert page.locator("#labels h2").count() == 0 and sizes_of_images(page, "#details") == []
         page.reload()
 
@@ -344,15 +345,15 @@ def test_playlists_do_not_occupy_the_page(address, tmp_path):
 
 def test_a_text_without_end_is_not_read(index):
     model_and_more = load_search(index, "embedding")
-    answer = app.search_videos(*model_and_more, "word " * 10**6)
-    assert answer == app.show_message("The text has 5,000,000 characters, at most 1,000 are read.")
+    answer = page_module.search_videos(*model_and_more, "word " * 10**6)
+    assert answer == page_module.show_message("The text has 5,000,000 characters, at most 1,000 are read.")
 
 
 def test_files_that_are_too_large_are_not_opened(tmp_path):
     os.truncate(sparse_file(tmp_path / "a.mp4"), 201 * 2**20)
     processor = VideoMambaVideoProcessor.from_pretrained(NANO)
-    with pytest.raises(ValueError, match=re.escape(f"mine.mp4: too large, 201 MB. {app.LIMITS}")):
-        app.read_video("mine.mp4", tmp_path / "a.mp4", processor)
+    with pytest.raises(ValueError, match=re.escape(f"mine.mp4: too large, 201 MB. {page_module.LIMITS}")):
+        page_module.read_video("mine.mp4", tmp_path / "a.mp4", processor)
 
 
 def write_pictures(path, sizes):
@@ -383,16 +384,16 @@ def test_frames_are_measured_themselves(tmp_path, sizes, message):
     write_pictures(tmp_path / "a.mov", sizes)
     processor = VideoMambaVideoProcessor.from_pretrained(NANO)
     with pytest.raises(ValueError, match=re.escape(message)):
-        app.read_video("mine.mov", tmp_path / "a.mov", processor)
+        page_module.read_video("mine.mov", tmp_path / "a.mov", processor)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "h264"])
 def test_what_takes_too_long_is_told(tmp_path, monkeypatch, suffix):
     """With and without times in the file."""
     write_video(tmp_path / f"a.{suffix}", np.zeros((40, 64, 64, 3), np.uint8))
-    monkeypatch.setattr(app, "MAX_SECONDS", 1e-6)
-    message, *_ = app.classify(
-        app.load_classifier(str(NANO)), {"path": str(tmp_path / f"a.{suffix}"), "orig_name": "b"}
+    monkeypatch.setattr(page_module, "MAX_SECONDS", 1e-6)
+    message, *_ = page_module.classify(
+        page_module.load_classifier(str(NANO)), {"path": str(tmp_path / f"a.{suffix}"), "orig_name": "b"}
     )
     assert "b: reading it takes longer than 1e-06 s" in message
 
@@ -401,7 +402,7 @@ def test_what_takes_too_long_is_told(tmp_path, monkeypatch, suffix):
 def test_what_is_read_is_what_the_processor_gives(without_torchcodec, monkeypatch, path):
     monkeypatch.setattr(windows, "PREPARED_BYTES", 3 * 64 * 64 * 3)  # three frames of the example
     processor = VideoMambaVideoProcessor.from_pretrained(NANO)
-    pixels, contents = app.read_video("mine.mp4", path, processor)
+    pixels, contents = page_module.read_video("mine.mp4", path, processor)
     assert contents.endswith(", 32 x 64 pixels" if path == TURNED else ", 64 x 64 pixels")
     assert torch.equal(pixels, processor(path, return_tensors="pt")["pixel_values"])
 
@@ -409,7 +410,7 @@ def test_what_is_read_is_what_the_processor_gives(without_torchcodec, monkeypatc
 READ = """
 import resource, sys, torch
 from pathlib import Path
-from app import VideoMambaVideoProcessor, read_video
+from page import VideoMambaVideoProcessor, read_video
 torch.set_num_threads(2)  # each decodes a frame of its own
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 read_video("mine.mp4", Path(sys.argv[1]), VideoMambaVideoProcessor(num_frames=64))
@@ -427,8 +428,10 @@ def test_the_frames_of_a_large_video_are_not_held_at_once(tmp_path):
 
 
 def test_what_has_been_deleted_is_told_without_its_path(tmp_path):
-    classifier = app.load_classifier(str(NANO))
-    message, labels, details = app.classify(classifier, {"path": str(tmp_path / "a.mp4"), "orig_name": "mine.mp4"})
+    classifier = page_module.load_classifier(str(NANO))
+    message, labels, details = page_module.classify(
+        classifier, {"path": str(tmp_path / "a.mp4"), "orig_name": "mine.mp4"}
+    )
     assert (
         "mine.mp4: can&#x27;t be read" in message and str(tmp_path) not in message and (labels, details) == (None, "")
     )
@@ -443,7 +446,7 @@ def test_a_space_starts_by_itself(monkeypatch, tmp_path):
     space, site, port = tmp_path / "space", tmp_path / "site", free_port()
     monkeypatch.setattr(sys, "argv", ["make_space.py", "org/nano", str(space)])
     make_space.main()
-    files = {"Dockerfile", "README.md", "app.py", "thread_policy.py"}
+    files = {"Dockerfile", "README.md", *make_space.PAGE}
     assert {path.name for path in space.iterdir()} == {*files, "package"}
     dockerfile = (space / "Dockerfile").read_text("utf-8")
     (requirement,) = re.findall(r'^RUN pip install --no-cache-dir "(.+)"$', dockerfile, re.MULTILINE)
@@ -494,7 +497,7 @@ def test_what_can_be_no_space_is_explained(exit_of, tmp_path):
     assert not (tmp_path / "space").exists()
 
 
-def test_what_is_wrong_is_explained(exit_of, capsys, tmp_path):
+def test_what_is_wrong_is_explained(exit_of, tmp_path):
     values, plain = tmp_path / "values", tmp_path / "plain"
     build(problem_type="regression", num_labels=1).save_pretrained(values)
     build(VideoMambaModel).save_pretrained(plain)
@@ -508,5 +511,4 @@ def test_what_is_wrong_is_explained(exit_of, capsys, tmp_path):
         (("--index", tmp_path / "none"), "none has no finished index"),
     ):
         assert message in exit_of(app, *options)
-    assert exit_of(app, "--port", 70000) == "2"
-    assert "--port must be from 1 to 65535, got 70000" in capsys.readouterr().err
+    assert exit_of(app, "--port", 70000) == "error: --port must be from 1 to 65535, got 70000"

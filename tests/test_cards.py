@@ -15,15 +15,16 @@ from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
-from transformers import HfArgumentParser
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import evaluate_retrieval
 import evaluate_video
+import finetune
 import make_cards
 import pretrain_umt
 import pretrain_video_text
 import search_videos
+from command_line import parse_dataclasses
 from model_zoo import RECIPES, TABLE, find_by_filename, load_zoo, make_card, read_recipe, recipe_facts
 from modeling_videomamba import (
     VIDEOMAMBA_SIZES,
@@ -35,12 +36,10 @@ from modeling_videomamba import (
     VideoMambaVideoProcessor,
 )
 from modeling_videomamba.conversion import KNOWN_LABELS, load_labels
-from modeling_videomamba.training.arguments import LabelledDataArguments, parse_arguments
-from modeling_videomamba.training.classification import parse as parse_classification
-from modeling_videomamba.training.distillation import DistillationArguments
 from tests.conftest import ROOT, tiny_config
 from tests.launching import SCRIPTS, run
 from tests.models import save_video_text
+from videomamba_arguments import DistillationArguments
 
 ORGANIZATION = "some-org"
 RAW = json.loads(TABLE.read_text("utf-8"))
@@ -449,15 +448,15 @@ def test_a_wrong_organization_is_explained(exit_of, tmp_path):
 def parsers():
     """How the scripts that cards call read their command lines."""
 
-    def dataclasses(*classes):
-        return lambda: HfArgumentParser(classes).parse_args_into_dataclasses(["--model", *sys.argv[1:]])
+    def dataclasses(*classes, recipes=None):
+        return lambda: parse_dataclasses("", *classes, recipes=recipes)
 
     return {
-        "finetune.py": lambda: parse_classification("", RECIPES),
-        "distill.py": lambda: parse_classification("", RECIPES, DistillationArguments),
-        "pretrain_umt.py": lambda: parse_arguments("", RECIPES / "umt", *pretrain_umt.CLASSES),
-        "pretrain_video_text.py": lambda: parse_arguments("", RECIPES / "video-text", *pretrain_video_text.CLASSES),
-        "evaluate_video.py": dataclasses(evaluate_video.Arguments, LabelledDataArguments),
+        "finetune.py": dataclasses(*finetune.CLASSES, recipes=RECIPES),
+        "distill.py": dataclasses(*finetune.CLASSES, DistillationArguments, recipes=RECIPES),
+        "pretrain_umt.py": dataclasses(*pretrain_umt.CLASSES, recipes=pretrain_umt.RECIPES),
+        "pretrain_video_text.py": dataclasses(*pretrain_video_text.CLASSES, recipes=pretrain_video_text.RECIPES),
+        "evaluate_video.py": dataclasses(*evaluate_video.CLASSES),
         "evaluate_retrieval.py": dataclasses(evaluate_retrieval.Arguments),
         "search_videos.py": search_videos.parse_args,
     }

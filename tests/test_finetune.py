@@ -20,11 +20,7 @@ from transformers import AutoModelForImageClassification, AutoModelForVideoClass
 import finetune
 from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForVideoClassification
 from modeling_videomamba.training import run as run_module
-from modeling_videomamba.training.arguments import LabelledDataArguments, RunArguments
-from modeling_videomamba.training.augmentation import LabelledAugmentationArguments
 from modeling_videomamba.training.classification import ClassificationRun, LabelledArguments
-from modeling_videomamba.training.models import ModelArguments
-from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.conftest import NANO, forget_accelerator, moving_square, tiny_config, write_video
 from tests.launching import (
     SCRIPTS,
@@ -37,6 +33,13 @@ from tests.launching import (
     summary,
     wait_until,
     write_broken_videos,
+)
+from videomamba_arguments import (
+    LabelledAugmentationArguments,
+    LabelledDataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    RunArguments,
 )
 
 TINY_CONFIG = ("--config", NANO / "config.json")

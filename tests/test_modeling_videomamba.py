@@ -23,10 +23,11 @@ from modeling_videomamba import (
 from modeling_videomamba.conversion import convert_checkpoint, rename
 from modeling_videomamba.embeddings import VideoMambaEmbeddings, resize_spatial_positions, resize_temporal_positions
 from modeling_videomamba.modeling_videomamba import SCANS, VideoMambaDropPath
-from modeling_videomamba.training.distillation import DistillationArguments, DistillationRun
+from modeling_videomamba.training.distillation import DistillationRun
 from modeling_videomamba.training.losses import classification_loss, distillation_loss
 from tests.conftest import load_golden, needs_kernel, strip_prefix, tiny_config
 from tests.models import MODEL_CLASSES, assert_equal, build, main_output, video
+from videomamba_arguments import DistillationArguments
 
 # Parity with the original
 

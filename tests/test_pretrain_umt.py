@@ -22,7 +22,6 @@ from transformers import (
 
 import pretrain_umt
 from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForMaskedPreTraining
-from modeling_videomamba.training.pretraining import PretrainingArguments
 from tests.conftest import NANO, tiny_config
 from tests.launching import (
     SCRIPTS,
@@ -36,6 +35,7 @@ from tests.launching import (
     wait_until,
     write_broken_videos,
 )
+from videomamba_arguments import PretrainingArguments
 
 STUDENT = ("--config", NANO / "config.json", "--num-frames", 8, "--drop-path-rate", 0)
 

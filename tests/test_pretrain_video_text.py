@@ -31,11 +31,10 @@ from transformers import (
 
 import evaluate_retrieval
 import pretrain_video_text
-from make_moving_digits import NUMBERS
 from modeling_videomamba import VideoMambaForVideoTextRetrieval
 from modeling_videomamba.training.parts import Parts
-from modeling_videomamba.training.video_text import CaptionedDataArguments, VideoTextArguments
-from modeling_videomamba.training.video_text_models import VideoTextModelArguments, make_tokenizer
+from modeling_videomamba.training.video_text_models import make_tokenizer
+from moving_digits import NUMBERS
 from tests.conftest import NANO_VIDEO_TEXT, tiny_config
 from tests.launching import (
     SCRIPTS,
@@ -49,6 +48,7 @@ from tests.launching import (
     write_broken_videos,
 )
 from tests.models import build
+from videomamba_arguments import CaptionedDataArguments, VideoTextArguments, VideoTextModelArguments
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 VISION = {**tiny_config(patch_size=8, alignment_size=16).to_diff_dict(), "num_labels": 2}

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from transformers import BertTokenizer
 
+import publishing
 import push_to_hub
 import staging
 from model_zoo import find_by_filename, load_zoo
@@ -113,7 +114,7 @@ def staged(text):
 
 
 def test_a_dry_run_stages_what_is_published_then(client, folder, tmp_path):
-    text = client.push_family(folder, "video", "--dry-run", tmp_path / "staged")
+    text = client.push_family(folder, "video", "--dry-run", "--folder", tmp_path / "staged")
     assert client.hub.requests == []
     there = tmp_path / "staged" / "video"
     hashes = {path.name: sha256(path.read_bytes()) for path in there.iterdir()}
@@ -131,7 +132,7 @@ def test_a_dry_run_stages_what_is_published_then(client, folder, tmp_path):
     assert "org/video: unchanged, no commit" in client.push_family(folder, "video", HF_HUB_VERBOSITY="debug")
     assert len(client.titles("org/video")) == commits and client.hub.uploads == uploads
     again = client.push(
-        folder / "video.pth", "org/video", "--card", folder / "card.md", "--dry-run", tmp_path / "staged"
+        folder / "video.pth", "org/video", "--card", folder / "card.md", "--dry-run", "--folder", tmp_path / "staged"
     )
     assert again.returncode == 1 and f"{there} must be empty" in again.stderr
 
@@ -282,7 +283,7 @@ def test_what_cannot_be_published_is_explained(exit_of, folder, tmp_path):
         ("empty: no such folder", "--all", tmp_path / "no" / "empty", "org"),
         ("must be a VideoMamba", tmp_path / "bert", "org/x", *card),
     ):
-        found = exit_of(push_to_hub, *options, "--dry-run", tmp_path / "staged")
+        found = exit_of(push_to_hub, *options, "--dry-run", "--folder", tmp_path / "staged")
         assert message in found, (message, found)
     assert not (tmp_path / "staged").exists()
 
@@ -290,14 +291,14 @@ def test_what_cannot_be_published_is_explained(exit_of, folder, tmp_path):
 def test_a_card_whose_code_loads_several_models_is_not_guessed_at():
     card = ModelCard('---\nlicense: mit\n---\nAutoModel.from_pretrained("a")\npipeline("x", model="b")\n')
     with pytest.raises(ValueError, match="loads a, b: only one can become org/x"):
-        push_to_hub.rename_model(card, "org/x")
+        publishing.rename_model(card, "org/x")
 
 
 def test_names_of_classes_are_in_the_card(exit_of, monkeypatch):
     entry = next(entry for entry in load_zoo() if entry.dataset.name == "coin")
     for labels, is_unnamed in ((None, True), ("coin.txt", False)):
         args = argparse.Namespace(card=None, labels=labels)
-        card = push_to_hub.find_card(args, Path(entry.filename), "org/coin", entry)
+        card = publishing.find_card(args, Path(entry.filename), "org/coin", entry)
         assert ("Classes are called `LABEL_0`" in card.text) == is_unnamed
 
 
@@ -319,7 +320,7 @@ def test_a_file_under_the_name_of_another_is_refused(filename, message):
     with torch.device("meta"):
         model = VideoMambaForVideoClassification(config)
     with pytest.raises(ValueError, match=message):
-        push_to_hub.check_entry(entry, staging.Publishable(model, None, []))
+        publishing.check_entry(entry, staging.Publishable(model, None, []))
 
 
 def test_a_model_that_became_another_is_not_published(folder, tmp_path):

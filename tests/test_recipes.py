@@ -8,18 +8,19 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+import finetune
 import pretrain_umt
 import pretrain_video_text
+from command_line import parse_dataclasses
 from make_recipes import make_recipes
 from modeling_videomamba.modeling_videomamba import VideoMambaLayer
-from modeling_videomamba.training.arguments import LabelledDataArguments, RunArguments, parse_arguments
-from modeling_videomamba.training.augmentation import LabelledAugmentationArguments
-from modeling_videomamba.training.models import ModelArguments
-from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.conftest import GOLDEN, ROOT
+from videomamba_arguments import (
+    LabelledDataArguments,
+)
 
 RECIPES = ROOT / "scripts" / "recipes"
-CLASSES = (LabelledDataArguments, ModelArguments, LabelledAugmentationArguments, OptimizationArguments, RunArguments)
+CLASSES = finetune.CLASSES
 PUBLISHED = json.loads((GOLDEN / "recipes.json").read_text("utf-8"))
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PRETRAINING_NAMES = sorted(path.stem for path in (RECIPES / "umt").glob("*.yaml"))
@@ -28,7 +29,7 @@ VIDEO_TEXT_NAMES = sorted(path.stem for path in (RECIPES / "video-text").glob("*
 
 def parse(monkeypatch, *words, classes=CLASSES, folder=RECIPES):
     monkeypatch.setattr("sys.argv", ["finetune.py", *words])
-    return parse_arguments("", folder, *classes)
+    return parse_dataclasses("", *classes, recipes=folder)
 
 
 def test_the_recipes_are_those_of_the_released_runs():

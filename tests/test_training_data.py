@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcessor
-from modeling_videomamba.training.augmentation import (
-    LabelledAugmentationArguments,
-    Mixing,
-    RandAugment,
-    training_transform,
-)
+from modeling_videomamba.training.augmentation import Mixing, RandAugment, training_transform
 from modeling_videomamba.training.data import (
     BrokenImageError,
     Examples,
@@ -37,6 +32,7 @@ from modeling_videomamba.training.workers import iterate
 from modeling_videomamba.video_decoding import BrokenVideoError, read_frames
 from modeling_videomamba.video_processing_videomamba import sample_frame_indices
 from tests.conftest import moving_square, tiny_config, write_video
+from videomamba_arguments import LabelledAugmentationArguments
 
 test_batches.__test__ = TestViews.__test__ = False  # not tests of pytest
 

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_videomamba.training import checkpoints, loop
-from modeling_videomamba.training.arguments import RunArguments
 from modeling_videomamba.training.checkpoints import last_checkpoint, replace_files, save_checkpoint
 from modeling_videomamba.training.diagnosis import NonFiniteError
 from modeling_videomamba.training.loop import MAX_SKIPPED, Trainer, make_accelerator
 from modeling_videomamba.training.losses import classification_loss
-from modeling_videomamba.training.optimization import OptimizationArguments
 from tests.models import build, video
+from videomamba_arguments import OptimizationArguments, RunArguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

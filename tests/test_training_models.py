@@ -11,14 +11,10 @@ from modeling_videomamba import (
     VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
 )
-from modeling_videomamba.training.models import (
-    ModelArguments,
-    load_classifier,
-    load_pretraining_model,
-    load_processor,
-)
+from modeling_videomamba.training.models import load_classifier, load_pretraining_model, load_processor
 from tests.conftest import tiny_config
 from tests.models import build
+from videomamba_arguments import ModelArguments
 
 NAMES = ["a", "b", "c"]
 

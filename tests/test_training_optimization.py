@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_videomamba import VideoMambaForVideoClassification
-from modeling_videomamba.training.optimization import OptimizationArguments, cosine_schedule, parameter_groups
+from modeling_videomamba.training.optimization import cosine_schedule, parameter_groups
 from tests.conftest import GOLDEN, tiny_config
+from videomamba_arguments import OptimizationArguments
 
 
 def test_the_schedule_is_that_of_the_original():

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate_retrieval
-from make_moving_digits import FPS, write_mp4
 from modeling_videomamba import VideoMambaForVideoTextRetrieval, VideoMambaProcessor
 from modeling_videomamba.training.parts import Parts
 from modeling_videomamba.training.video_text import CaptionedArguments, VideoTextRun
 from modeling_videomamba.training.video_text_models import image_processor_of
 from modeling_videomamba.video_decoding import read_frames
+from moving_digits import FPS, write_mp4
 from pretrain_video_text import CLASSES
 from tests.models import save_video_text
 

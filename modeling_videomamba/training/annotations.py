@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, Video
 
-from .sources import VIDEO_SUFFIXES, walk_files
+from .files import VIDEO_SUFFIXES, walk_files
 
 KNOWN_FORMATS = """the known formats are
 - JSON of the original release, VindLU and others: a list of {video or image, caption}, where captions may be lists;

@@ -1,74 +1,14 @@
 """Augmentation of the released runs with torchvision, the same for all frames of a clip."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from videomamba_arguments import AugmentationArguments, LabelledAugmentationArguments
+
 from .data import Processor
-
-
-def check_fields(args: Any, between_0_and_1: Iterable[str] = (), not_negative: Iterable[str] = ()) -> None:
-    """Raises `ValueError` for a field that is out of range; `None` is in any."""
-    for name in between_0_and_1:
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(args, name)}.")
-    for name in not_negative:
-        if getattr(args, name) < 0:
-            raise ValueError(f"`{name}` must not be negative, got {getattr(args, name)}.")
-
-
-@dataclass
-class AugmentationArguments:
-    """Random changes of training examples. Without any of them they are prepared as for testing."""
-
-    flip: bool = field(default=False, metadata={"help": "flip half of the clips; not where left and right are labels"})
-    min_crop_area: float | None = field(
-        default=None, metadata={"help": "smallest share of the frame that a random crop shows; without it none is made"}
-    )
-    rand_augment_ops: int = field(default=0, metadata={"help": "operations of RandAugment drawn for a clip"})
-    rand_augment_magnitude: float = field(default=7.0, metadata={"help": "mean of their magnitudes, 0 to 10"})
-    rand_augment_std: float = field(default=0.5, metadata={"help": "standard deviation of their magnitudes"})
-    auto_augment: bool = field(default=False, metadata={"help": "AutoAugment with its policy for ImageNet"})
-    random_erasing: float = field(default=0.0, metadata={"help": "probability that a box becomes noise"})
-    num_sample: int = field(
-        default=1, metadata={"help": "augmented views of each decoded clip (repeated augmentation)"}
-    )
-
-    def __post_init__(self):
-        check_fields(self, between_0_and_1=("random_erasing", "min_crop_area"))
-        check_fields(self, not_negative=("rand_augment_ops", "rand_augment_std"))
-        if not 0 <= self.rand_augment_magnitude <= 10:
-            raise ValueError(f"`rand_augment_magnitude` must be between 0 and 10, got {self.rand_augment_magnitude}.")
-        if self.rand_augment_ops and self.auto_augment:
-            raise ValueError("`rand_augment_ops` and `auto_augment` exclude each other.")
-        if self.num_sample < 1:
-            raise ValueError(f"`num_sample` must be at least 1, got {self.num_sample}.")
-
-    @property
-    def changes_pixels(self) -> bool:
-        """Whether a clip by itself is changed."""
-        return bool(
-            self.flip or self.min_crop_area or self.rand_augment_ops or self.auto_augment or self.random_erasing
-        )
-
-
-@dataclass
-class LabelledAugmentationArguments(AugmentationArguments):
-    """Random changes of training examples and of their labels."""
-
-    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup, 0 for none"})
-    cutmix: float = field(default=0.0, metadata={"help": "alpha of cutmix, 0 for none; with mixup: one of them"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of the label spread over all classes"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, between_0_and_1=("label_smoothing",), not_negative=("mixup", "cutmix"))
 
 
 class RandAugment(nn.Module):

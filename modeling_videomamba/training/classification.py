@@ -2,21 +2,24 @@
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .arguments import LabelledDataArguments, RunArguments, parse_arguments
-from .augmentation import LabelledAugmentationArguments, Mixing
+from videomamba_arguments import (
+    LabelledAugmentationArguments,
+    LabelledDataArguments,
+    ModelArguments,
+)
+
+from .augmentation import Mixing
 from .data import TestViews, cut_into_windows
 from .evaluation import Predictions, class_scores, compute_metrics, predict
 from .loop import Batch
 from .losses import classification_loss, regression_loss
-from .models import ModelArguments, load_classifier
-from .optimization import OptimizationArguments
+from .models import load_classifier
 from .reports import draw_confusion_matrix
 from .run import Arguments, TrainingRun
 from .sources import find_evaluation_split, load_split, media_kind
@@ -120,16 +123,3 @@ class ClassificationRun(TrainingRun):
     def card_use(self, model_name: str) -> str:
         example = "clip.mp4" if self.kind == "video" else "picture.jpg"
         return CARD_USE.format(task=self.pipeline_tag(), model_name=model_name, example=example)
-
-
-def parse(description: str, recipes: Path, *more: Any) -> tuple[Any, ...]:
-    """[`LabelledArguments`] and instances of the dataclasses `more` from a recipe and the command line."""
-    classes = (
-        LabelledDataArguments,
-        ModelArguments,
-        LabelledAugmentationArguments,
-        OptimizationArguments,
-        RunArguments,
-    )
-    groups = parse_arguments(description, recipes, *classes, *more)
-    return LabelledArguments(*groups[: len(classes)]), *groups[len(classes) :]

@@ -1,7 +1,6 @@
 """Self-distillation (paper, section 3.3): a smaller trained model teaches a larger one."""
 
 import copy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +8,13 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from videomamba_arguments import DistillationArguments
+
 from ..configuration_videomamba import VideoMambaConfig
 from ..modeling_videomamba import VideoMambaModel
 from .classification import ClassificationRun, LabelledArguments
 from .loop import Batch
 from .losses import distillation_loss
-
-
-@dataclass
-class DistillationArguments:
-    """The teacher."""
-
-    teacher: str = field(metadata={"help": "directory or Hub id of a smaller model, trained on the same task"})
-    distillation_weight: float = field(default=1.0, metadata={"help": "of the distance of features in the loss"})
-
-    def __post_init__(self):
-        if self.distillation_weight < 0:
-            raise ValueError(f"`distillation_weight` must not be negative, got {self.distillation_weight}.")
 
 
 class DistillationRun(ClassificationRun):

@@ -27,12 +27,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
-from .arguments import RunArguments
+from videomamba_arguments import OptimizationArguments, RunArguments
+
 from .checkpoints import last_checkpoint, load_checkpoint, replace_files, save_checkpoint
 from .data import derive_seed
 from .diagnosis import NonFiniteError, diagnose, summarize
 from .memory import keep_freed_memory
-from .optimization import OptimizationArguments, cosine_schedule, parameter_groups
+from .optimization import cosine_schedule, parameter_groups
 
 SIGTERM_EXIT = 128 + signal.SIGTERM
 EMA_FILE = "ema.safetensors"

@@ -1,14 +1,11 @@
 """The masks of masked pretraining (paper, section 3.3 and figure 5)."""
 
-from typing import Literal, get_args
-
 import torch
 from accelerate import Accelerator
 
-from ..configuration_videomamba import VideoMambaConfig
+from videomamba_arguments import MASK_TYPES, MaskType
 
-MaskType = Literal["random", "tube", "clip_row", "frame_row", "attention"]
-MASK_TYPES: tuple[str, ...] = get_args(MaskType)
+from ..configuration_videomamba import VideoMambaConfig
 
 
 def make_masks(

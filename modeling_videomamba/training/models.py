@@ -1,12 +1,12 @@
 """The model that a run starts from."""
 
 import json
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from accelerate.logging import get_logger
 from torch import nn
+
+from videomamba_arguments import ModelArguments, StartArguments
 
 from ..configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig
 from ..image_processing_videomamba import VideoMambaImageProcessor
@@ -21,44 +21,6 @@ from .data import Processor
 
 logger = get_logger(__name__)
 Classifier = VideoMambaForVideoClassification
-
-
-@dataclass
-class StartArguments:
-    """What a run starts from, and how it changes."""
-
-    starts: ClassVar[tuple[str, ...]]  # arguments of which exactly one is given
-
-    model: str | None = field(default=None, metadata={"help": "directory or Hub id to start from"})
-    config: Path | None = field(
-        default=None, metadata={"help": "configuration (JSON) of a model to train from scratch"}
-    )
-    num_frames: int | None = field(default=None, metadata={"help": "frames of a clip, if others than the model's"})
-    image_size: int | None = field(default=None, metadata={"help": "pixels of a side, if others than the model's"})
-    drop_path_rate: float | None = field(
-        default=None, metadata={"help": "stochastic depth, if another than the model's"}
-    )
-
-    def __post_init__(self):
-        given = [name for name in self.starts if getattr(self, name) is not None]
-        if len(given) != 1:
-            *others, last = (f"--{name}" for name in self.starts)
-            raise ValueError(f"pass one of {', '.join(others)} and {last}, got {' and '.join(given) or 'none'}")
-
-
-@dataclass
-class ModelArguments(StartArguments):
-    """What the run starts from, exactly one of `model`, `config` and `size`, and how it changes."""
-
-    starts = ("model", "config", "size")
-
-    size: str | None = field(default=None, metadata={"help": "train from scratch: tiny, small, middle or base"})
-    tubelet_size: int | None = field(default=None, metadata={"help": "frames of a token, where it is not the model's"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.size is not None and self.size not in VIDEOMAMBA_SIZES:
-            raise ValueError(f"--size must be one of {', '.join(VIDEOMAMBA_SIZES)}, got {self.size}")
 
 
 def load_classifier(args: ModelArguments, kind: str, label_names: list[str] | None, **changes: Any) -> Classifier:

@@ -2,59 +2,9 @@
 
 import math
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-
-
-@dataclass
-class OptimizationArguments:
-    """AdamW, its schedule, and how a step is computed."""
-
-    epochs: float = 30
-    batch_size: int = field(default=16, metadata={"help": "examples of a batch on each process"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches of a step"})
-    learning_rate: float = 1e-3
-    min_learning_rate: float = field(default=1e-6, metadata={"help": "at the end of the run"})
-    warmup_learning_rate: float = field(default=1e-6, metadata={"help": "at its beginning"})
-    warmup_epochs: float = 1.0
-    base_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "the learning rates are for so many views a step and scaled to those of the run; else as is"},
-    )
-    weight_decay: float = 0.05
-    layer_decay: float = field(default=1.0, metadata={"help": "learning rate of a layer over that of the next one"})
-    adam_beta2: float = 0.999
-    max_grad_norm: float | None = field(default=None, metadata={"help": "norm to which longer gradients are clipped"})
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "evaluate and save a moving average of the weights with this decay"}
-    )
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; that of the configuration of accelerate if left out"}
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
-    torch_compile: bool = False
-
-    def __post_init__(self):
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("min_learning_rate", "warmup_learning_rate", "warmup_epochs", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        for name in ("base_batch_size", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive, got {value}.")
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(f"`warmup_epochs` ({self.warmup_epochs}) must not be above `epochs` ({self.epochs}).")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {self.layer_decay}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be between 0 and 1, got {self.ema_decay}.")
-        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
-            raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision}.")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

@@ -1,10 +1,9 @@
 """Masked pretraining against a CLIP teacher (UMT; paper, section 3.3): from arguments to a published model."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +11,15 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..configuration_videomamba import AlignmentLoss
+from videomamba_arguments import ModelArguments, PretrainingArguments
+
 from ..modeling_videomamba_pretraining import alignment_loss, take_visible
 from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
 from .diagnosis import RunError
 from .evaluation import Predictions, predict
 from .loop import Batch
-from .masks import MaskType, draw_noise, make_masks, token_grid
-from .models import ModelArguments, load_pretraining_model
+from .masks import draw_noise, make_masks, token_grid
+from .models import load_pretraining_model
 from .pictures import Picture, draw_alignment
 from .plots import restore_pixels
 from .probes import clip_features, probe_accuracy
@@ -35,42 +35,6 @@ from transformers import AutoModelFor{kind}Classification
 # a head for your labels is fresh: train it, for instance with scripts/finetune.py
 model = AutoModelFor{kind}Classification.from_pretrained("{model_name}", num_labels=174, trust_remote_code=True)
 """
-
-
-@dataclass
-class PretrainingArguments:
-    """The teacher, the masks, and how the model is judged on its way."""
-
-    teacher: str = field(metadata={"help": "directory or Hub id of a CLIP model"})
-    mask_type: MaskType = field(default="attention", metadata={"help": "which tokens are hidden"})
-    mask_ratio: float = field(default=0.8, metadata={"help": "share of the tokens that is hidden"})
-    alignment_loss: AlignmentLoss | None = field(
-        default=None, metadata={"help": "distance of features; that of the model if left out, l2 for a new one"}
-    )
-    num_aligned_layers: int | None = field(
-        default=None, metadata={"help": "layers aligned with as many of the teacher, if others than the model's (1)"}
-    )
-    alignment_interval: int | None = field(
-        default=None, metadata={"help": "layers from one aligned layer to the next, if not the model's (1)"}
-    )
-    teacher_cache: Path | None = field(
-        default=None,
-        metadata={"help": "folder for the teacher's features; clips then are the same in every epoch"},
-    )
-    evaluation_examples: int = field(default=256, metadata={"help": "at most so many, on which the loss is evaluated"})
-    probe_data: str | None = field(
-        default=None, metadata={"help": "labelled data like those of finetune.py, to probe the features with"}
-    )
-    probe_data_root: Path | None = field(default=None, metadata={"help": "what the paths of its lists are relative to"})
-    probe_examples: int = field(default=5000, metadata={"help": "at most so many of each split"})
-    probe: Literal["knn", "linear"] = field(default="knn", metadata={"help": "classifier on the frozen features"})
-
-    def __post_init__(self):
-        if not 0 <= self.mask_ratio < 1:
-            raise ValueError(f"`mask_ratio` must be at least 0 and below 1, got {self.mask_ratio}.")
-        for name in ("num_aligned_layers", "alignment_interval", "evaluation_examples", "probe_examples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass

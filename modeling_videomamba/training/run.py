@@ -18,15 +18,22 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .arguments import DataArguments, RunArguments, differences
-from .augmentation import AugmentationArguments, training_transform
+from videomamba_arguments import (
+    AugmentationArguments,
+    DataArguments,
+    OptimizationArguments,
+    RunArguments,
+    StartArguments,
+)
+
+from .augmentation import training_transform
 from .checkpoints import replace_files
 from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, test_batches
 from .diagnosis import RunError
 from .loop import Batch, Trainer, make_accelerator
-from .models import StartArguments, load_processor
-from .optimization import OptimizationArguments
+from .models import load_processor
 from .reports import draw_curves, model_card
+from .settings import differences
 from .sources import Split
 from .workers import iterate
 

@@ -1,7 +1,5 @@
 """Where videos and images come from: everything that `datasets` loads, under one pair of columns."""
 
-import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,32 +21,8 @@ LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": 
 EVALUATION_SPLITS = ("validation", "test")
 PATH_COLUMNS = ("path", "video", "image")  # the latter in the lists of the original release
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
-VIDEO_SUFFIXES = {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
-VIDEO_SUFFIXES |= {".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
 Split: TypeAlias = Dataset | IterableDataset
 Target = Literal["label", "captions"]
-
-
-def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """
-    The files at any depth of a folder that have one of these suffixes in any case, sorted. Links to folders are
-    followed, but no folder is entered twice. Raises `OSError` for a folder that can't be read.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found: list[Path] = []
-    entered: set[Path] = set()
-    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        real = Path(root).resolve()
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders.sort(key=lambda name: ((real / name).is_symlink(), name))  # a folder goes before links to it
-        found += [Path(root, name) for name in files if Path(name).suffix.lower() in suffixes]
-    return sorted(found)
 
 
 def load_split(

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .arguments import check_settings
 from .diagnosis import RunError
+from .settings import check_settings
 
 IDENTITY_FILE = "cache.json"
 CLIPS_PER_FOLDER = 1000

@@ -1,7 +1,7 @@
 """Pretraining on videos and images with texts (UMT; paper, section 4.4): from arguments to a published model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -15,31 +15,25 @@ from torch import nn
 from transformers import AutoTokenizer, BertTokenizer, DataCollatorForLanguageModeling
 from transformers.modeling_utils import PreTrainedModel
 
+from videomamba_arguments import CaptionedDataArguments, VideoTextArguments, VideoTextModelArguments
+
 from ..modeling_videomamba_pretraining import take_visible
 from ..processing_videomamba import VideoMambaProcessor
-from .arguments import DataArguments
 from .augmentation import training_transform
 from .checkpoints import replace_files
 from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
 from .diagnosis import RunError
 from .evaluation import predict
 from .loop import Batch
-from .masks import MaskType, draw_noise, make_masks, token_grid
+from .masks import draw_noise, make_masks, token_grid
 from .metrics import retrieval_metrics
 from .retrieval import encode_texts, mean_directions, texts_of, tokenize
 from .run import ARGUMENTS_FILE, Arguments, TrainingRun
 from .sources import Split, find_evaluation_split, load_split, media_kind
 from .teacher import load_teacher
-from .video_text_models import (
-    VideoTextModelArguments,
-    image_processor_of,
-    load_video_text_model,
-    load_video_text_processor,
-    make_tokenizer,
-)
+from .video_text_models import image_processor_of, load_video_text_model, load_video_text_processor, make_tokenizer
 
 DEFAULT_IMAGE_SHARE = 0.5
-DEFAULT_MASK_RATIOS = {"video": 0.8, "image": 0.5}
 CARD_USE = """
 from transformers import AutoModel, AutoProcessor
 
@@ -48,74 +42,6 @@ processor = AutoProcessor.from_pretrained("{model_name}", trust_remote_code=True
 inputs = processor(videos="clip.mp4", text=["a dog runs", "a cat sleeps"], padding=True, return_tensors="pt")
 print(model(**inputs).logits_per_video.softmax(-1))
 """
-
-
-@dataclass
-class CaptionedDataArguments(DataArguments):
-    """Videos and images with captions."""
-
-    data_root: Path | None = field(
-        default=None, metadata={"help": "what the paths of the lists of --data are relative to"}
-    )
-    more_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "further training data like --data, also of images where that has videos"},
-    )
-    evaluation_data: str | None = field(
-        default=None,
-        metadata={"help": "data with a split validation or test to evaluate on; those of --data if left out"},
-    )
-    num_workers: int = field(
-        default=4, metadata={"help": "decoding processes of each process, for videos and for images each"}
-    )
-    image_share: float | None = field(
-        default=None, metadata={"help": "with --streaming of videos and images: share of batches of images (0.5)"}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.image_share is not None and not 0 < self.image_share < 1:
-            raise ValueError(f"--image-share must be between 0 and 1, got {self.image_share}")
-
-
-@dataclass
-class VideoTextArguments:
-    """The teacher, the masks, the texts, and how the model is judged on its way."""
-
-    teacher: str | None = field(
-        default=None, metadata={"help": "directory or Hub id of a CLIP model with whose tokens the video's are aligned"}
-    )
-    video_mask_type: MaskType | None = field(
-        default=None, metadata={"help": "which tokens are hidden; none if left out"}
-    )
-    video_mask_ratio: float | None = field(default=None, metadata={"help": "share of the tokens that is hidden (0.8)"})
-    image_mask_type: MaskType | None = None
-    image_mask_ratio: float | None = field(default=None, metadata={"help": "share of the tokens that is hidden (0.5)"})
-    mlm_probability: float = field(default=0.5, metadata={"help": "share of words to guess, 0 for none"})
-    max_text_length: int = field(default=32, metadata={"help": "tokens of a text; how many are longer is reported"})
-    evaluation_examples: int = field(
-        default=1000, metadata={"help": "at most so many, on which retrieval is evaluated"}
-    )
-
-    def __post_init__(self):
-        for kind in ("video", "image"):
-            mask_type, ratio = getattr(self, f"{kind}_mask_type"), getattr(self, f"{kind}_mask_ratio")
-            if ratio is not None and not 0 <= ratio < 1:
-                raise ValueError(f"`{kind}_mask_ratio` must be at least 0 and below 1, got {ratio}.")
-            if ratio is not None and mask_type is None:
-                raise ValueError(f"`{kind}_mask_ratio` {ratio} is for a `{kind}_mask_type`: pass one.")
-            if mask_type == "attention" and self.teacher is None:
-                raise ValueError(f"`{kind}_mask_type` attention is that of a `teacher`: pass one.")
-        if not 0 <= self.mlm_probability < 1:
-            raise ValueError(f"`mlm_probability` must be at least 0 and below 1, got {self.mlm_probability}.")
-        for name, least in (("max_text_length", 3), ("evaluation_examples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-
-    def mask(self, kind: str) -> tuple[MaskType | None, float]:
-        """Type and ratio of the masks of `"video"` or `"image"`."""
-        ratio = getattr(self, f"{kind}_mask_ratio")
-        return getattr(self, f"{kind}_mask_type"), DEFAULT_MASK_RATIOS[kind] if ratio is None else ratio
 
 
 @dataclass

@@ -3,52 +3,22 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BertTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from videomamba_arguments import VideoTextModelArguments
 
 from ..configuration_videomamba import VideoMambaVideoTextConfig
 from ..image_processing_videomamba import VideoMambaImageProcessor
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
-from .models import StartArguments
 from .teacher_cache import digest
 
 NORMALIZATION = ("image_mean", "image_std", "rescale_factor")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-@dataclass
-class VideoTextModelArguments(StartArguments):
-    """What the run starts from: a model of videos and texts, a VideoMamba and a BERT, or a configuration."""
-
-    starts = ("model", "config", "vision")
-
-    vision: str | None = field(default=None, metadata={"help": "directory or Hub id of a VideoMamba, with --text"})
-    text: str | None = field(default=None, metadata={"help": "directory or Hub id of a BERT, with --vision"})
-    fusion_layer: int | None = field(
-        default=None, metadata={"help": "with --text: the first layer of BERT that attends to the video (9)"}
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "with --config: directory or Hub id; without, one is made of the captions"}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if (self.vision is None) != (self.text is None):
-            raise ValueError("--vision and --text go together")
-        if self.fusion_layer is not None and self.text is None:
-            raise ValueError(f"--fusion-layer {self.fusion_layer} is for --text")
-        if self.tokenizer is not None and self.config is None:
-            raise ValueError(f"--tokenizer {self.tokenizer} is for --config")
-
-    @property
-    def makes_tokenizer(self) -> bool:
-        """Whether there is no tokenizer yet."""
-        return self.config is not None and self.tokenizer is None
 
 
 def load_video_text_model(args: VideoTextModelArguments) -> VideoMambaForVideoTextRetrieval:

@@ -27,7 +27,7 @@ from torch.utils.data import get_worker_info
 from ..video_decoding import VideoFile, VideoSource, open_source
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .data import BROKEN, Examples, TestViews, process_clips, window_frames
-from .sources import VIDEO_SUFFIXES, walk_files
+from .files import VIDEO_SUFFIXES, walk_files
 
 SHARD_SUFFIX = ".tar"
 # what servers and stores say of the version of a file, and that there is none

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import search_videos
-from make_moving_digits import FPS, write_mp4
+import searching
 from modeling_videomamba import VideoMambaForVideoTextRetrieval, VideoMambaProcessor
 from modeling_videomamba.training.collection import embed
 from modeling_videomamba.video_decoding import read_frames
 from modeling_videomamba.video_text_losses import similarities
+from moving_digits import FPS, write_mp4
 from tests.models import save_video_text
 from tests.search.helpers import OPTIONS, TEXT, call_script, draw
 
@@ -52,7 +52,7 @@ def search(capsys, monkeypatch):
         call.embedded += len(pixel_values)
         return embed(model, pixel_values)
 
-    monkeypatch.setattr(search_videos, "embed", count)
+    monkeypatch.setattr(searching, "embed", count)
 
     def call(*options):
         call.embedded = 0

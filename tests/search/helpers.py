@@ -10,8 +10,8 @@ import pytest
 from datasets import load_from_disk
 
 import search_videos
-from make_moving_digits import FPS
 from modeling_videomamba.training.collection import Collection
+from moving_digits import FPS
 from tests.conftest import forget_accelerator
 
 TEXT = "a seven moves"

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 import search_videos
-from make_moving_digits import write_mp4
 from modeling_videomamba import VideoMambaForVideoTextRetrieval, VideoMambaModel
 from modeling_videomamba.training import windows as windows_module
 from modeling_videomamba.training.collection import Collection
 from modeling_videomamba.training.windows import Source, cut_video
 from modeling_videomamba.video_decoding import BrokenVideoError
+from moving_digits import write_mp4
 from tests.conftest import tiny_config
 from tests.launching import SCRIPTS, assert_finished, launch, start, wait_until
 from tests.search.helpers import OPTIONS, TEXT, ask, counts, draw, rows, window_of, write_shard

@@ -1,0 +1,30 @@
+"""Files of videos in folders."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+VIDEO_SUFFIXES = {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
+VIDEO_SUFFIXES |= {".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
+
+
+def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """
+    The files at any depth of a folder that have one of these suffixes in any case, sorted. Links to folders are
+    followed, but no folder is entered twice. Raises `OSError` for a folder that can't be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    entered: set[Path] = set()
+    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = Path(root).resolve()
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort(key=lambda name: ((real / name).is_symlink(), name))  # a folder goes before links to it
+        found += [Path(root, name) for name in files if Path(name).suffix.lower() in suffixes]
+    return sorted(found)

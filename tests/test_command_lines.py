@@ -1,0 +1,164 @@
+"""The command lines of all scripts: help, orders of options, and what is wrong with them."""
+
+import argparse
+import itertools
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+import classify
+import command_line
+import evaluate_retrieval
+import evaluate_video
+import push_to_hub
+import search_videos
+from tests.launching import ENVIRONMENT, SCRIPTS
+
+NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8"))
+HELP_OF_ALL = """
+import contextlib, io, runpy, sys
+heavy = ("torch", "transformers", "datasets", "accelerate", "gradio", "sklearn", "matplotlib", "modeling_videomamba")
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2:]:
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        runpy.run_path(f"{sys.path[0]}/{name}", run_name="__main__")
+    assert "usage: " in text.getvalue(), name
+    assert not (loaded := [module for module in heavy if module in sys.modules]), (name, loaded)
+"""
+
+
+def test_help_of_every_script_comes_before_the_heavy_imports():
+    command = [sys.executable, "-c", HELP_OF_ALL, str(SCRIPTS), *NAMES]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+
+
+def parsers_of(name, monkeypatch):
+    """All parsers that a script makes for its help, and the help."""
+    made = []
+
+    class Recorded(command_line.Parser):
+        def __init__(self, **options):
+            super().__init__(**options)
+            made.append(self)
+
+    monkeypatch.setattr(command_line, "Parser", Recorded)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    assert end.value.code == 0
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_tells_everything_once(name, monkeypatch, capsys):
+    for parser in parsers_of(name, monkeypatch):
+        if not parser.add_help:  # reads the name of a recipe only
+            continue
+        text = parser.format_help()
+        options = re.findall(r"^  (?:-h, )?(--[a-z0-9-]+)", text, re.MULTILINE)
+        assert len(options) == len(set(options)) and not re.search(r"--\w+_\w", text.split("\n\n", 2)[-1])
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) or action.help == argparse.SUPPRESS:
+                continue
+            assert action.help and len(action.help) > 5, action
+            if action.option_strings:
+                assert action.option_strings[0] in ("-h", *options)
+            takes_value = action.option_strings and action.nargs != 0
+            shown = parser._get_formatter()._get_help_string(action)
+            assert not takes_value or re.search(r"default: \S|no default|\(required\)", shown), action
+
+
+def test_help_says_the_values_of_a_recipe(monkeypatch, capsys):
+    words = ["finetune.py", "--recipe", "k400-tiny-f8x224", "--help"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPTS / "finetune.py"), run_name="__main__")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "times that the run sees the training data (default: 70" in text
+
+
+# Orders
+
+ORDERS = [
+    (search_videos, ["query"], [["IX"], ["a dog"], ["--top-k", "3"], ["--json"], ["--picture", "hits.png"]]),
+    (search_videos, ["query"], [["IX"], ["--video", "c.mp4"], ["--top-k=3"], ["--json"]]),
+    (search_videos, ["index"], [["A", "B", "OUT"], ["--model", "M"], ["--clip_seconds", "4"], ["--num-workers=0"]]),
+    (classify, [], [["a.mp4", "b.mp4"], ["--top-k", "3"], ["--json"], ["--model", "M"]]),
+    (push_to_hub, [], [["M"], ["o/n"], ["--dry-run"], ["--revision", "x"]]),
+]
+
+
+@pytest.mark.parametrize(("script", "first", "parts"), ORDERS)
+def test_positional_arguments_and_options_come_in_any_order(script, first, parts, monkeypatch):
+    """Positional ones keep their order among themselves."""
+    found = []
+    for order in itertools.permutations(parts):
+        positional = [part for part in order if not part[0].startswith("-")]
+        if positional != [part for part in parts if not part[0].startswith("-")]:
+            continue
+        monkeypatch.setattr(sys, "argv", [script.__file__, *first, *itertools.chain(*order)])
+        found.append(script.parse_args())
+    assert len(found) > 5 and all(one == found[0] for one in found), found[0]
+
+
+def test_what_is_read_in_any_order(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["search_videos.py", "query", "IX", "--top-k", "3", "a dog"])
+    args = search_videos.parse_args()
+    assert (str(args.out), args.top_k, args.text) == ("IX", 3, "a dog")
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", "M", "--dry-run", "org/name"])
+    args = push_to_hub.parse_args()
+    assert (str(args.source), args.repo_id, bool(args.dry_run)) == ("M", "org/name", True)
+
+
+@pytest.mark.parametrize(("script", "flag"), [(evaluate_video, "--regression"), (evaluate_retrieval, "--paragraphs")])
+def test_the_model_to_test_comes_anywhere(script, flag, monkeypatch):
+    classes = [script.Arguments, *(one for one in getattr(script, "CLASSES", ()) if one is not script.Arguments)]
+    parts = ["M"], ["--data", "CLIPS"], [flag], ["--output_dir=OUT"]
+    for order in itertools.permutations(parts):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *itertools.chain(*order)])
+        args, *_ = command_line.parse_dataclasses("", *classes)
+        assert (args.model, str(args.output_dir)) == ("M", "OUT")
+
+
+# What is wrong
+
+REQUIRED = ("--data", "d", "--output-dir", "o")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("finetune.py", ("--model", "m"), "error: the following arguments are required: --data, --output-dir"),
+        (
+            "finetune.py",
+            (*REQUIRED, "--epoch", "x"),
+            "error: argument --epochs: invalid float",
+        ),
+        (
+            "finetune.py",
+            (*REQUIRED, "--nonsense"),
+            "error: unrecognized arguments: --nonsense",
+        ),
+        ("search_videos.py", ("query", "i", "a", "b"), "error: unrecognized arguments: b"),
+        ("search_videos.py", ("query", "i"), "error: pass one of a text and --video"),
+        ("classify.py", ("a", "--csv", "no/such/a.csv"), "error: --csv no/such/a.csv: there is no such folder"),
+        ("classify.py", ("a", "--csv", "."), "error: --csv .: is a folder"),
+    ],
+)
+def test_what_is_wrong_is_one_line_of_one_process(name, words, message, monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        shown = end.value.code
+        if rank == "0":
+            assert shown.startswith(message) and "\n" not in shown
+        else:
+            assert shown == 1
+        assert capsys.readouterr() == ("", "")
