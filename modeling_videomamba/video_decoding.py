@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .video_index import FrameIndex, read_index
-from .video_opening import CONTAINERS, BrokenVideoError, VideoSource, open_source
+from .video_index import FrameIndex, decode_index, read_index
+from .video_opening import BrokenVideoError, OpenedVideo, VideoSource, open_source
 
 if TYPE_CHECKING:  # processes that only decode do without them: their import takes seconds
     import torch
     from transformers.video_utils import VideoMetadata
-
-MAX_THREADS = 8  # each holds a frame of its own
 
 
 def is_video_source(video: Any) -> bool:
@@ -64,6 +61,7 @@ def read_frames(
             metadata = reader.metadata
             indices = _wanted(metadata, sample_indices)
             decoded = _decode_with_torchcodec(reader, indices)
+            metadata.video_backend = "pyav" if decoded is None else "torchcodec"
             frames = reader.frames(indices) if decoded is None else decoded
     metadata.height, metadata.width = frames.shape[-2:]  # those of a turned video are swapped
     return frames, metadata
@@ -100,63 +98,28 @@ class VideoFile:
         max_pixels: int | None = None,
         num_threads: int | None = None,
     ):
-        self.name, self.file, self.max_pixels, self.num_threads = name, file, max_pixels, num_threads
+        self.name, self.file = name, file
+        self.video = OpenedVideo(name, file, max_pixels=max_pixels, num_threads=num_threads)
+        self.reformatter = self.video.av.video.reformatter.VideoReformatter()  # one for all: each is costly to set up
+        self._is_recounted = False
         try:
-            import av
-        except ImportError as error:
-            raise ImportError("Reading video files needs PyAV: `pip install av`.") from error
-        self.av = av
-        self.reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: each is costly to set up
-        self._open()
-        try:
-            self.index = index or self._read_index()
+            self.index = index or read_index(self.video)
         except BaseException:
-            self.container.close()
+            self.video.close()
             raise
 
     def __enter__(self) -> VideoFile:
         return self
 
     def __exit__(self, *_) -> None:
-        self.container.close()
+        self.video.close()
 
-    def _open(self) -> None:
-        if isinstance(self.file, io.BytesIO):
-            self.file.seek(0)
-        # "file:" keeps FFmpeg from reading a path as one of its protocols
-        source = f"file:{self.file}" if isinstance(self.file, str) else self.file
-        try:
-            options = {"format_whitelist": CONTAINERS}
-            self.container = self.av.open(source, options=options, metadata_errors="ignore")
-        except self.av.error.ArgumentError as error:
-            raise BrokenVideoError(self.name, "not a video, or in no container of videos") from error
-        except self.av.error.FFmpegError as error:
-            if isinstance(error, OSError) and isinstance(self.file, str):  # no permission, say
-                raise
-            reason = f"not a video, or truncated so that no frame can be read ({error.strerror})"
-            raise BrokenVideoError(self.name, reason) from error
-        cover = self.av.stream.Disposition.attached_pic
-        streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
-        if not streams:
-            self.container.close()
-            raise BrokenVideoError(self.name, "it has no video stream")
-        self.stream = streams[0]
-        self.stream.thread_type = "AUTO"
-        self.stream.codec_context.thread_count = self.num_threads or _default_threads()
-        if self.max_pixels is not None:
-            self.stream.codec_context.options = {"max_pixels": str(self.max_pixels)}
+    @property
+    def stream(self) -> Any:
+        """The `av.video.stream.VideoStream` that is read."""
+        return self.video.stream
 
-    def _read_index(self) -> FrameIndex:
-        index = read_index(self.name, self.container, self.stream)
-        if index.timestamps is None:
-            self.index = index  # frames are counted by it
-            self._restart()
-            index = dataclasses.replace(index, num_frames=sum(1 for _ in self._decoded()))
-        if index.num_frames == 0:
-            raise BrokenVideoError(self.name, "it has no frame")
-        return index
-
-    @cached_property
+    @property
     def metadata(self) -> VideoMetadata:
         from transformers.video_utils import VideoMetadata
 
@@ -186,20 +149,10 @@ class VideoFile:
         RGB frames `(height, width, 3)`, uint8, upright, one after the other, so that not all of a large video have to
         be held. `indices` must not decrease. Raises `BrokenVideoError` at a frame that can't be decoded.
         """
-        decoded: Iterator[tuple[int, Any]] = iter(())
-        position, shape = -1, None
+        self._decoded: Iterator[tuple[int, Any]] = iter(())
+        self._position, shape = -1, None
         for index, repeats in itertools.groupby(indices):
-            if position < 0 or self._keyframe_before(index) > position + 1:
-                decoded = self._seek(index)
-            frame = _find(decoded, index)
-            if frame is None:  # it may be the seek that has lost it
-                self._restart()
-                decoded = self._decoded()
-                frame = _find(decoded, index)
-            if frame is None:
-                reason = f"damaged: frame {index} of {self.index.num_frames} can't be decoded"
-                raise BrokenVideoError(self.name, reason, index)
-            position, image = index, self._to_rgb(frame)
+            image = self._to_rgb(self._frame(index))
             shape = shape or image.shape
             if image.shape != shape:
                 sizes = sorted({shape[:2], image.shape[:2]})
@@ -211,48 +164,80 @@ class VideoFile:
         rgb = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
         return np.ascontiguousarray(np.rot90(rgb, k=round(frame.rotation / 90)))
 
-    def _keyframe_before(self, index: int) -> int:
-        """Number of the last keyframe that is not behind frame `index` and can be sought, 0 where none is known."""
-        if self.container.format.name == "mpeg":  # of program streams the frames have other times after a seek
-            return 0
-        return self.index.keyframe_before(index)
+    def _frame(self, index: int) -> Any:
+        while True:
+            try:
+                if self._position < 0 or self.index.keyframe_before(index) > self._position + 1:
+                    self._seek(index)
+                frame = _find(self._decoded, index)
+                if frame is None:  # it may be the seek that has lost it
+                    self._restart()
+                    frame = _find(self._decoded, index)
+            except _MisnumberedError:
+                self._renumber()
+                continue
+            if frame is None:
+                reason = f"damaged: frame {index} of {self.index.num_frames} can't be decoded"
+                raise BrokenVideoError(self.name, reason, index) from self.video.failure
+            self._position = index
+            return frame
 
-    def _seek(self, index: int) -> Iterator[tuple[int, Any]]:
-        """Numbers and frames from the keyframe of frame `index` on, or from an earlier one."""
-        keyframe = self._keyframe_before(index)
+    def _renumber(self) -> None:
+        """Counts the frames of a file whose timestamps are wrong, and reads one where seeks are from its start."""
+        self.index = self.index.without_seeks() if self._is_recounted else decode_index(self.video)
+        self._is_recounted, self._position = True, -1
+
+    def _seek(self, index: int) -> None:
+        """Lets `_decoded` begin at the keyframe of frame `index`, or at an earlier one."""
+        keyframe = self.index.keyframe_before(index)
         for _ in range(2):  # in MPEG-TS a seek often ends behind its keyframe, and then that to the one before does not
             if keyframe <= 0:
                 break
             try:
-                self.container.seek(self.index.timestamp(keyframe), stream=self.stream)
-            except self.av.error.FFmpegError:  # not every container can
+                self.video.seek(self.index.seek_to(keyframe))
+            except BrokenVideoError:  # not every container can
                 break
-            decoded = self._decoded()
+            decoded = self._numbered(keyframe)
             first = next(decoded, None)
-            if first is not None and 0 <= first[0] <= index:
-                return itertools.chain([first], decoded)
-            keyframe = self._keyframe_before(keyframe - 1)
+            if first is not None and first[0] <= index and first[0] == self.index.keyframe_before(first[0]):
+                self._decoded = itertools.chain([first], decoded)
+                return
+            keyframe = self.index.keyframe_before(keyframe - 1)
         self._restart()  # nothing to seek to, or the seek went too far
-        return self._decoded()
 
     def _restart(self) -> None:
-        self.container.close()
-        self._open()
+        self.video.restart()
+        self._decoded = self._numbered(0)
 
-    def _decoded(self) -> Iterator[tuple[int, Any]]:
-        """Numbers and frames from where the container stands; ends where the file can't be decoded further."""
-        try:
-            for count, frame in enumerate(self.container.decode(self.stream)):
-                yield count if self.index.timestamps is None else self.index.number(frame.pts), frame
-        except self.av.error.FFmpegError:
-            return
+    def _numbered(self, first: int) -> Iterator[tuple[int, Any]]:
+        """
+        Numbers and frames from where the file stands, without those before frame `first`; ends where the file can't be
+        decoded further. Raises [`_MisnumberedError`] if the numbers are not consecutive.
+        """
+        held: list[tuple[int, Any]] = []  # a frame is in doubt until the next one has come
+        expected = None
+        for number, frame in self._known_frames():
+            if number < first:
+                continue
+            if number != expected and expected is not None:
+                raise _MisnumberedError
+            expected = number + 1
+            held.append((number, frame))
+            if self.index.is_certain or len(held) > 1:
+                yield held.pop(0)
+        if expected not in (None, self.index.num_frames) and self.video.failure is None:
+            raise _MisnumberedError
+        yield from held
+
+    def _known_frames(self) -> Iterator[tuple[int, Any]]:
+        if self.index.label is None:
+            return enumerate(frame for _, frame in self.video.decoded(lambda _: None))
+        decoded = self.video.decoded(operator.attrgetter(self.index.label))
+        return ((self.index.number(label), frame) for label, frame in decoded)
 
 
-def _default_threads() -> int:
-    """One in the workers of a data loader."""
-    import torch
-
-    return min(torch.get_num_threads(), MAX_THREADS)
+class _MisnumberedError(Exception):
+    """Frames come in another order than the index has them."""
 
 
 def _find(decoded: Iterator[tuple[int, Any]], index: int) -> Any | None:
@@ -300,20 +285,22 @@ def _torchcodec_frames(decoder, indices: Sequence[int]) -> torch.Tensor:
 
 
 def _decode_with_torchcodec(reader: VideoFile, indices: Sequence[int]) -> torch.Tensor | None:
-    """`None` where torchcodec is missing, can't read the file or counts its frames differently."""
-    decoder_class = _torchcodec_decoder_class()
+    """`None` where torchcodec is missing, can't read the file, or might take other frames than these."""
+    decoder_class, index = _torchcodec_decoder_class(), reader.index
     # from other containers (AVI with B-frames, MPEG-TS) it returns wrong frames without an error
-    if decoder_class is None or not reader.container.format.name.startswith(("mov,", "matroska,")):
+    if decoder_class is None or not reader.video.container.format.name.startswith(("mov,", "matroska,")):
+        return None
+    # it goes by the timestamps, and always seeks
+    if not (index.is_certain and index.label == "pts" and len(index.keyframes)):
         return None
     try:
         source = reader.file if isinstance(reader.file, str) else reader.file.getvalue()
-        decoder = decoder_class(source, stream_index=reader.stream.index)
+        decoder = decoder_class(source, stream_index=reader.video.stream.index)
         if decoder.metadata.num_frames != reader.index.num_frames:
             return None
         frames = _torchcodec_frames(decoder, indices)
     except Exception:  # PyAV has the last word, and says what is wrong
         return None
-    reader.metadata.video_backend = "torchcodec"
     return frames
 
 

@@ -1,14 +1,22 @@
-"""Index of the frames of a video, from its packets: how many there are, when each is shown, and where to seek to."""
+"""Index of the frames of a video: how many there are, when each is shown, and where to seek to for each."""
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from .video_opening import BrokenVideoError
+from .video_opening import BrokenVideoError, OpenedVideo
+
+MISSING = np.iinfo(np.int64).min  # a timestamp or position that a packet doesn't have
+HEAD = 64  # frames that are decoded to see whether they come in the order of their timestamps
+MAX_REORDERED = 32  # no codec shows a frame so many later than it decodes it
+NOT_CODED = 8  # bytes: in MPEG-4 a smaller packet shows nothing, or a frame from before
+RAW_RATE = 25  # the rate that FFmpeg gives raw streams
+NO_FRAMES = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +32,12 @@ class FrameIndex:
         time_base (`Fraction`): Seconds.
         rate (`Fraction` or `None`): Mean number of frames a second as the file states it.
         end (`int`, *optional*): When the last frame ends, in units of `time_base`. `None` without timestamps.
+        seeks (`np.ndarray` of shape `(keyframes,)`, int64): What to seek to for each of `keyframes`.
+        label (`str`, *optional*):
+            The attribute of a packet (`pts`, `dts`, `pos`) by which its frame is known. `None` where frames can only be
+            counted, from the first one of the file.
+        labels (`np.ndarray` of shape `(num_frames,)`, int64): Of each frame, empty without `label`.
+        is_certain (`bool`): Whether decoding can't give the frames in another order.
     """
 
     num_frames: int
@@ -32,6 +46,10 @@ class FrameIndex:
     time_base: Fraction
     rate: Fraction | None
     end: int | None = None
+    seeks: np.ndarray = NO_FRAMES
+    label: str | None = None
+    labels: np.ndarray = NO_FRAMES
+    is_certain: bool = True
 
     @property
     def duration(self) -> float:
@@ -60,89 +78,209 @@ class FrameIndex:
             return (self.timestamps - self.timestamps[0]) * float(self.time_base)
         return np.arange(self.num_frames) / float(self.rate or RAW_RATE)
 
-    def timestamp(self, index: int) -> int:
-        """What to seek to for frame `index`, in units of `time_base`."""
-        assert self.timestamps is not None
-        return int(self.timestamps[index])
+    def number(self, label: int | None) -> int:
+        """Number of the frame with a label, -1 if there is no such frame."""
+        labels, numbers = self._sorted_labels
+        place = int(np.searchsorted(labels, MISSING if label is None else label))
+        return int(numbers[place]) if place < len(labels) and labels[place] == label else -1
 
-    def number(self, timestamp: int | None) -> int:
-        """Number of the frame of a timestamp, -1 if there is no such frame."""
-        assert self.timestamps is not None
-        if timestamp is None:
-            return -1
-        number = int(np.searchsorted(self.timestamps, timestamp))
-        return number if number < self.num_frames and self.timestamps[number] == timestamp else -1
+    @cached_property
+    def _sorted_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The labels, increasing, and the number of the frame of each."""
+        numbers = np.argsort(self.labels)
+        return self.labels[numbers], numbers
 
     def keyframe_before(self, index: int) -> int:
         """Number of the last keyframe that is not behind frame `index`, 0 where none is known."""
         behind = int(np.searchsorted(self.keyframes, index, side="right"))
         return int(self.keyframes[behind - 1]) if behind else 0
 
+    def seek_to(self, keyframe: int) -> int:
+        """What to seek to for a keyframe of this number."""
+        return int(self.seeks[np.searchsorted(self.keyframes, keyframe)])
 
-RAW_RATE = 25  # FFmpeg's own of raw streams
+    def without_seeks(self) -> "FrameIndex":
+        """The same where a seek doesn't lead to the frames that belong there: they are counted from the first one."""
+        return replace(self, keyframes=NO_FRAMES, seeks=NO_FRAMES, label=None, labels=NO_FRAMES, is_certain=True)
 
 
-def read_index(name: str, container: Any, stream: Any) -> FrameIndex:
-    r"""
-    Reads all packets of a video stream, of which none is decoded.
+@dataclass(frozen=True, eq=False)
+class _Packets:
+    """What the packets of a video say, in the order of the file, each an array of int64."""
 
-    Args:
-        name (`str`): What errors call the file.
-        container (`av.container.InputContainer`): Just opened.
-        stream (`av.video.stream.VideoStream`): Of the container.
+    pts: np.ndarray
+    dts: np.ndarray
+    pos: np.ndarray
+    size: np.ndarray
+    duration: np.ndarray
+    is_keyframe: np.ndarray
 
-    Returns:
-        [`FrameIndex`]: Without timestamps, `num_frames` is the number of packets.
+    def __len__(self) -> int:
+        return len(self.pts)
+
+
+def read_index(video: OpenedVideo) -> FrameIndex:
+    """
+    Index of a video that stands at its first packet. Nothing is decoded where the timestamps of the packets tell the
+    order of the frames, and all of the file where they don't.
 
     Raises:
-        `BrokenVideoError`: if the file is truncated.
+        `BrokenVideoError`: if the file is truncated, empty, or damaged where it has to be decoded.
     """
-    frames, keyframes, num_packets, end, shown_end, damaged = [], [], 0, 0, 0, False
+    packets = _scan(video)
+    if _order_is_unknown(video, packets):
+        return _index_by_decoding(video, packets)
+    if _order_is_doubtful(video, packets):
+        return _index_by_decoding(video, packets, HEAD)
+    return _index_by_timestamps(video, packets, np.arange(len(packets)), not video.reorders or _is_reordered(packets))
+
+
+def decode_index(video: OpenedVideo) -> FrameIndex:
+    """Index by decoding the whole file in order, which leaves no doubt; raises as [`read_index`]."""
+    video.restart()
+    return _index_by_decoding(video, _scan(video))
+
+
+def _scan(video: OpenedVideo) -> _Packets:
+    """Reads all packets that give a frame. Raises `BrokenVideoError` for a truncated or empty file."""
+    rows, num_packets, end, damaged = [], 0, 0, False
     try:
-        for packet in container.demux(stream):
-            if packet.size == 0 or packet.is_corrupt:
+        for packet in video.packets():
+            if packet.is_corrupt:
                 continue
             num_packets += 1
             end = max(end, (packet.pts or 0) + (packet.duration or 0))
-            if not packet.is_discard:
-                frames.append(packet.pts)
-                shown_end = max(shown_end, (packet.pts or 0) + (packet.duration or 0))
-                if packet.is_keyframe:
-                    keyframes.append(packet.pts)
-    except MemoryError:
-        raise
-    except Exception:  # FFmpegError, and what else PyAV raises
+            if _gives_frame(video, packet):
+                rows.append((packet.pts, packet.dts, packet.pos, packet.size, packet.duration, packet.is_keyframe))
+    except BrokenVideoError:
         damaged = True
+    values = [[MISSING if value is None else int(value) for value in row] for row in rows]
+    packets = _Packets(*np.array(values, np.int64).reshape(-1, 6).T)
     # of Matroska and FLV files only the duration tells; the last frame may be a still one of any length
-    missing = _stated_seconds(container, stream) - float(end * stream.time_base)
-    gaps = [after - before for before, after in itertools.pairwise(sorted(filter(None, frames)))]
-    still = 2 * float(max(gaps, default=0) * stream.time_base)
-    if damaged or num_packets < len(stream.index_entries) or missing > max(0.5, still):
-        reason = f"truncated: {len(frames)} of {stream.frames or 'more'} frames can be read"
-        raise BrokenVideoError(name, reason, len(frames))
-    usable = None not in frames and len(set(frames)) == len(frames)  # not those of a raw stream
-    timestamps = np.array(sorted(frames) if usable else [], np.int64)
+    missing = _stated_seconds(video) - float(end * video.stream.time_base)
+    still = 2 * float(int(np.diff(np.sort(packets.pts)).max(initial=0)) * video.stream.time_base)
+    if damaged or num_packets < len(video.stream.index_entries) or missing > max(0.5, still):
+        reason = f"truncated: {len(packets)} of {video.stream.frames or 'more'} frames can be read"
+        raise BrokenVideoError(video.name, reason, len(packets))
+    if len(packets) == 0:
+        raise BrokenVideoError(video.name, "it has no frame")
+    return packets
+
+
+def _gives_frame(video: OpenedVideo, packet: Any) -> bool:
+    if packet.is_corrupt or packet.is_discard:
+        return False
+    return video.codec != "vp8" or bool(memoryview(packet)[0] & 0x10)  # VP8 has frames that are not shown
+
+
+def _order_is_unknown(video: OpenedVideo, packets: _Packets) -> bool:
+    """Whether only decoding all of the file tells which packets give a frame, and in which order."""
+    if not _is_usable(packets.pts):  # as in a raw stream
+        return True
+    if video.codec == "mpeg4" and packets.size.min() < NOT_CODED:
+        return True
+    ranks = np.argsort(np.argsort(packets.pts))
+    return bool(np.abs(ranks - np.arange(len(packets))).max() > MAX_REORDERED)  # time begins again within the file
+
+
+def _order_is_doubtful(video: OpenedVideo, packets: _Packets) -> bool:
+    """Whether decoding the first frames may show that they come in another order, or not all of them."""
+    first_keyframe = packets.pts[packets.is_keyframe == 1][:1]
+    if not packets.is_keyframe[0] or (packets.pts < first_keyframe).any():
+        return True  # leading frames refer to others, which may be missing
+    return video.reorders and video.stream.codec_context.has_b_frames and not _is_reordered(packets)
+
+
+def _is_reordered(packets: _Packets) -> bool:
+    """Whether the timestamps are those of presentation for sure, because they differ from the order of decoding."""
+    return bool((np.diff(packets.pts) < 0).any())
+
+
+def _is_usable(values: np.ndarray) -> bool:
+    return MISSING not in values and len(np.unique(values)) == len(values)
+
+
+def _index_by_decoding(video: OpenedVideo, packets: _Packets, head: int | None = None) -> FrameIndex:
+    """Decodes all of the file in order, or its first `head` frames if their timestamps are right."""
+    video.restart()
+    numbers = itertools.count()
+    first_keyframe = packets.pts[packets.is_keyframe == 1][:1]
+    order, is_whole = [], True
+    for number, _ in video.decoded(lambda packet: next(numbers) if _gives_frame(video, packet) else -1):
+        if number is None or number < 0:
+            continue
+        order.append(number)
+        if head is not None and len(order) >= head and (packets.pts[number] >= first_keyframe).all():
+            is_whole = False
+            break
+    if not order:
+        raise BrokenVideoError(video.name, f"damaged: frame 0 of {len(packets)} can't be decoded") from video.failure
+    shown = packets.pts[order]
+    if _is_usable(packets.pts) and (np.diff(shown) > 0).all():
+        if not is_whole or video.failure:
+            order += np.flatnonzero(packets.pts > shown[-1]).tolist()
+        return _index_by_timestamps(video, packets, np.array(order), is_certain=is_whole)
+    if not is_whole:
+        return _index_by_decoding(video, packets)
+    if video.failure:
+        reason = f"damaged: frame {len(order)} of {len(packets)} can't be decoded"
+        raise BrokenVideoError(video.name, reason, len(order)) from video.failure
+    return _index_by_order(video, packets, np.array(order))
+
+
+def _index_by_timestamps(video: OpenedVideo, packets: _Packets, shown: np.ndarray, is_certain: bool) -> FrameIndex:
+    """Frames known by their timestamps, of the packets with the numbers `shown`."""
+    timestamps = np.sort(packets.pts[shown])
+    seeks = np.sort(packets.pts[shown][packets.is_keyframe[shown] == 1])
     return FrameIndex(
-        num_frames=len(frames),
-        timestamps=timestamps if usable else None,
-        keyframes=np.searchsorted(timestamps, np.array(sorted(keyframes) if usable else [], np.int64)),
-        time_base=stream.time_base,
-        rate=stream.average_rate,
-        end=_end(timestamps, shown_end, _stated_seconds(container, stream) / stream.time_base) if usable else None,
+        num_frames=len(timestamps),
+        timestamps=timestamps,
+        time_base=video.stream.time_base,
+        rate=video.stream.average_rate,
+        end=_end(video, timestamps, (packets.pts + packets.duration)[shown]),
+        label="pts",
+        labels=timestamps,
+        is_certain=is_certain,
+        **_keyframes(video, np.searchsorted(timestamps, seeks), seeks),
     )
 
 
-def _end(timestamps: np.ndarray, packets_end: int, stated_end: Fraction | float) -> int:
+def _index_by_order(video: OpenedVideo, packets: _Packets, order: np.ndarray) -> FrameIndex:
+    """Frames in the order `order` of their packets, known by what no two packets have in common."""
+    clocks = [clock for clock in (packets.pts, packets.dts) if MISSING not in clock and (np.diff(clock) > 0).all()]
+    timestamps = np.sort(clocks[0][order]) if clocks else None
+    label = next((name for name in ("pos", "dts", "pts") if _is_usable(getattr(packets, name))), None)
+    seeks = np.where(packets.dts == MISSING, packets.pts, packets.dts)[order]
+    keyframes = np.flatnonzero((packets.is_keyframe[order] == 1) & (seeks != MISSING) & (label is not None))
+    return FrameIndex(
+        num_frames=len(order),
+        timestamps=timestamps,
+        time_base=video.stream.time_base,
+        rate=video.stream.average_rate,
+        end=None if timestamps is None else _end(video, timestamps, (clocks[0] + packets.duration)[order]),
+        label=label,
+        labels=NO_FRAMES if label is None else getattr(packets, label)[order],
+        **_keyframes(video, keyframes, seeks[keyframes]),
+    )
+
+
+def _keyframes(video: OpenedVideo, numbers: np.ndarray, seeks: np.ndarray) -> dict[str, np.ndarray]:
+    # in program streams the packets have other times after a seek, and palettes are not sent again
+    if video.container.format.name == "mpeg" or video.stream.codec_context.pix_fmt == "pal8":
+        numbers = seeks = NO_FRAMES
+    return {"keyframes": numbers, "seeks": seeks}
+
+
+def _end(video: OpenedVideo, timestamps: np.ndarray, packet_ends: np.ndarray) -> int:
     """When the last frame ends: by the packets, or by the header, else after as long as most frames are shown."""
-    if len(timestamps) == 0:
-        return 0
     gap = int(np.median(np.diff(timestamps))) if len(timestamps) > 1 else 1
-    end = max(packets_end, round(stated_end))
+    end = max(int(packet_ends.max()), round(_stated_seconds(video) / video.stream.time_base))
     return end if end > timestamps[-1] else int(timestamps[-1]) + gap
 
 
-def _stated_seconds(container: Any, stream: Any) -> float:
+def _stated_seconds(video: OpenedVideo) -> float:
     """Length of the video by the header of a Matroska or FLV file, 0 where it does not tell."""
+    container, stream = video.container, video.stream
     if not container.format.name.startswith(("matroska", "flv")):
         return 0.0
     if stated := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "")):

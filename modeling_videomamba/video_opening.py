@@ -1,12 +1,17 @@
-"""Sources of videos: paths, URLs and bytes become a path or bytes that PyAV opens, or an error with their name."""
+"""Opening of videos: paths, URLs and bytes become packets and frames of PyAV, or an error with the name of the file."""
 
+import contextlib
 import io
 import os
 import string
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
+
+from ._version import __version__
 
 VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
 
@@ -15,6 +20,8 @@ CONTAINERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,apng,mxf,nut,wtv,dv,gxf,rm,swf,nsv,nuv,pva,dhav,kux,"
     "h261,h263,h264,hevc,vvc,av1,obu,ivf,m4v,mjpeg,vc1,vc1test,dirac,cavsvideo,yuv4mpegpipe"
 )
+MAX_THREADS = 8  # each holds a frame of its own
+USER_AGENT = f"modeling-videomamba/{__version__}"  # servers refuse Python's own
 
 
 class BrokenVideoError(ValueError):
@@ -33,6 +40,129 @@ class BrokenVideoError(ValueError):
 
     def __reduce__(self):  # workers of a data loader send their exceptions to the main process
         return type(self), (self.name, self.reason, self.num_readable_frames)
+
+
+class OpenedVideo:
+    """
+    The video stream of a file, opened with PyAV: packets, and frames in the order in which the decoder gives them.
+
+    Args:
+        name (`str`): What errors call it.
+        file (`str` or `io.BytesIO`): Path, or the bytes of the file.
+        max_pixels (`int`, *optional*): A frame of more is not decoded.
+        num_threads (`int`, *optional*): Threads of the decoder, by default at most 8, and no more than PyTorch uses.
+
+    Raises:
+        `BrokenVideoError`: if it is not a video, or without a video stream or a decoder for it.
+        `OSError`: if the file can't be read.
+        `ImportError`: if PyAV is missing.
+    """
+
+    def __init__(
+        self, name: str, file: str | io.BytesIO, *, max_pixels: int | None = None, num_threads: int | None = None
+    ):
+        self.name, self.file, self.max_pixels, self.num_threads = name, file, max_pixels, num_threads
+        self.failure: BrokenVideoError | None = None  # what ended the frames of `decoded` before the end of the file
+        try:
+            import av
+        except ImportError as error:
+            raise ImportError("Reading video files needs PyAV: `pip install av`.") from error
+        self.av = av
+        if isinstance(file, str):
+            Path(file).open("rb").close()  # errors of the file system are not errors of the video
+        self.restart()
+
+    def restart(self) -> None:
+        """Opens the file again, which stands at its first packet then."""
+        self.close()
+        if isinstance(self.file, io.BytesIO):
+            self.file.seek(0)
+        # "file:" keeps FFmpeg from reading a path as one of its protocols
+        source = f"file:{self.file}" if isinstance(self.file, str) else self.file
+        options = {"format_whitelist": CONTAINERS}
+        with self._translated("not a video, or truncated so that no frame can be read"):
+            self.container = self.av.open(source, options=options, metadata_errors="ignore")
+        try:
+            self.stream = self._choose_stream()
+            self.stream.thread_type = "AUTO"
+            self.stream.codec_context.thread_count = self.num_threads or _default_threads()
+            if self.max_pixels is not None:
+                self.stream.codec_context.options = {"max_pixels": str(self.max_pixels)}
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if container := getattr(self, "container", None):
+            container.close()
+
+    def _choose_stream(self) -> Any:
+        cover = self.av.stream.Disposition.attached_pic
+        streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
+        if not streams:
+            raise BrokenVideoError(self.name, "it has no video stream")
+        return streams[0]
+
+    @property
+    def codec(self) -> str:
+        return self.stream.codec_context.codec.name
+
+    @property
+    def reorders(self) -> bool:
+        """Whether frames of this codec may be shown in another order than they are decoded in."""
+        return self.stream.codec_context.codec.reorder
+
+    @contextlib.contextmanager
+    def _translated(self, reason: str) -> Iterator[None]:
+        """Whatever PyAV raises is a broken file: not only its own errors, but also an `IndexError`, say."""
+        try:
+            yield
+        except BrokenVideoError:
+            raise
+        except Exception as error:
+            if isinstance(error, MemoryError) and not isinstance(error, self.av.error.FFmpegError):
+                raise
+            detail = getattr(error, "strerror", None) or str(error)
+            raise BrokenVideoError(self.name, f"{reason} ({detail})" if detail else reason) from error
+
+    def packets(self) -> Iterator[Any]:
+        """Packets from where the file stands. Raises `BrokenVideoError` where it can't be read further."""
+        with self._translated("damaged or truncated"):
+            for packet in self.container.demux(self.stream):
+                if packet.size:  # an empty one repeats a picture, and is none
+                    yield packet
+
+    def seek(self, timestamp: int) -> None:
+        """To a keyframe at this time, or before it. Raises `BrokenVideoError` if the file can't be sought."""
+        with self._translated("can't be sought"):
+            self.container.seek(timestamp, stream=self.stream)
+
+    def decoded(self, label: Callable[[Any], int | None]) -> Iterator[tuple[int | None, Any]]:
+        """
+        Labels and frames from where the file stands. The label is the one of the packet that holds the frame. Ends
+        where the file can't be decoded further, with the reason in `failure`.
+        """
+        self.failure = None
+        try:
+            for packet in self.packets():
+                packet.pts = label(packet)
+                yield from self._frames(packet)
+            yield from self._frames(None)
+        except BrokenVideoError as error:
+            self.failure = error
+
+    def _frames(self, packet: Any | None) -> Iterator[tuple[int | None, Any]]:
+        with self._translated("damaged"):
+            frames = self.stream.codec_context.decode(packet)
+        for frame in frames:
+            yield frame.pts, frame
+
+
+def _default_threads() -> int:
+    """One in the workers of a data loader."""
+    import torch  # in processes that only decode, its import would take seconds
+
+    return min(torch.get_num_threads(), MAX_THREADS)
 
 
 def open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
@@ -58,7 +188,8 @@ def open_source(video: VideoSource) -> tuple[str, str | io.BytesIO]:
 
 def _download(url: str) -> bytes:
     try:
-        with urlopen(quote(url, safe=string.punctuation), timeout=60) as response:
+        request = Request(quote(url, safe=string.punctuation), headers={"User-Agent": USER_AGENT})
+        with urlopen(request, timeout=60) as response:
             return response.read()
     except (OSError, HTTPException, ValueError) as error:
         raise OSError(f"{url}: can't be downloaded ({error})") from error

@@ -16,6 +16,7 @@ from PIL import Image
 
 from modeling_videomamba import BrokenVideoError, video_decoding
 from modeling_videomamba.video_decoding import VideoFile, read_frames
+from modeling_videomamba.video_opening import OpenedVideo
 from tests.conftest import moving_square, write_video
 
 
@@ -85,14 +86,14 @@ def test_a_url_is_downloaded(video, server):
 def test_few_frames_of_a_long_video_are_sought(tmp_path, without_torchcodec, monkeypatch):
     path = write_video(tmp_path / "long.mp4", moving_square(300))
     decoded = []
-    decode = VideoFile._decoded
+    decode = OpenedVideo.decoded
 
-    def counting(self):
-        for item in decode(self):
+    def counting(self, label):
+        for item in decode(self, label):
             decoded.append(item)
             yield item
 
-    monkeypatch.setattr(VideoFile, "_decoded", counting)
+    monkeypatch.setattr(OpenedVideo, "decoded", counting)
     indices = [20, 150, 283]
     frames, _ = read_frames(path, sampler(*indices))
     assert torch.equal(frames, all_frames(path)[indices])
