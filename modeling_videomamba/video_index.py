@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -46,9 +46,9 @@ class FrameIndex:
     time_base: Fraction
     rate: Fraction | None
     end: int | None = None
-    seeks: np.ndarray = NO_FRAMES
+    seeks: np.ndarray = field(default_factory=lambda: NO_FRAMES)
     label: str | None = None
-    labels: np.ndarray = NO_FRAMES
+    labels: np.ndarray = field(default_factory=lambda: NO_FRAMES)
     is_certain: bool = True
 
     @property
@@ -205,7 +205,8 @@ def _index_by_decoding(video: OpenedVideo, packets: _Packets, head: int | None =
     video.restart()
     numbers = itertools.count()
     first_keyframe = packets.pts[packets.is_keyframe == 1][:1]
-    order, is_whole = [], True
+    order: list[int] = []
+    is_whole = True
     for number, _ in video.decoded(lambda packet: next(numbers) if _gives_frame(video, packet) else -1):
         if number is None or number < 0:
             continue
@@ -213,16 +214,14 @@ def _index_by_decoding(video: OpenedVideo, packets: _Packets, head: int | None =
         if head is not None and len(order) >= head and (packets.pts[number] >= first_keyframe).all():
             is_whole = False
             break
-    if not order:
-        raise BrokenVideoError(video.name, f"damaged: frame 0 of {len(packets)} can't be decoded") from video.failure
     shown = packets.pts[order]
-    if _is_usable(packets.pts) and (np.diff(shown) > 0).all():
+    if _is_usable(packets.pts) and (np.diff(shown) > 0).all() and (order or video.failure):
         if not is_whole or video.failure:
-            order += np.flatnonzero(packets.pts > shown[-1]).tolist()
+            order += np.flatnonzero(packets.pts > shown.max(initial=MISSING)).tolist()
         return _index_by_timestamps(video, packets, np.array(order), is_certain=is_whole)
     if not is_whole:
         return _index_by_decoding(video, packets)
-    if video.failure:
+    if video.failure or not order:
         reason = f"damaged: frame {len(order)} of {len(packets)} can't be decoded"
         raise BrokenVideoError(video.name, reason, len(order)) from video.failure
     return _index_by_order(video, packets, np.array(order))
@@ -232,16 +231,18 @@ def _index_by_timestamps(video: OpenedVideo, packets: _Packets, shown: np.ndarra
     """Frames known by their timestamps, of the packets with the numbers `shown`."""
     timestamps = np.sort(packets.pts[shown])
     seeks = np.sort(packets.pts[shown][packets.is_keyframe[shown] == 1])
+    keyframes, seeks = _can_be_sought(video, np.searchsorted(timestamps, seeks), seeks)
     return FrameIndex(
         num_frames=len(timestamps),
         timestamps=timestamps,
+        keyframes=keyframes,
         time_base=video.stream.time_base,
         rate=video.stream.average_rate,
         end=_end(video, timestamps, (packets.pts + packets.duration)[shown]),
+        seeks=seeks,
         label="pts",
         labels=timestamps,
         is_certain=is_certain,
-        **_keyframes(video, np.searchsorted(timestamps, seeks), seeks),
     )
 
 
@@ -252,23 +253,25 @@ def _index_by_order(video: OpenedVideo, packets: _Packets, order: np.ndarray) ->
     label = next((name for name in ("pos", "dts", "pts") if _is_usable(getattr(packets, name))), None)
     seeks = np.where(packets.dts == MISSING, packets.pts, packets.dts)[order]
     keyframes = np.flatnonzero((packets.is_keyframe[order] == 1) & (seeks != MISSING) & (label is not None))
+    keyframes, seeks = _can_be_sought(video, keyframes, seeks[keyframes])
     return FrameIndex(
         num_frames=len(order),
         timestamps=timestamps,
+        keyframes=keyframes,
         time_base=video.stream.time_base,
         rate=video.stream.average_rate,
         end=None if timestamps is None else _end(video, timestamps, (clocks[0] + packets.duration)[order]),
+        seeks=seeks,
         label=label,
         labels=NO_FRAMES if label is None else getattr(packets, label)[order],
-        **_keyframes(video, keyframes, seeks[keyframes]),
     )
 
 
-def _keyframes(video: OpenedVideo, numbers: np.ndarray, seeks: np.ndarray) -> dict[str, np.ndarray]:
+def _can_be_sought(video: OpenedVideo, keyframes: np.ndarray, seeks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # in program streams the packets have other times after a seek, and palettes are not sent again
     if video.container.format.name == "mpeg" or video.stream.codec_context.pix_fmt == "pal8":
-        numbers = seeks = NO_FRAMES
-    return {"keyframes": numbers, "seeks": seeks}
+        return NO_FRAMES, NO_FRAMES
+    return keyframes, seeks
 
 
 def _end(video: OpenedVideo, timestamps: np.ndarray, packet_ends: np.ndarray) -> int:
