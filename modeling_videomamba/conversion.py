@@ -102,15 +102,25 @@ class ConvertedCheckpoint:
 
         Raises:
             `OSError`: if there is no such tokenizer.
-            `CheckpointError`: if it has more tokens than the model, or the model takes no text.
+            `CheckpointError`: if it is damaged, has more tokens than the model or no words, or the model takes no text.
         """
         if self.kind != VIDEO_TEXT:
             raise CheckpointError(f"`tokenizer` is for a {VIDEO_TEXT} checkpoint, this is a {self.kind} one.")
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+        except OSError:
+            raise
+        except Exception as error:  # a damaged file fails in any way
+            raise CheckpointError(
+                f"`tokenizer` {tokenizer} can't be loaded: {type(error).__name__}: {error}"
+            ) from error
         vocab_size = self.model.config.text_config.vocab_size
         if len(loaded) > vocab_size:
             raise CheckpointError(f"`tokenizer` {tokenizer} has {len(loaded)} tokens, the checkpoint {vocab_size}.")
-        self.processor = VideoMambaProcessor(self.processor, loaded)
+        try:
+            self.processor = VideoMambaProcessor(self.processor, loaded)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes safetensors, configurations and the code for remote loading."""

@@ -2,9 +2,22 @@
 
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .configuration_videomamba import VideoMambaConfig
 from .video_processing_videomamba import VideoMambaVideoProcessor
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises `ValueError` for a tokenizer that knows its special tokens alone: where a directory has no `tokenizer.json`,
+    Transformers makes one of them without an error, to which all texts are the same.
+    """
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path or 'the processor'} must know words, and knows only "
+            f"{', '.join(tokenizer.all_special_tokens)}: tokenizer.json is missing there, or has no vocabulary."
+        )
 
 
 class VideoMambaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
@@ -21,6 +34,9 @@ class VideoMambaProcessor(ProcessorMixin):
         video_processor (`VideoMambaVideoProcessor`): Makes `pixel_values`.
         tokenizer (`PreTrainedTokenizerBase`): Makes `input_ids` and `attention_mask`.
 
+    Raises:
+        `ValueError`: if the tokenizer knows no words, because its `tokenizer.json` is missing.
+
     Example:
 
     ```python
@@ -32,6 +48,8 @@ class VideoMambaProcessor(ProcessorMixin):
     valid_processor_kwargs = VideoMambaProcessorKwargs
 
     def __init__(self, video_processor=None, tokenizer=None):
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
         super().__init__(video_processor, tokenizer)
 
     @staticmethod

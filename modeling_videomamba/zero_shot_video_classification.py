@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers.pipelines.base import Pipeline
 
+from .processing_videomamba import check_tokenizer
+
 TASK = "zero-shot-video-classification"
 
 # How a directory that carries its code names the pipeline to Transformers.
@@ -38,6 +40,10 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
     _load_tokenizer = True
 
     _encoded: tuple[tuple[str, ...], torch.Tensor] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_tokenizer(self.tokenizer)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         r"""

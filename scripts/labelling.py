@@ -23,6 +23,7 @@ import modeling_videomamba  # noqa: F401 - registers VideoMamba with the Auto cl
 from command_line import MAX_PICTURE_ROWS
 from filmstrips import draw_filmstrip
 from modeling_videomamba.training.files import VIDEO_SUFFIXES, walk_files
+from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.plots import pyplot
 
 COLUMNS = ("video", "rank", "label", "score", "error")
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     videos = find_videos(args.videos)
     if args.picture and len(videos) > MAX_PICTURE_ROWS:
         raise ValueError(f"--picture takes at most {MAX_PICTURE_ROWS} videos, got {len(videos)}")
-    model, processor = load_model(args.model, AutoModel if args.features else AutoModelForVideoClassification)
+    model, processor = load_with_processor(args.model, AutoModel if args.features else AutoModelForVideoClassification)
     console = Console(stderr=True)
     results = run_model(videos, model, processor, keep_frames=args.picture is not None)
     shown = track(results, "videos", len(videos), console=console, disable=len(videos) == 1)
@@ -133,15 +134,13 @@ def find_videos(given: list[str]) -> list[str]:
     return videos
 
 
-def load_model(name: str, auto_class: Any) -> tuple[Any, Any]:
+def load_with_processor(name: str, auto_class: Any) -> tuple[Any, Any]:
     """A model, on the GPU if there is one, and its processor. Raises `OSError` or `ValueError`."""
     try:
-        processor = AutoVideoProcessor.from_pretrained(name)
-        model, info = auto_class.from_pretrained(name, output_loading_info=True)
+        processor = load_pretrained(AutoVideoProcessor, name)
+        model = load_model(auto_class, name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: {error}") from error
-    if info["missing_keys"]:
-        raise ValueError(f"--model {name} has no weights for {', '.join(sorted(info['missing_keys']))}")
+        raise ValueError(f"--model {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 

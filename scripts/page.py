@@ -18,6 +18,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor, Vi
 
 from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.training.guarded_video import GuardedVideo
+from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.plots import restore_pixels
 from modeling_videomamba.training.search import Hit, Search, Text, find, load_search
 from modeling_videomamba.training.windows import prepare_frames
@@ -281,12 +282,10 @@ def build_search_tab(search: Search, model: Any, processor: Any) -> None:
 
 def load_classifier(name: str) -> VideoClassificationPipeline:
     """A model with its processor. Raises `OSError` or `ValueError` where there is none that gives labels to videos."""
-    processor = AutoVideoProcessor.from_pretrained(name)
+    processor = load_pretrained(AutoVideoProcessor, name)
     if not isinstance(processor, VideoMambaVideoProcessor):
         raise ValueError(f"{name} is not a VideoMamba for videos")
-    model, info = AutoModelForVideoClassification.from_pretrained(name, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{name} has no weights for {', '.join(sorted(info['missing_keys']))}")
+    model = load_model(AutoModelForVideoClassification, name)
     if model.config.problem_type == "regression":
         raise ValueError(f"{name} gives values, not labels")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,6 @@ from accelerate.utils import gather_object, tqdm
 from datasets import Value
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor
 
 from modeling_videomamba.training.annotations import load_annotated
 from modeling_videomamba.training.data import Examples, TestViews, media_id, test_batches
@@ -30,7 +29,7 @@ from modeling_videomamba.training.reranking import (
 from modeling_videomamba.training.retrieval import texts_of
 from modeling_videomamba.training.settings import check_settings
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
-from modeling_videomamba.training.video_text_models import fingerprint, image_processor_of, load_trained
+from modeling_videomamba.training.video_text_models import fingerprint, image_processor_of, load_retrieval_model
 from modeling_videomamba.training.workers import iterate
 from modeling_videomamba.video_decoding import BrokenVideoError
 
@@ -81,8 +80,7 @@ class Evaluation:
         self.args, self.accelerator = args, accelerator
         with accelerator.main_process_first():
             self.split, self.missing = load_videos(args)
-            self.model = load_trained(args.model)
-        processor = AutoProcessor.from_pretrained(args.model)
+            self.model, processor = load_retrieval_model(args.model)
         self.tokenizer, self.processor = processor.tokenizer, processor.video_processor
         self.fingerprint = fingerprint(self.model, processor)
         if media_kind(self.split) == "image":

@@ -31,11 +31,10 @@ from modeling_videomamba.training.search import (
     Text,
     embed_clip,
     find,
-    load_retrieval_model,
     load_search,
 )
 from modeling_videomamba.training.settings import check_settings
-from modeling_videomamba.training.video_text_models import fingerprint
+from modeling_videomamba.training.video_text_models import fingerprint, load_retrieval_model
 from modeling_videomamba.training.windows import (
     Share,
     Source,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -23,6 +22,7 @@ from modeling_videomamba import (
     VideoMambaVideoTextConfig,
 )
 from modeling_videomamba.conversion import VIDEO_TEXT, convert_checkpoint, load_labels
+from modeling_videomamba.training.loading import load_pretrained
 from modeling_videomamba.training.masks import token_grid
 
 CARD = "README.md"
@@ -77,22 +77,20 @@ def load_source(source: Path, labels: str | None, tokenizer: str | None) -> Publ
 
 def load_directory(path: Path) -> tuple[PreTrainedModel, Any]:
     """Model and processor of a directory. Raises `OSError` or `ValueError` where it isn't one of ours, or not whole."""
-    config = AutoConfig.from_pretrained(path)
+    config = load_pretrained(AutoConfig, path)
     if not isinstance(config, VideoMambaConfig | VideoMambaVideoTextConfig):
         raise ValueError(f"{path} must be a VideoMamba, got {config.model_type}")
     name = ", ".join(config.architectures or ["VideoMambaModel"])
     if name not in modeling_videomamba.__all__:
         raise ValueError(f"{path} is a {name}, which this package doesn't have")
-    try:
-        model, info = getattr(modeling_videomamba, name).from_pretrained(path, output_loading_info=True)
-    except (SafetensorError, RuntimeError) as error:  # truncated, or of other shapes
-        raise ValueError(f"{path}: {error}") from error
+    model_class = getattr(modeling_videomamba, name)
+    model, info = load_pretrained(model_class, path, output_loading_info=True, ignore_mismatched_sizes=True)
     if strange := [f"{kind} {', '.join(sorted(map(str, keys)))}" for kind, keys in info.items() if keys]:
         raise ValueError(f"{path} does not fit {name}: {'; '.join(strange)}")
     processor_class: Any = VideoMambaProcessor
     if isinstance(config, VideoMambaConfig):
         processor_class = VideoMambaImageProcessor if config.num_frames is None else VideoMambaVideoProcessor
-    return model.eval(), processor_class.from_pretrained(path)
+    return model.eval(), load_pretrained(processor_class, path)
 
 
 def stage(source: Publishable, card: ModelCard, folder: Path, max_shard_size: str) -> list[StagedFile]:

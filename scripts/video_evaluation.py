@@ -24,6 +24,7 @@ from modeling_videomamba.training.evaluation import (
     is_regression,
     predict_batch,
 )
+from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
 from modeling_videomamba.training.settings import check_settings
@@ -67,9 +68,7 @@ def load(args: Any, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
     if data.streaming:
         raise ValueError("--streaming is for training: which videos have been tested must be known")
     split_name = args.split or find_evaluation_split(data.data)
-    model, info = VideoMambaForVideoClassification.from_pretrained(args.model, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{args.model} has no weights for {', '.join(sorted(info['missing_keys']))}")
+    model = load_model(VideoMambaForVideoClassification, args.model)
     names = None
     if not is_regression(model):
         names = data.label_names() or [model.config.id2label[index] for index in range(model.num_labels)]
@@ -78,10 +77,10 @@ def load(args: Any, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
     if media_kind(split) == "image":
         if args.num_clips * args.num_crops > 1:
             raise ValueError("--num-clips and --num-crops are for videos")
-        return model, AutoImageProcessor.from_pretrained(args.model), split
+        return model, load_pretrained(AutoImageProcessor, args.model), split
     if data.clip_seconds is not None:
         split = cut_into_windows(split, data.clip_seconds, data.clip_stride_seconds)
-    return model, AutoVideoProcessor.from_pretrained(args.model), split
+    return model, load_pretrained(AutoVideoProcessor, args.model), split
 
 
 def predict_split(

@@ -13,6 +13,7 @@ from videomamba_arguments import DistillationArguments
 from ..configuration_videomamba import VideoMambaConfig
 from ..modeling_videomamba import VideoMambaModel
 from .classification import ClassificationRun, LabelledArguments
+from .loading import load_model, load_pretrained
 from .loop import Batch
 from .losses import distillation_loss
 
@@ -32,13 +33,13 @@ class DistillationRun(ClassificationRun):
 
     def __init__(self, args: LabelledArguments, distillation: DistillationArguments):
         self.distillation = distillation
-        config = VideoMambaConfig.from_pretrained(distillation.teacher)
+        config = load_pretrained(VideoMambaConfig, distillation.teacher)
         super().__init__(args, teacher_hidden_size=config.hidden_size)
         for name in ("patch_size", "tubelet_size", "num_channels"):
             own, of_teacher = getattr(self.model.config, name), getattr(config, name)
             if own != of_teacher:
                 raise ValueError(f"--teacher has `{name}` {of_teacher}, the student {own}: they must be the same")
-        self.teacher = VideoMambaModel.from_pretrained(distillation.teacher).eval().requires_grad_(False)
+        self.teacher = load_model(VideoMambaModel, distillation.teacher).eval().requires_grad_(False)
         self.teacher.to(self.accelerator.device)
 
     def argument_groups(self) -> list[Any]:

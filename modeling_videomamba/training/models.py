@@ -18,6 +18,7 @@ from ..modeling_videomamba import (
 from ..modeling_videomamba_pretraining import VideoMambaForMaskedPreTraining
 from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .data import Processor
+from .loading import load_pretrained
 
 logger = get_logger(__name__)
 Classifier = VideoMambaForVideoClassification
@@ -45,7 +46,7 @@ def load_classifier(args: ModelArguments, kind: str, label_names: list[str] | No
     }
     model_class = VideoMambaForImageClassification if kind == "image" else VideoMambaForVideoClassification
     model, fresh = _load(model_class, args, kind, changes)
-    if args.model is not None and VideoMambaConfig.from_pretrained(args.model).id2label != changes["id2label"]:
+    if args.model is not None and load_pretrained(VideoMambaConfig, args.model).id2label != changes["id2label"]:
         fresh.add("classifier")
         nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
@@ -70,7 +71,7 @@ def load_pretraining_model(args: ModelArguments, kind: str, **changes: Any) -> V
     """
     model, fresh = _load(VideoMambaForMaskedPreTraining, args, kind, changes)
     if args.model is not None:
-        before = VideoMambaConfig.from_pretrained(args.model)
+        before = load_pretrained(VideoMambaConfig, args.model)
         if before.aligned_layers != model.config.aligned_layers:  # a decoder belongs to its layer
             fresh.add("alignment_decoders")
             for decoder in model.alignment_decoders:
@@ -90,8 +91,8 @@ def _load(model_class: Any, args: ModelArguments, kind: str, changes: dict[str, 
         changes["drop_path_rate"] = args.drop_path_rate
     if args.model is None:
         return model_class(_config(args, kind, changes)), set()
-    model, info = model_class.from_pretrained(
-        args.model, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+    model, info = load_pretrained(
+        model_class, args.model, ignore_mismatched_sizes=True, output_loading_info=True, **changes
     )
     fresh = {name.split(".")[0] for name in info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}}
     if kind == "image":
@@ -130,11 +131,11 @@ def load_processor(args: StartArguments, model: VideoMambaPreTrainedModel, kind:
     if args.model is None:
         return processor
     try:
-        saved = processor_class.from_pretrained(args.model)
+        saved = load_pretrained(processor_class, args.model)
     except OSError:
         return processor
     kept = ["image_mean", "image_std", "rescale_factor"]
-    if (VideoMambaConfig.from_pretrained(args.model).num_frames is None) == (kind == "image"):
+    if (load_pretrained(VideoMambaConfig, args.model).num_frames is None) == (kind == "image"):
         kept.append("resample")  # images are resized otherwise than videos
     for name in kept:
         setattr(processor, name, getattr(saved, name))

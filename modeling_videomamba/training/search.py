@@ -16,7 +16,7 @@ from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .collection import SETTINGS, Collection, check_faiss, embed, load_table
 from .data import BROKEN
-from .video_text_models import fingerprint, load_trained
+from .video_text_models import fingerprint, load_retrieval_model
 from .windows import ShardError, Window, find_remote, locate, open_video, read_media, window_pixels
 
 RERANKED = 32  # candidates, if no other number is asked for
@@ -186,14 +186,6 @@ def find(
         times["rerank_ms"] = 1000 * (time.perf_counter() - began)
     ranked: Iterator[Hit] = chain(best, candidates)
     return list(islice(search.with_pixels(ranked) if with_pixels else ranked, top_k)), times
-
-
-def load_retrieval_model(name: str) -> tuple[VideoMambaForVideoTextRetrieval, VideoMambaProcessor]:
-    """A model of videos and texts and its processor. Raises `OSError` or `ValueError` where there is none there."""
-    try:
-        return load_trained(name).eval(), VideoMambaProcessor.from_pretrained(name)
-    except OSError as error:
-        raise OSError(f"the model {name} can't be loaded: {error}") from error
 
 
 def embed_clip(path: str, model: VideoMambaForVideoTextRetrieval, processor: VideoMambaProcessor) -> torch.Tensor:

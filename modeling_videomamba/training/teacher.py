@@ -12,6 +12,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..configuration_videomamba import VideoMambaConfig
 from .data import Processor
+from .loading import load_model, one_line_errors
 
 logger = get_logger(__name__)
 
@@ -139,10 +140,11 @@ class _VisionModel(CLIPVisionModelWithProjection):
 
 def teacher_config(path: str) -> CLIPVisionConfig:
     """Of the vision model of a CLIP. Raises `OSError` where there is none."""
-    config = CLIPVisionConfig.from_pretrained(path)
-    values, _ = CLIPVisionConfig.get_config_dict(path)
-    if "vision_config" in values:  # a whole CLIP has one width for both towers, whatever their own configurations say
-        config.projection_dim = CLIPConfig.from_pretrained(path).projection_dim
+    with one_line_errors(path):
+        config = CLIPVisionConfig.from_pretrained(path)
+        values, _ = CLIPVisionConfig.get_config_dict(path)
+        if "vision_config" in values:  # a whole CLIP has one width for both towers
+            config.projection_dim = CLIPConfig.from_pretrained(path).projection_dim
     return config
 
 
@@ -158,13 +160,10 @@ def load_teacher(path: str, student: VideoMambaConfig, processor: Processor) -> 
     Raises:
         `OSError`, `ValueError`: if there is no such model, or it does not fit the student.
     """
-    model, info = _VisionModel.from_pretrained(path, config=teacher_config(path), output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{path} is no CLIP vision model with a projection: it lacks {sorted(info['missing_keys'])[0]}"
-        )
+    model = load_model(_VisionModel, path, config=teacher_config(path))
     try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
+        with one_line_errors(path):
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
         after = settings["image_mean"], settings["image_std"]
     except (OSError, KeyError):
         logger.warning(f"{path} has no image processor: it gets its pixels normalised as the student does")

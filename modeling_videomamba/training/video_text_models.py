@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BertTokenizer
+from transformers import AutoConfig, AutoTokenizer, BertTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from videomamba_arguments import VideoTextModelArguments
@@ -15,6 +15,7 @@ from ..image_processing_videomamba import VideoMambaImageProcessor
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
+from .loading import load_model, load_pretrained, one_line_errors
 from .teacher_cache import digest
 
 NORMALIZATION = ("image_mean", "image_std", "rescale_factor")
@@ -43,7 +44,8 @@ def load_video_text_model(args: VideoTextModelArguments) -> VideoMambaForVideoTe
         options: dict[str, Any] = {f"vision_{name}": value for name, value in changes.items()}
         if args.fusion_layer is not None:
             options["fusion_layer"] = args.fusion_layer
-        model = VideoMambaForVideoTextRetrieval.from_video_text_pretrained(args.vision, args.text, **options)
+        with one_line_errors(args.vision, args.text):
+            model = VideoMambaForVideoTextRetrieval.from_video_text_pretrained(args.vision, args.text, **options)
     encoder = model.videomamba
     if encoder.config.num_frames is None:
         encoder.inflate(args.num_frames or VideoMambaVideoProcessor.num_frames)
@@ -62,15 +64,29 @@ def load_trained(path: str, **vision_changes: Any) -> VideoMambaForVideoTextRetr
     Raises:
         `OSError`, `ValueError`: if there is no such model, or it is another one.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = load_pretrained(AutoConfig, path)
     if not isinstance(config, VideoMambaVideoTextConfig):
         raise ValueError(f"{path} must be a model of videos and texts (videomamba_video_text), got {config.model_type}")
     for name, value in vision_changes.items():
         setattr(config.vision_config, name, value)
-    model, info = VideoMambaForVideoTextRetrieval.from_pretrained(path, config=config, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{path} has no weights for {', '.join(sorted(info['missing_keys']))}")
-    return model
+    return load_model(VideoMambaForVideoTextRetrieval, path, config=config)
+
+
+def load_retrieval_model(path: str) -> tuple[VideoMambaForVideoTextRetrieval, VideoMambaProcessor]:
+    r"""
+    A model of videos and texts, for evaluation, and its processor.
+
+    Args:
+        path (`str`): Directory or Hub id.
+
+    Raises:
+        `OSError`, `ValueError`: if there is no such model or processor, a file of them is damaged, or the tokenizer
+            knows more tokens than the model.
+    """
+    model = load_trained(path).eval()
+    processor = load_pretrained(VideoMambaProcessor, path)
+    _check_vocabulary(processor.tokenizer, model)
+    return model, processor
 
 
 def fingerprint(model: VideoMambaForVideoTextRetrieval, processor: VideoMambaProcessor) -> str:
@@ -95,24 +111,28 @@ def load_video_text_processor(
     if args.vision is not None:
         _copy_normalization(args.vision, video_processor)
     if args.model is not None:
-        saved = AutoProcessor.from_pretrained(args.model)
+        saved = load_pretrained(VideoMambaProcessor, args.model)
         for name in (*NORMALIZATION, "resample"):
             setattr(video_processor, name, getattr(saved.video_processor, name))
         if saved.video_processor.size.shortest_edge is not None:
             video_processor.size = {"shortest_edge": max(model.videomamba.config.input_size)}
         tokenizer = saved.tokenizer
     elif tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.text)
+        tokenizer = load_pretrained(AutoTokenizer, str(args.tokenizer or args.text))
+    _check_vocabulary(tokenizer, model)
+    return VideoMambaProcessor(video_processor, tokenizer)
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: VideoMambaForVideoTextRetrieval) -> None:
     vocab_size = model.text_model.config.vocab_size
     if len(tokenizer) > vocab_size:
         raise ValueError(f"the tokenizer knows {len(tokenizer)} tokens, the model {vocab_size} (`vocab_size`)")
-    return VideoMambaProcessor(video_processor, tokenizer)
 
 
 def _copy_normalization(path: str, video_processor: VideoMambaVideoProcessor) -> None:
     """That of the processor of a model, if it has one."""
     try:
-        saved = VideoMambaVideoProcessor.from_pretrained(path)
+        saved = load_pretrained(VideoMambaVideoProcessor, path)
     except OSError:
         return
     for name in NORMALIZATION:
