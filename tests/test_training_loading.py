@@ -133,14 +133,14 @@ def test_weights_that_were_cut_end_every_script_with_one_line(model, video_text,
         (model, classify, video, "--model", model),
         (model, evaluate_video, model, *run),
         (model, app, "--model", model),
-        (model, push_to_hub, model, "org/model", "--dry-run", out),
+        (model, push_to_hub, model, "org/model", "--dry-run"),
         (model, finetune, "--model", model, *run),
         (model, distill, "--model", NANO, "--teacher", model, *run),
         (model, pretrain_umt, "--model", model, "--teacher", teacher, *run),
         (teacher, pretrain_umt, "--model", NANO, "--teacher", teacher, *run),
         (video_text, pretrain_video_text, "--model", video_text, *run),
         (model, pretrain_video_text, "--vision", model, "--text", video_text, *run),
-        (video_text, evaluate_retrieval, "--model", video_text, *run),
+        (video_text, evaluate_retrieval, video_text, *run),
         (video_text, search_videos, "index", NANO, out, "--model", video_text),
     ):
         message = exit_of(script, *options)
@@ -162,10 +162,10 @@ def test_a_model_without_its_tokenizer_is_refused(video_text, data, tmp_path, ex
     run = ("--data", data, "--output-dir", out, "--num-workers", 0, "--batch-size", 1)
     for script, *options in (
         (search_videos, "index", NANO, out, "--model", video_text),
-        (evaluate_retrieval, "--model", video_text, *run),
+        (evaluate_retrieval, video_text, *run),
         (pretrain_video_text, "--model", video_text, *run),
         (pretrain_video_text, "--config", video_text / "config.json", "--tokenizer", video_text, *run),
-        (push_to_hub, video_text, "org/model", "--dry-run", out),
+        (push_to_hub, video_text, "org/model", "--dry-run"),
     ):
         message = exit_of(script, *options)
         assert message.startswith("error: ") and reason in message and "\n" not in message, (script, message)
