@@ -247,10 +247,10 @@ def _index_by_timestamps(video: OpenedVideo, packets: _Packets, shown: np.ndarra
 
 
 def _index_by_order(video: OpenedVideo, packets: _Packets, order: np.ndarray) -> FrameIndex:
-    """Frames in the order `order` of their packets, known by what no two packets have in common."""
-    clocks = [clock for clock in (packets.pts, packets.dts) if MISSING not in clock and (np.diff(clock) > 0).all()]
+    """Frames in the order `order` of their packets, known by what no two of these have in common."""
+    clocks = [clock for clock in (packets.pts, packets.dts) if _is_usable(clock[order]) and (np.diff(clock) > 0).all()]
     timestamps = np.sort(clocks[0][order]) if clocks else None
-    label = next((name for name in ("pos", "dts", "pts") if _is_usable(getattr(packets, name))), None)
+    label = next((name for name in ("pos", "dts", "pts") if _is_usable(getattr(packets, name)[order])), None)
     seeks = np.where(packets.dts == MISSING, packets.pts, packets.dts)[order]
     keyframes = np.flatnonzero((packets.is_keyframe[order] == 1) & (seeks != MISSING) & (label is not None))
     keyframes, seeks = _can_be_sought(video, keyframes, seeks[keyframes])

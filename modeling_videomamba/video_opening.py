@@ -143,19 +143,27 @@ class OpenedVideo:
         where the file can't be decoded further, with the reason in `failure`.
         """
         self.failure = None
+        has_begun = False
         try:
             for packet in self.packets():
+                has_begun |= packet.is_keyframe
                 packet.pts = label(packet)
-                yield from self._frames(packet)
-            yield from self._frames(None)
+                for frame in self._frames(packet, has_begun):
+                    has_begun = True
+                    yield frame.pts, frame
+            for frame in self._frames(None, True):
+                yield frame.pts, frame
         except BrokenVideoError as error:
             self.failure = error
 
-    def _frames(self, packet: Any | None) -> Iterator[tuple[int | None, Any]]:
-        with self._translated("damaged"):
-            frames = self.stream.codec_context.decode(packet)
-        for frame in frames:
-            yield frame.pts, frame
+    def _frames(self, packet: Any | None, has_begun: bool) -> list[Any]:
+        try:
+            with self._translated("damaged"):
+                return self.stream.codec_context.decode(packet)
+        except BrokenVideoError:
+            if has_begun:  # what comes before the first keyframe may lack its headers
+                raise
+            return []
 
 
 def _default_threads() -> int:

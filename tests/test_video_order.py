@@ -1,0 +1,188 @@
+"""Frames of a video have numbers in the order in which the decoder gives them, and are the same alone as in order."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from modeling_videomamba import video_index
+from modeling_videomamba.video_decoding import VideoFile
+from modeling_videomamba.video_opening import OpenedVideo
+
+CASES = Path(__file__).parent / "data" / "cases"
+X264 = "scenecut=0:b-adapt=0:keyint=8:min-keyint=8"
+X265 = "scenecut=0:b-adapt=0:keyint=8:min-keyint=8:log-level=none"
+OPEN, CLOSED = ":open-gop=1", ":open-gop=0"
+
+# name: encoder, its options, containers
+STREAMS = {
+    "h264": ("libx264", {"x264-params": X264 + ":bframes=0"}, "avi mp4 mkv ts"),
+    "h264 with B-frames": ("libx264", {"x264-params": X264 + ":bframes=3" + CLOSED}, "avi mp4 mkv ts flv h264 nut"),
+    "h264 with B-frames and open GOPs": ("libx264", {"x264-params": X264 + ":bframes=2" + OPEN}, "avi mp4 mkv ts h264"),
+    "hevc with B-frames": ("libx265", {"x265-params": X265 + ":bframes=3" + CLOSED}, "mp4 mkv ts hevc"),
+    "hevc with B-frames and open GOPs": ("libx265", {"x265-params": X265 + ":bframes=3" + OPEN}, "mp4 mkv ts"),
+    "mpeg4": ("mpeg4", {"g": "8"}, "avi mp4"),
+    "mpeg4 with B-frames": ("mpeg4", {"g": "8", "bf": "2"}, "avi mp4 mkv m4v nut"),
+    "mpeg2 with B-frames": ("mpeg2video", {"g": "8", "bf": "2"}, "avi mpg ts vob mkv mxf m2v"),
+    "mpeg1 with B-frames": ("mpeg1video", {"g": "8", "bf": "2"}, "avi mpg mkv m1v"),
+    "vp8 with frames that are not shown": ("libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16"}, "webm ivf"),
+    "vp9": ("libvpx-vp9", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "8"}, "webm mp4"),
+    "wmv2": ("wmv2", {"g": "8"}, "wmv avi"),
+    "msmpeg4": ("msmpeg4", {"g": "8"}, "avi"),
+    "flv1": ("flv", {"g": "8"}, "flv"),
+    "mjpeg": ("mjpeg", {}, "avi mov mjpeg"),
+    "gif": ("gif", {}, "gif"),
+    "apng": ("apng", {}, "apng"),
+    "qtrle": ("qtrle", {}, "mov"),
+}
+FORMATS = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24", "qtrle": "rgb24"}
+
+
+def pictures(num_frames: int) -> np.ndarray:
+    """Frames `(num_frames, 48, 64, 3)` of a pattern that moves, each of another brightness."""
+    pattern = np.random.default_rng(0).integers(0, 96, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    return np.stack([np.roll(pattern, index, 1) + np.uint8(index * 150 // num_frames) for index in range(num_frames)])
+
+
+def encode(path: Path, stream: str, num_frames: int = 30) -> Path:
+    codec, options, _ = STREAMS[stream]
+    with av.open(str(path), "w") as container:
+        output = container.add_stream(codec, rate=25, options=options)
+        output.width, output.height, output.pix_fmt = 64, 48, FORMATS.get(stream, "yuv420p")
+        for picture in pictures(num_frames):
+            container.mux(output.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(output.encode())
+    return path
+
+
+def copy(source: Path, target: Path, decoding_times: bool = False, first: int = 0) -> Path:
+    """Copies the packets, from number `first` on; with their presentation times, or these lost as in AVI."""
+    with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
+        stream = reader.streams.video[0]
+        output = writer.add_stream_from_template(stream)
+        for number, packet in enumerate(packet for packet in reader.demux(stream) if packet.size):
+            if decoding_times:
+                packet.pts = packet.dts = round(Fraction(number, 25) / stream.time_base)
+            packet.stream = output
+            if number >= first:
+                writer.mux(packet)
+    return target
+
+
+def decode_in_order(path: Path) -> list[np.ndarray]:
+    """What FFmpeg shows, in the order in which it does."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        frames = [frame for packet in packets for frame in packet.decode()]
+        return [frame.to_ndarray(format="rgb24") for frame in frames + stream.codec_context.decode(None)]
+
+
+def check_frames(path: Path, reader: VideoFile, num_frames: int) -> None:
+    """Holds each frame alone, and some orders, against decoding everything."""
+    expected = decode_in_order(path)
+    assert (len(expected), reader.index.num_frames) == (num_frames, num_frames)
+    for index in np.random.default_rng(1).permutation(num_frames):
+        assert np.array_equal(next(reader.decode([index])), expected[index]), index
+    for indices in (range(num_frames), range(0, num_frames, 5), range(num_frames - 3, num_frames)):
+        assert np.array_equal(list(reader.decode(indices)), [expected[index] for index in indices])
+    assert len(reader.index.times) == num_frames and (np.diff(reader.index.times) > 0).all()
+
+
+MATRIX = [(stream, suffix) for stream, (_, _, suffixes) in STREAMS.items() for suffix in suffixes.split()]
+
+
+@pytest.mark.parametrize(("stream", "suffix"), MATRIX)
+def test_each_frame_alone_is_the_one_in_order(tmp_path, stream, suffix):
+    path = encode(tmp_path / f"video.{suffix}", stream)
+    with VideoFile("video", str(path)) as reader:
+        check_frames(path, reader, 30)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "nut"])
+@pytest.mark.parametrize("stream", [stream for stream in STREAMS if "B-frames" in stream])
+def test_presentation_times_that_equal_decoding_times(tmp_path, stream, suffix):
+    """As in a stream that was copied out of AVI."""
+    path = copy(encode(tmp_path / "video.mkv", stream), tmp_path / f"copied.{suffix}", decoding_times=True)
+    with VideoFile("video", str(path)) as reader:
+        check_frames(path, reader, 30)
+        assert np.allclose(reader.index.times, np.arange(30) / 25, atol=1e-3)
+        if stream.startswith(("h264", "hevc")) and suffix == "mp4":
+            assert len(reader.index.keyframes) == 4  # it can be sought
+
+
+@pytest.mark.parametrize(("name", "num_frames"), [("bframes_h264.avi", 75), ("bframes_copied.mp4", 75)])
+def test_files_of_ffmpeg(name, num_frames):
+    with VideoFile("video", str(CASES / name)) as reader:
+        check_frames(CASES / name, reader, num_frames)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_an_order_that_only_reading_shows(tmp_path, monkeypatch, suffix):
+    """As where the B-frames begin late."""
+    monkeypatch.setattr(video_index, "HEAD", 1)
+    path = encode(tmp_path / "video.mp4", "h264 with B-frames")
+    path = copy(path, tmp_path / f"copied.{suffix}", decoding_times=True)
+    expected = decode_in_order(path)
+    for index in (0, 1, 2, 8, 9, 17, 29):
+        with VideoFile("video", str(path)) as reader:
+            assert not reader.index.is_certain
+            assert np.array_equal(next(reader.decode([index])), expected[index]), index
+            assert reader.index.is_certain
+    with VideoFile("video", str(path)) as reader:
+        assert np.array_equal(list(reader.decode(range(30))), expected)
+
+
+def test_an_index_can_be_taken_again(tmp_path, monkeypatch):
+    path = encode(tmp_path / "video.avi", "h264 with B-frames and open GOPs")
+    with VideoFile("video", str(path)) as reader:
+        index = reader.index
+    monkeypatch.setattr(OpenedVideo, "packets", None)
+    reader = VideoFile("video", str(path), index=index)
+    monkeypatch.undo()
+    with reader:
+        check_frames(path, reader, 30)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_right_timestamps_are_believed_without_decoding(tmp_path, monkeypatch, suffix):
+    path = encode(tmp_path / f"video.{suffix}", "h264 with B-frames")
+    monkeypatch.setattr(OpenedVideo, "decoded", None)
+    with VideoFile("video", str(path)) as reader:
+        assert reader.index.num_frames == 30 and reader.index.is_certain
+
+
+# Leading frames
+
+CUTS = {
+    "h264 with B-frames and open GOPs": "ts mkv mp4",
+    "hevc with B-frames and open GOPs": "ts mkv mp4",
+    "mpeg2 with B-frames": "ts mkv mp4 mpg",
+    "mpeg1 with B-frames": "ts mkv mpg",
+}
+
+
+@pytest.mark.parametrize(("name", "num_frames"), [("cut.ts", 27), ("live.ts", 125)])
+def test_leading_frames_of_files_of_ffmpeg(name, num_frames):
+    with VideoFile("video", str(CASES / name)) as reader:
+        check_frames(CASES / name, reader, num_frames)
+
+
+def keyframe_packets(path: Path) -> list[int]:
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    return [number for number, packet in enumerate(packets) if packet.is_keyframe]
+
+
+@pytest.mark.parametrize("cut", ["before a keyframe", "within a GOP"])
+@pytest.mark.parametrize(("stream", "suffix"), [(name, suffix) for name in CUTS for suffix in CUTS[name].split()])
+def test_leading_frames_that_cannot_be_decoded_do_not_count(tmp_path, stream, suffix, cut):
+    source = encode(tmp_path / "video.ts", stream)
+    first = keyframe_packets(source)[1] - (3 if cut == "within a GOP" else 0)
+    path = copy(source, tmp_path / f"cut.{suffix}", first=first)
+    num_frames = len(decode_in_order(path))
+    assert 20 < num_frames < 30 - first
+    with VideoFile("video", str(path)) as reader:
+        check_frames(path, reader, num_frames)
