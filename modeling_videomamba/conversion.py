@@ -4,7 +4,9 @@ import argparse
 import json
 import math
 import os
+import pickle
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,13 +227,7 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
     """The tensors of a `.pth` file, out of `model` or `module` if they are in there, without wrappers' prefixes."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        # trainers stored their arguments beside the weights; a namespace holds values and runs nothing
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint fails in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a file of plain tensors, so it is not read: {reason}") from error
+    checkpoint = _load_tensors(path)
     while isinstance(checkpoint, dict) and (
         inner := [key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)]
     ):
@@ -245,6 +241,25 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
     if len(state_dict) < len(checkpoint):
         raise CheckpointError(f"{path}: holds tensors that differ only in the prefix of their names")
     return state_dict
+
+
+def _load_tensors(path: str | os.PathLike) -> Any:
+    """What `torch.load` gives. Its advice to run a strange file's code is not passed on."""
+    try:
+        # trainers stored their arguments beside the weights; a namespace holds values and runs nothing
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore", UserWarning)  # of other versions of pickle, which the error tells
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        stranger = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds {stranger[1]}" if stranger else "it holds more than PyTorch writes for tensors"
+        raise CheckpointError(
+            f"{path}: not a checkpoint of plain tensors ({reason}): refused, because loading it could run code in it"
+        ) from error
+    except Exception as error:  # what is no checkpoint fails in any way
+        tells = isinstance(error, OSError | RuntimeError) and str(error)
+        reason = str(error).splitlines()[0] if tells else type(error).__name__
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of PyTorch: {reason}") from error
 
 
 def recognise(state_dict: StateDict) -> str:

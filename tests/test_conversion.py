@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,15 +285,28 @@ class Malicious:
         return os.system, ("touch malicious",)
 
 
-def test_pickled_code_is_not_run(tmp_path, monkeypatch):
+FOREIGN = {
+    "code": ({"model": {}, "extra": Malicious()}, r"tensors \(it holds (posix|nt).system\): refused, because"),
+    "module": ({"model": torch.nn.Linear(2, 2)}, r"tensors \(it holds torch.nn.modules.linear.Linear\): refused"),
+    "path": ({"model": {}, "folder": Path("a")}, r"tensors \(it holds pathlib\.\w+\): refused"),
+    "pickle": (pickle.dumps(Malicious()), r"tensors \(it holds more than PyTorch writes for tensors\): refused"),
+    "text": (b"hello world", "damaged, or not a checkpoint of PyTorch: KeyError$"),
+    "empty": (b"", "damaged, or not a checkpoint of PyTorch: EOFError$"),
+    "zip": (b"PK\x03\x04" + bytes(500), "damaged, or not a checkpoint of PyTorch: .*zip archive"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_files_are_refused_in_one_line_and_not_run(name, tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
-    for content in ({"model": original(), "extra": Malicious()}, Malicious()):
-        with pytest.raises(CheckpointError, match="not a file of plain tensors"):
-            convert_checkpoint(save(tmp_path, content))
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
-        convert_checkpoint(tmp_path / "plain.pth")
-    assert not (tmp_path / "malicious").exists()
+    content, message = FOREIGN[name]
+    path = tmp_path / "strange.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        convert_checkpoint(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text and "weights_only" not in text
+    assert not (tmp_path / "malicious").exists() and not list(recwarn)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": {"a": torch.zeros(1), "b": "text"}}])

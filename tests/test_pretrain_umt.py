@@ -220,4 +220,4 @@ def test_values_out_of_range_are_explained():
 def test_the_options_are_documented(exit_of, capsys):
     assert exit_of(pretrain_umt, "--help") == "0"
     text = capsys.readouterr().out
-    assert "{random,tube,clip_row,frame_row,attention}" in text and "k400-middle-f8x224" in text
+    assert "{random,tube,clip_row,frame_row,attention}" in text and "scripts/recipes/umt" in text

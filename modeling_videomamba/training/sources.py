@@ -1,5 +1,7 @@
 """Where videos and images come from: everything that `datasets` loads, under one pair of columns."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +17,8 @@ from datasets import (
     load_dataset,
 )
 from PIL import Image as PILImage
+
+from .names import check_name, unreachable
 
 LIST_BUILDERS = {".csv": "csv", ".jsonl": "json", ".json": "json"}
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
@@ -70,7 +74,8 @@ def load_split(
     elif data_root is not None:
         raise ValueError(f"`data_root` is for lists of files: {data} has no {split}.csv or {split}.jsonl.")
     else:
-        loaded = _known(load_dataset(data, split=split, streaming=streaming))
+        with _named(data):
+            loaded = _known(load_dataset(data, split=split, streaming=streaming))
     loaded = _with_media(loaded, name)
     if target == "label":
         return _with_labels(loaded, name, regression, label_names)
@@ -90,7 +95,20 @@ def find_evaluation_split(data: str) -> str:
 
 def split_names(data: str) -> list[str]:
     """The splits that there are."""
-    return [split for split in LIST_NAMES if _lists(data, split)] or get_dataset_split_names(data)
+    if found := [split for split in LIST_NAMES if _lists(data, split)]:
+        return found
+    with _named(data):
+        return get_dataset_split_names(data)
+
+
+@contextmanager
+def _named(data: str) -> Iterator[None]:
+    """Raises `OSError` that says what is wrong where there is neither a folder nor a data set of this name."""
+    check_name(data, "dataset")
+    try:
+        yield
+    except ConnectionError as error:
+        raise unreachable(data) from error
 
 
 def media_kind(split: Split) -> str:
