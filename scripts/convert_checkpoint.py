@@ -45,6 +45,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     from modeling_videomamba.conversion import convert_checkpoint, load_labels
+    from modeling_videomamba.training.names import check_name
 
     try:
         labels = None if args.labels is None else load_labels(args.labels)
@@ -59,6 +60,7 @@ def main() -> None:
         if args.clip_teacher is not None and teacher is None:
             sys.exit(f"error: {args.input} contains no CLIP for --clip-teacher")
         if args.tokenizer is not None:
+            check_name(args.tokenizer)
             converted.add_tokenizer(args.tokenizer)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

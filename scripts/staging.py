@@ -24,6 +24,7 @@ from modeling_videomamba import (
 from modeling_videomamba.conversion import VIDEO_TEXT, convert_checkpoint, load_labels
 from modeling_videomamba.training.loading import load_pretrained
 from modeling_videomamba.training.masks import token_grid
+from modeling_videomamba.training.names import check_name
 
 CARD = "README.md"
 SHOWN_WITH_CARD = {".png", ".jpg", ".gif", ".mp4"}  # what a card of a trained model may link to
@@ -69,6 +70,7 @@ def load_source(source: Path, labels: str | None, tokenizer: str | None) -> Publ
     if converted.kind == VIDEO_TEXT:
         if tokenizer is None:
             raise ValueError(f"{source} is a model of videos and texts: pass --tokenizer")
+        check_name(tokenizer)
         converted.add_tokenizer(tokenizer)
     if not isinstance(converted.model.config, VideoMambaConfig | VideoMambaVideoTextConfig):
         raise ValueError(f"{source} is a {converted.kind}, which is not VideoMamba")

@@ -504,7 +504,7 @@ def test_what_is_wrong_is_explained(exit_of, tmp_path):
     for folder in (values, plain):
         VideoMambaVideoProcessor().save_pretrained(folder)
     for options, message in (
-        (("--model", "nowhere"), "video processor for 'nowhere'"),
+        (("--model", "nowhere"), "nowhere: there is no such folder"),
         (("--model", values), "gives values, not labels"),
         (("--model", plain), f"{plain} has no weights for classifier.bias, classifier.weight"),
         (("--model", NANO_VIDEO_TEXT), "VideoMambaVideoTextConfig"),

@@ -1,5 +1,6 @@
 """Every script, run as a user runs it."""
 
+import csv
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForVideoClassification, pipeline
 
+import classify as classify_script
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
 from tests.conftest import NANO
 from tests.launching import SCRIPTS, run
@@ -77,6 +79,44 @@ def test_unreadable_videos_are_reported_and_counted_and_the_rest_goes_on(tmp_pat
     assert [("labels" in item, "error" in item) for item in report] == [(True, False), (False, True), (False, True)]
     assert "nowhere.mp4: no such video file" in result.stderr and "text.mp4: not a video" in result.stderr
     assert "2 of 3 videos could not be read" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def folder_of_videos(tmp_path):
+    """Videos at two depths, a broken one, and what is no video."""
+    folder = tmp_path / "videos"
+    for name in ("b.mp4", "a.mp4", "sub/deep/c.MP4"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(NANO / "example.mp4", folder / name)
+    (folder / "sub" / "broken.webm").write_text("no video")
+    (folder / "notes.txt").write_text("no video either")
+    return folder
+
+
+def test_a_folder_is_labelled_into_a_table(folder_of_videos, tmp_path, exit_of, capsys):
+    table, extra = tmp_path / "labels.csv", NANO / "example.mp4"
+    end = exit_of(classify_script, extra, folder_of_videos, "--csv", table, "--top-k", 2)
+    printed = capsys.readouterr()
+    assert end == "1 of 5 videos could not be read" and "broken.webm: not a video" in printed.err
+    assert printed.out == f"labels of 4 videos: {table}\n"
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = [str(folder_of_videos / name) for name in ("a.mp4", "b.mp4", "sub/broken.webm", "sub/deep/c.MP4")]
+    assert [row["video"] for row in rows if row["rank"] != "2"] == [str(extra), *names]
+    assert [row["label"] for row in rows if row["rank"] == "1"] == ["up-right"] * 4
+    assert all(float(row["score"]) > 0.9 for row in rows if row["rank"] == "1")
+    assert [(row["video"], row["label"]) for row in rows if row["error"]] == [(names[2], "")]
+    assert len(rows) == 2 * 4 + 1
+
+
+def test_what_is_wrong_with_folders_is_explained(folder_of_videos, tmp_path, exit_of):
+    (tmp_path / "empty").mkdir()
+    assert "error: " + str(tmp_path / "empty") in exit_of(classify_script, tmp_path / "empty")
+    twice = exit_of(classify_script, folder_of_videos, folder_of_videos / "sub" / "deep" / "c.MP4")
+    assert twice == f"error: a video is given twice: {folder_of_videos / 'sub' / 'deep' / 'c.MP4'}"
+    many = [folder_of_videos / f"{index}.mp4" for index in range(51)]
+    many = exit_of(classify_script, *many, "--picture", tmp_path / "a.png")
+    assert many == "error: --picture takes at most 50 videos, got 51"
 
 
 def test_names_with_markup_are_shown_as_they_are(tmp_path):

@@ -62,7 +62,8 @@ def test_a_hub_that_can_not_be_reached(error, monkeypatch):
 def test_names_with_something_behind_them(monkeypatch, tmp_path):
     asked = answer_with(monkeypatch, OSError("down"))
     check_name(tmp_path)
-    monkeypatch.setattr(names, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
+    monkeypatch.setattr(names.constants, "HF_HUB_CACHE", tmp_path)
+    (tmp_path / "models--org--cached" / "snapshots").mkdir(parents=True)
     check_name("org/cached")
     assert asked == []
     answer_with(monkeypatch, without_response(GatedRepoError))

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers.utils import CONFIG_NAME
 
+from .names import check_name
+
 # How to find out whether a file is whole, by its name.
 READERS: dict[str, Callable[[Path], Any]] = {
     CONFIG_NAME: lambda path: json.loads(path.read_text("utf-8")),
@@ -57,6 +59,8 @@ def load_model(model_class: Any, name: str | Path, **options: Any) -> Any:
 @contextmanager
 def one_line_errors(*names: str | Path) -> Iterator[None]:
     """Raises as [`load_pretrained`] for whatever fails while these directories or Hub ids are loaded."""
+    for name in names:
+        check_name(name)
     try:
         yield
     except ImportError:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.errors import RepositoryNotFoundError as NotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 KINDS = {"model": "model", "dataset": "data set"}
@@ -33,7 +34,8 @@ def check_name(name: str | Path, repo_type: Literal["model", "dataset"] = "model
         raise NotADirectoryError(f"{name} must be a directory or a Hub id, but is a file{hint}")
     if not is_hub_id(name):
         raise FileNotFoundError(f"{name}: there is no such folder")
-    if repo_type == "model" and try_to_load_from_cache(str(name), "config.json") is not None:
+    downloaded = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=str(name), repo_type=repo_type), "snapshots")
+    if downloaded.is_dir():
         return
     try:
         HfApi().repo_info(str(name), repo_type=repo_type, timeout=SECONDS)

@@ -228,7 +228,7 @@ def test_wrong_runs_are_explained(exit_of, model_folder, clips, tmp_path):
     assert "nowhere: must be one folder, or shards" in fails("index", "nowhere", out, *index)
     assert "no.tar: no such shard" in fails("index", "no.tar", out, *index)
     assert "must be a model of videos and texts" in fails("index", clips, out, "--model", other)
-    assert "error: nowhere can't be loaded" in fails("index", clips, out, "--model", "nowhere")
+    assert "error: nowhere: there is no such folder" in fails("index", clips, out, "--model", "nowhere")
     for option, value in (("--clip-seconds", 0), ("--clip-seconds", "nan"), ("--batch-size", 0), ("--num-workers", -1)):
         assert f"{option} must" in fails("index", clips, out, *index, option, value)
     assert not out.exists()
@@ -250,4 +250,4 @@ def test_another_model_or_other_settings_are_not_mixed(exit_of, search, model_fo
     assert "other settings: weights" in fails("index", clips, out, "--model", folder, *OPTIONS)
     assert f"{folder} has other weights" in fails("query", out, TEXT)
     shutil.rmtree(folder)
-    assert f"error: {folder} can't be loaded" in fails("query", out, TEXT)
+    assert f"error: {folder}: there is no such folder" in fails("query", out, TEXT)
