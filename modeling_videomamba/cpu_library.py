@@ -10,20 +10,59 @@ import torch
 
 # What follows repeats csrc/arguments.h.
 
-VERSION = 7
+VERSION = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCAN_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # a scan in float16 can exceed it between input and output
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
+def check(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str = "any strides",
+    has_layout: bool = True,
+) -> None:
+    """
+    Checks that memory has what a kernel will read or write there. Every tensor is checked before a kernel gets its
+    address.
+
+    Raises:
+        `ValueError`: for another shape, dtype, device or layout.
+    """
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu" or not has_layout:
+        raise ValueError(
+            f"`{name}` must have shape {tuple(shape)}, dtype {dtype}, device cpu and {layout}, got "
+            f"{tuple(tensor.shape)}, {tensor.dtype}, {tensor.device} and strides {tensor.stride()}."
+        )
+
+
+def pointer(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> int | None:
+    """The address of a tensor without gaps; null without a tensor. Raises what [`check`] raises."""
+    if tensor is None:
+        return None
+    check(name, tensor, shape, dtype, "no gaps", tensor.is_contiguous())
+    return tensor.data_ptr()
+
+
 class Sequence(ctypes.Structure):
     _fields_ = [*_fields(ctypes.c_void_p, "data"), *_fields(ctypes.c_int64, "batch_stride row_stride")]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor | None) -> "Sequence":
-        return cls() if tensor is None else cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+    def of(cls, name: str, tensor: torch.Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype) -> "Sequence":
+        """A tensor whose rows have no gaps; without a tensor there is no data. Raises what [`check`] raises."""
+        if tensor is None:
+            return cls()
+        # where there is no second entry, strides can be anything
+        has_rows = tensor.stride(-1) == 1 or shape[-1] == 1 or tensor.numel() == 0
+        check(name, tensor, shape, dtype, "rows without gaps", has_rows)
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
 class Scan(ctypes.Structure):

@@ -65,7 +65,9 @@ def fused_layer(
     """
     `(batch, length, D)` to the same, both float32: itself plus what the mixer makes of its norm, times `scale`
     `(batch, 1, 1)`. The mixer is `scans`, each in its direction, of the `x` that `in_proj` (2 * channels, D) makes,
-    their sum times SiLU(z), and `out_proj` (D, channels). All parameters are of one dtype, in which the mixer computes.
+    their sum times SiLU(z), and `out_proj` (D, channels). All parameters are of one dtype, in which the mixer computes;
+    those in float16 are computed as float32: what is between the modules can exceed float16 where outputs and gradients
+    fit.
     """
     tensors = [hidden_states, norm, in_proj, out_proj, *(tensor for each in scans for tensor in vars(each).values())]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -76,7 +78,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reverse, eps, scale, keep, hidden_states, norm, *parameters):
         ctx.reverse, ctx.eps, ctx.num_parameters = reverse, eps, len(parameters)
-        normed = norm_forward(hidden_states, norm, eps)
+        normed = norm_forward(hidden_states, _computed(norm), eps)
         mixed, kept = _mix(normed, *_by_scan(parameters), reverse, keep)
         if keep:
             ctx.save_for_backward(scale, hidden_states, norm, normed, *parameters, *kept)
@@ -91,17 +93,22 @@ class _Layer(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):  # as it was in the forward pass
             grad_mixed = _scaled(grad_out, scale).to(normed.dtype)
             grad_normed, *gradients = _mix_backward(grad_mixed, normed, *_by_scan(parameters), ctx.reverse, *kept)
-            grad_hidden, grad_norm = norm_backward(grad_normed, hidden_states, norm, ctx.eps, add=grad_out)
+            grad_hidden, grad_norm = norm_backward(grad_normed, hidden_states, _computed(norm), ctx.eps, add=grad_out)
         gradients = [gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, parameters, strict=True)]
-        return None, None, None, None, grad_hidden, grad_norm, *gradients
+        return None, None, None, None, grad_hidden, grad_norm.to(norm.dtype), *gradients
 
 
 def _scaled(tensor, scale):
     return tensor if scale is None else tensor * scale
 
 
+def _computed(parameter):
+    return parameter.float() if parameter.dtype == torch.float16 else parameter
+
+
 def _by_scan(parameters):
-    """`in_proj, out_proj` and those of the scans."""
+    """`in_proj, out_proj` and those of the scans, in the dtype in which they are computed."""
+    parameters = list(map(_computed, parameters))
     scans = [ScanParameters(*parameters[i : i + NUM_PARAMETERS]) for i in range(2, len(parameters), NUM_PARAMETERS)]
     return *parameters[:2], scans
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .cpu_library import Matrix, MatrixProduct, load_library
+from .cpu_library import Matrix, MatrixProduct, check, load_library
 from .operators import operator
 
 # Below these PyTorch's product is as fast: there is too little to do, or too little for each row that is packed.
@@ -94,10 +94,17 @@ class Memory:
 
 def prepare(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, memory: Memory | None) -> MatrixProduct:
     """
-    What the kernels want for `c = a @ b`: matrices of which one stride is 1, that of the columns for `c`, and `memory`
-    for `b` as the matrix units take it; without it, `b` is packed a few rows at a time while they multiply.
+    What the kernels want for `c = a @ b` with a new matrix `c`: matrices of which one stride is 1, and `memory` for `b`
+    as the matrix units take it; without it, `b` is packed a few rows at a time while they multiply.
+
+    Raises:
+        `ValueError`: for another shape, dtype or device.
     """
     (rows, inner), columns = a.shape, b.shape[1]
+    a, b = rows_or_columns(a), rows_or_columns(b)
+    check("a", a, (rows, inner), torch.float32)
+    check("b", b, (inner, columns), torch.float32)
+    check("c", c, (rows, columns), torch.float32, "rows without gaps", c.stride(1) == 1 or columns == 1)
     address = 0 if memory is None else memory.address(packed_size(inner, columns))
     product = MatrixProduct(
         *(rows, inner, columns, torch.get_num_threads()),
@@ -134,7 +141,7 @@ def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor, in_steps: bool = False)
     c, memory = a.new_empty(rows, columns), None
     if not in_steps:
         memory = _scratch.memory if packed_size(inner, columns) <= MAX_SCRATCH else Memory()
-    product = prepare(rows_or_columns(a), rows_or_columns(b), c, memory)
+    product = prepare(a, b, c, memory)
     if memory:
         matrix_kernels().videomamba_pack(ctypes.byref(product))
     matrix_kernels().videomamba_matrix_product(ctypes.byref(product))

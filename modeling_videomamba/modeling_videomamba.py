@@ -207,7 +207,8 @@ class VideoMambaScan(nn.Module):
         dt, B, C = self.x_proj(x, memory.projected, pieces, "x_proj").split(self.split_sizes, dim=-1)
         if pieces.scan is None:
             # what the module makes of the unit vectors: its weight may be there only while it is called
-            dt_proj = self.dt_proj(torch.eye(self.dt_proj.in_features, dtype=x.dtype)).T.contiguous()
+            unit_vectors = torch.eye(self.dt_proj.in_features, dtype=self.dt_proj.weight.dtype)
+            dt_proj = self.dt_proj(unit_vectors).T.contiguous()
             parameters = (-torch.exp(self.A_log.float()), self.D, self.dt_bias, dt_proj)
             pieces.scan = PiecewiseScan(*parameters, pieces.queue, batch=len(x), reverse=self.reverse)
         pieces.scan(x, dt, B, C, memory.y, z, add)
@@ -567,8 +568,11 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dtype
         if not has_compiled_kernels("cpu", dtype):
             return None
+        if dtype == torch.float16:  # the sum of the scans before the gate can exceed it
+            dtype = torch.float32
         batch, length, _ = hidden_states.shape
-        num_pieces = max(1, min(math.ceil(batch * length / PIECE_SIZE), length // MIN_PIECE_LENGTH))
+        shortest = max(MIN_PIECE_LENGTH, self.config.conv_kernel)  # a convolution sees no further than the piece before
+        num_pieces = max(1, min(math.ceil(batch * length / PIECE_SIZE), length // shortest))
         lengths = [piece.shape[1] for piece in hidden_states.tensor_split(num_pieces, dim=1)]
         return VideoMambaWorkspace(self.config, batch, lengths, dtype)
 

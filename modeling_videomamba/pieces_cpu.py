@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .configuration_videomamba import VideoMambaConfig
-from .cpu_library import DTYPES, Convolution, Norm, Scan, Sequence, Sum, kernels
+from .cpu_library import DTYPES, SCAN_DTYPES, Convolution, Norm, Scan, Sequence, Sum, kernels, pointer
 from .matrix_product_cpu import Memory, is_fit, matrix_kernels, prepare, rows_or_columns
 
 
@@ -38,34 +38,27 @@ class Queue:
             step()
 
 
-def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.stride(-1) != 1:
-        raise ValueError(
-            f"`{name}` must have shape {tuple(shape)}, dtype {dtype} and rows without gaps, got "
-            f"{tuple(tensor.shape)}, {tensor.dtype} and strides {tensor.stride()}."
-        )
-
-
 def norm_into(out: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, queue: Queue) -> None:
     """RMS norm of `hidden_states`, float32 `(batch, length, D)`, into `out` of the same shape."""
-    _check("hidden_states", hidden_states, out.shape, torch.float32)
-    _check("out", out, out.shape, out.dtype)
-    weight = weight.float()
+    weight = weight.float().contiguous()
     norm = Norm(
         *(*out.shape, torch.get_num_threads(), DTYPES[out.dtype], eps),
-        *(Sequence.of(hidden_states), weight.data_ptr(), Sequence.of(out)),
+        Sequence.of("hidden_states", hidden_states, out.shape, torch.float32),
+        pointer("weight", weight, out.shape[2:]),
+        Sequence.of("out", out, out.shape, out.dtype),
     )
     queue.add(kernels().videomamba_rms_norm, norm, hidden_states, weight, out)
 
 
 def sum_into(out: torch.Tensor, hidden_states: torch.Tensor, mixed: torch.Tensor, queue: Queue) -> None:
     """`hidden_states + mixed`, `(batch, length, D)`, into `out`; all but `mixed` are float32."""
-    _check("hidden_states", hidden_states, out.shape, torch.float32)
-    _check("mixed", mixed, out.shape, mixed.dtype)
-    _check("out", out, out.shape, torch.float32)
-    sequences = (hidden_states, mixed, out)
-    sum_ = Sum(*out.shape, torch.get_num_threads(), DTYPES[mixed.dtype], *map(Sequence.of, sequences))
-    queue.add(kernels().videomamba_sum, sum_, *sequences)
+    sum_ = Sum(
+        *(*out.shape, torch.get_num_threads(), DTYPES[mixed.dtype]),
+        Sequence.of("hidden_states", hidden_states, out.shape, torch.float32),
+        Sequence.of("mixed", mixed, out.shape, mixed.dtype),
+        Sequence.of("out", out, out.shape, torch.float32),
+    )
+    queue.add(kernels().videomamba_sum, sum_, hidden_states, mixed, out)
 
 
 class PiecewiseLinear:
@@ -102,19 +95,18 @@ class PiecewiseConvolution:
         self.context: torch.Tensor | None = None
         self.arguments = Convolution(
             **{"channels": channels, "width": width, "threads": torch.get_num_threads(), "reverse": reverse},
-            **{"weight": self.weight.data_ptr(), "bias": None if self.bias is None else self.bias.data_ptr()},
+            **{"weight": pointer("weight", self.weight, (channels, width))},
+            **{"bias": pointer("bias", self.bias, (channels,))},
         )
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """The next piece, `(batch, length, channels)`, into `out` of the same shape and dtype."""
         arguments = Convolution.from_buffer_copy(self.arguments)
         (batch, length, _), channels, width = x.shape, arguments.channels, arguments.width
-        _check("x", x, (batch, length, channels), x.dtype)
-        _check("out", out, x.shape, x.dtype)
-        if self.context is not None:
-            _check("the piece before", self.context, (batch, width - 1, channels), x.dtype)
+        shape, before = (batch, length, channels), (batch, width - 1, channels)
         arguments.batch, arguments.length, arguments.dtype = batch, length, DTYPES[x.dtype]
-        arguments.x, arguments.y, arguments.context = map(Sequence.of, (x, out, self.context))
+        arguments.x, arguments.y = Sequence.of("x", x, shape, x.dtype), Sequence.of("out", out, shape, x.dtype)
+        arguments.context = Sequence.of("the piece before", self.context, before, x.dtype)
         self.queue.add(kernels().videomamba_causal_conv1d, arguments, self.weight, self.bias, x, out, self.context)
         self.context = x[:, : width - 1] if self.reverse else x[:, max(0, length - width + 1) :]
 
@@ -137,15 +129,13 @@ class PiecewiseScan:
         reverse: bool,
     ) -> None:
         (channels, states), rank, self.queue = A.shape, dt_proj.shape[1], queue
-        shapes = {"D": (D, (channels,)), "dt_bias": (dt_bias, (channels,)), "dt_proj": (dt_proj, (channels, rank))}
-        for name, (parameter, shape) in shapes.items():
-            _check(name, parameter, shape, parameter.dtype)
-        parameters = [parameter.float().contiguous() for parameter in (A, D, dt_bias, dt_proj)]
-        self.kept = [*parameters, torch.zeros(batch, states, channels)]
-        names = ("A", "D", "dt_bias", "dt_proj", "h")
+        self.kept = [parameter.float().contiguous() for parameter in (A, D, dt_bias, dt_proj)]
+        self.kept.append(torch.zeros(batch, states, channels))
+        shapes = {"A": A.shape, "D": (channels,), "dt_bias": (channels,), "dt_proj": (channels, rank)}
+        shapes["h"] = (batch, states, channels)
         self.arguments = Scan(
             **{"batch": batch, "channels": channels, "state": states, "rank": rank, "reverse": reverse},
-            **{name: tensor.data_ptr() for name, tensor in zip(names, self.kept, strict=True)},
+            **{name: pointer(name, t, shape) for (name, shape), t in zip(shapes.items(), self.kept, strict=True)},
             threads=torch.get_num_threads(),
         )
 
@@ -173,13 +163,10 @@ class PiecewiseScan:
         arguments = Scan.from_buffer_copy(self.arguments)
         batch, length, channels, states = arguments.batch, x.shape[1], arguments.channels, arguments.state
         whole, each = (batch, length, channels), (batch, length, states)
-        _check("x", x, whole, x.dtype)
-        arguments.length, arguments.dtype, arguments.x = length, DTYPES[x.dtype], Sequence.of(x)
-        sequences = {"dt": (dt, (batch, length, arguments.rank)), "B": (B, each), "C": (C, each), "y": (out, whole)}
-        for name, (sequence, shape) in {**sequences, "z": (z, whole), "add": (add, whole)}.items():
-            if sequence is not None:
-                _check(name, sequence, shape, x.dtype)
-            setattr(arguments, name, Sequence.of(sequence))
+        sequences = {"x": (x, whole), "dt": (dt, (batch, length, arguments.rank)), "B": (B, each), "C": (C, each)}
+        for name, (sequence, shape) in {**sequences, "y": (out, whole), "z": (z, whole), "add": (add, whole)}.items():
+            setattr(arguments, name, Sequence.of(name, sequence, shape, x.dtype))
+        arguments.length, arguments.dtype = length, SCAN_DTYPES[x.dtype]
         self.queue.add(kernels().videomamba_selective_scan, arguments, *self.kept, x, dt, B, C, out, z, add)
 
 

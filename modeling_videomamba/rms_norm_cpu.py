@@ -5,7 +5,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from .cpu_library import DTYPES, Norm, NormGradients, Sequence, kernels
+from .cpu_library import DTYPES, Norm, NormGradients, Sequence, kernels, pointer
 from .operators import are_recorded
 
 
@@ -22,8 +22,11 @@ def _rows(tensor):
 
 
 def _prepare(x, weight, eps, dtype, y=None):
-    sequences = (Sequence.of(x), weight.data_ptr(), Sequence.of(y))
-    return Norm(*x.shape, torch.get_num_threads(), DTYPES[dtype], eps, *sequences)
+    return Norm(
+        *(*x.shape, torch.get_num_threads(), DTYPES[dtype], eps),
+        *(Sequence.of("hidden_states", x, x.shape, torch.float32), pointer("weight", weight, x.shape[2:])),
+        Sequence.of("y", y, x.shape, dtype),
+    )
 
 
 def norm_forward(hidden_states, weight, eps):
@@ -41,7 +44,9 @@ def norm_backward(grad_y, hidden_states, weight, eps, add=None):
     add = None if add is None else _rows(add)
     grad_x, grad_weight = torch.empty_like(x), x.new_zeros(torch.get_num_threads(), x.shape[-1])
     if x.numel():
-        gradients = NormGradients(*map(Sequence.of, (grad_y, grad_x, add)), grad_weight.data_ptr())
+        of_y = Sequence.of("grad_y", grad_y, x.shape, grad_y.dtype)
+        of_x, summand = (Sequence.of(name, t, x.shape, torch.float32) for name, t in (("grad_x", grad_x), ("add", add)))
+        gradients = NormGradients(of_y, of_x, summand, grad_weight.data_ptr())
         norm = _prepare(x, scale, eps, grad_y.dtype)
         kernels().videomamba_rms_norm_backward(ctypes.byref(norm), ctypes.byref(gradients))
     return grad_x.view(hidden_states.shape), grad_weight.sum(0).to(weight.dtype)

@@ -68,10 +68,16 @@ def selective_scan(
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
 
     Raises:
-        `ValueError`: if a shape does not fit the others.
-        `RuntimeError`: if the backend that the environment asks for is unknown or not usable.
+        `ValueError`: if a tensor is not floating point, or its shape or device does not fit the others.
+        `RuntimeError`: if no backend computes in this dtype, or the backend that the environment asks for is unknown
+            or not usable.
     """
-    _check_shapes(x, dt, A, B, C, D, z, dt_bias, add)
+    _check_sequence(x)
+    _check_matrix("A", A, ("channels", "state"))
+    channels, state = x.shape[2], A.shape[1]
+    whole, each = tuple(x.shape), (*x.shape[:2], state)
+    _check_fit("x", x, dt=(dt, whole), A=(A, (channels, state)), B=(B, each), C=(C, each), D=(D, (channels,)))
+    _check_fit("x", x, z=(z, whole), dt_bias=(dt_bias, (channels,)), add=(add, whole))
     backend = _BACKENDS[_choose_backend(x.device.type, x.dtype)]
     return backend.scan(x, dt, A, B, C, D, z, dt_bias, add, reverse)
 
@@ -97,14 +103,14 @@ def causal_conv1d(
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
 
     Raises:
-        `ValueError`: if a shape does not fit the others.
+        `ValueError`: if a tensor is not floating point, or its shape or device does not fit the others.
+        `RuntimeError`: as [`selective_scan`].
     """
+    _check_sequence(x)
+    _check_matrix("weight", weight, ("channels", "1", "width"))
+    channels = x.shape[2]
+    _check_fit("x", x, weight=(weight, (channels, 1, weight.shape[2])), bias=(bias, (channels,)))
     backend = _BACKENDS[_choose_backend(x.device.type, x.dtype)]
-    if x.ndim != 3 or weight.ndim != 3 or weight.shape[:2] != (x.shape[2], 1):
-        raise ValueError(
-            "`x` must be (batch, length, channels) and `weight` (channels, 1, width), "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}."
-        )
     return backend.convolution(x, weight, bias, reverse)
 
 
@@ -119,7 +125,13 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(..., out_features)`.
+
+    Raises:
+        `ValueError`: if a tensor is not floating point, or its shape or device does not fit the other.
+        `RuntimeError`: as [`selective_scan`], or if the dtypes differ.
     """
+    _check_matrix("weight", weight, ("out_features", "in_features"))
+    _check_fit("weight", weight, hidden_states=(hidden_states, (*hidden_states.shape[:-1], weight.shape[1])))
     return _BACKENDS[_choose_backend(hidden_states.device.type, hidden_states.dtype)].linear(hidden_states, weight)
 
 
@@ -134,7 +146,13 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
 
     Returns:
         `torch.Tensor` of shape `(..., D)` and the dtype of `weight`.
+
+    Raises:
+        `ValueError`: if a tensor is not floating point, or its shape or device does not fit the other.
+        `RuntimeError`: as [`selective_scan`].
     """
+    _check_matrix("weight", weight, ("D",))
+    _check_fit("weight", weight, hidden_states=(hidden_states, (*hidden_states.shape[:-1], len(weight))))
     backend = _BACKENDS[_choose_backend(hidden_states.device.type, weight.dtype)]
     return backend.rms_norm(hidden_states.float(), weight, eps)
 
@@ -176,7 +194,10 @@ def selective_scan_backends() -> dict[str, SelectiveScanBackend]:
 def _choose_backend(device_type: str, dtype: torch.dtype) -> str:
     forced = os.environ.get(BACKEND_VARIABLE)
     if forced is None:
-        name = next(name for name, backend in _BACKENDS.items() if backend.reason_against(device_type, dtype) is None)
+        usable = (name for name, backend in _BACKENDS.items() if backend.reason_against(device_type, dtype) is None)
+        name = next(usable, None)
+        if name is None:
+            raise RuntimeError(f"No backend computes in {dtype}.")
         if name == "torch" and dtype != torch.float64 and device_type != "meta":
             _warn_of_slow_scan(device_type)
         return name
@@ -199,28 +220,33 @@ def _warn_of_slow_scan(device_type: str) -> None:
     )
 
 
-def _check_shapes(x, dt, A, B, C, D, z, dt_bias, add):
-    if x.ndim != 3 or x.shape[1] == 0 or not x.is_floating_point():
+def _check_sequence(x: torch.Tensor) -> None:
+    if x.ndim != 3 or 0 in x.shape[1:] or not x.is_floating_point():
         raise ValueError(
-            "`x` must be a floating-point tensor (batch, length, channels) of at least one step, "
+            "`x` must be a floating-point tensor (batch, length, channels) of at least one step and one channel, "
             f"got {tuple(x.shape)} {x.dtype}."
         )
-    if A.ndim != 2:
-        raise ValueError(f"`A` must be (channels, state), got {tuple(A.shape)}.")
-    (batch, length, channels), state = x.shape, A.shape[1]
-    expected = {
-        "dt": (dt, (batch, length, channels)),
-        "A": (A, (channels, state)),
-        "B": (B, (batch, length, state)),
-        "C": (C, (batch, length, state)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, length, channels)),
-        "dt_bias": (dt_bias, (channels,)),
-        "add": (add, (batch, length, channels)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape} to fit `x` and `A`, got {tuple(tensor.shape)}.")
+
+
+def _check_matrix(name: str, tensor: torch.Tensor, dimensions: tuple[str, ...]) -> None:
+    """The last dimension has a size of its own, to which the other tensors have to fit."""
+    if tensor.ndim != len(dimensions) or tensor.shape[-1] == 0 or not tensor.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be floating-point ({', '.join(dimensions)}) with a {dimensions[-1]} of at least 1, got "
+            f"{tuple(tensor.shape)} {tensor.dtype}."
+        )
+
+
+def _check_fit(name: str, first: torch.Tensor, **others: tuple[torch.Tensor | None, tuple[int, ...]]) -> None:
+    """The other tensors have the shape that is given for each, and are floating point on the device of the first."""
+    for other, (tensor, shape) in others.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.device != first.device:
+            raise ValueError(
+                f"`{other}` must be a floating-point tensor of shape {shape} on {first.device} to fit `{name}`, got "
+                f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}."
+            )
 
 
 # The reference, in PyTorch.
@@ -364,6 +390,8 @@ def _mamba_ssm_selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
     selective_scan_fn, _ = _mamba_ssm()
     given = [tensor.dtype for tensor in (x, dt, B, C, z, add) if tensor is not None]
     dtype = functools.reduce(torch.promote_types, given)
+    if dtype == torch.float16:  # the output before the gate can exceed it, and the gradient of the gate needs that
+        dtype = torch.float32
 
     def sequence(tensor):
         tensor = tensor.flip(1) if reverse else tensor

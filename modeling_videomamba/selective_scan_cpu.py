@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from .cpu_library import DTYPES, Convolution, ConvolutionGradients, Scan, ScanGradients, Sequence, kernels
+from .cpu_library import (
+    DTYPES,
+    SCAN_DTYPES,
+    Convolution,
+    ConvolutionGradients,
+    Scan,
+    ScanGradients,
+    Sequence,
+    kernels,
+    pointer,
+)
 from .operators import operator
 
 CHUNK_SIZE = 32  # steps between the states that are kept for the backward pass, `kChunk` of csrc/selective_scan.cpp
@@ -23,9 +33,11 @@ def unusable(device_type: str) -> str | None:
 
 
 def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
-    """The backend `cpu` of [`selective_scan`]; float32, bfloat16 and float16."""
+    """The backend `cpu` of [`selective_scan`]; float32, bfloat16 and float16, which is computed as float32."""
     sequences = [x, dt, B, C, z, add]
     dtype = x.dtype if all(s is None or s.dtype == x.dtype for s in sequences) else torch.float32
+    if dtype == torch.float16:  # the output before the gate can exceed it, and the gradient of the gate needs that
+        dtype = torch.float32
     x_, dt, B, C, z, add = (None if s is None else s.to(dtype) for s in sequences)
     inputs = [x_, dt, A.float(), B, C, D.float(), z, None if dt_bias is None else dt_bias.float(), add]
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
@@ -46,8 +58,8 @@ def _rows(tensor):
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
+def _num_chunks(length):
+    return (length + CHUNK_SIZE - 1) // CHUNK_SIZE
 
 
 def _call_scan(x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, y, checkpoints=None, ungated=None, gradients=None):
@@ -56,12 +68,19 @@ def _call_scan(x, dt, A, B, C, D, z, dt_bias, add, dt_proj, reverse, y, checkpoi
     A, D = A.contiguous(), D.contiguous()
     dt_bias, dt_proj = (None if tensor is None else tensor.contiguous() for tensor in (dt_bias, dt_proj))
     (batch, length, channels), state = x.shape, A.shape[1]
+    rank = 0 if dt_proj is None else dt_proj.shape[1]
+
+    def sequence(name, tensor, width=channels):
+        return Sequence.of(name, tensor, (batch, length, width), x.dtype)
+
     arguments = Scan(
-        *(batch, length, channels, state, 0 if dt_proj is None else dt_proj.shape[1], torch.get_num_threads()),
-        *(DTYPES[x.dtype], reverse),
-        *map(Sequence.of, (x, dt, B, C, z, add)),
-        *map(_pointer, (dt_proj, A, D, dt_bias, None, checkpoints)),
-        *map(Sequence.of, (y, ungated)),
+        *(batch, length, channels, state, rank, torch.get_num_threads(), SCAN_DTYPES[x.dtype], reverse),
+        *(sequence("x", x), sequence("dt", dt, rank or channels), sequence("B", B, state), sequence("C", C, state)),
+        *(sequence("z", z), sequence("add", add)),
+        *(pointer("dt_proj", dt_proj, (channels, rank)), pointer("A", A, (channels, state))),
+        *(pointer("D", D, (channels,)), pointer("dt_bias", dt_bias, (channels,)), None),
+        pointer("checkpoints", checkpoints, (_num_chunks(length), batch, state, channels)),
+        *(sequence("y", y), sequence("ungated", ungated)),
     )
     if x.numel() == 0:
         return
@@ -90,8 +109,7 @@ def scan_outputs(x, A, z, keep):
     """Memory for what [`scan`] returns."""
     (batch, length, channels), state = x.shape, A.shape[1]
     ungated = _empty(x) if keep and z is not None else x.new_empty(0)
-    num_chunks = (length + CHUNK_SIZE - 1) // CHUNK_SIZE if keep else 0
-    return _empty(x), ungated, A.new_empty(num_chunks, batch, state, channels)
+    return _empty(x), ungated, A.new_empty(_num_chunks(length) if keep else 0, batch, state, channels)
 
 
 @dataclass
@@ -140,11 +158,13 @@ def scan_backward(
         dt_proj=None if dt_proj is None else new(dt_proj.shape),
     )
     z, ungated, grad_z, grad_ungated, y = vars(gate).values() if gate else [None] * 5
+    sequences = {"y": grad_y, "x": gradient.x, "dt": gradient.dt, "z": grad_z, "ungated": grad_ungated}
+    own = (gradient.A, gradient.D, gradient.dt_bias, gradient.dt_proj, gradient.projected)
+    width = 0 if weight is None else weight.shape[1]
     gradients = ScanGradients(
-        *map(Sequence.of, (grad_y, gradient.x, gradient.dt, grad_z, grad_ungated)),
-        *map(_pointer, (gradient.A, gradient.D, gradient.dt_bias, gradient.dt_proj, gradient.projected)),
-        *map(_pointer, (weight, bias)),
-        0 if weight is None else weight.shape[1],
+        *(Sequence.of(f"grad_{name}", tensor, x.shape, x.dtype) for name, tensor in sequences.items()),
+        *(None if tensor is None else tensor.data_ptr() for tensor in own),
+        *(pointer("conv_weight", weight, (x.shape[2], width)), pointer("conv_bias", bias, x.shape[2:]), width),
     )
     arguments = (x, dt, A, B, C, D, z, dt_bias, None, dt_proj, reverse, y)
     _call_scan(*arguments, checkpoints=checkpoints, ungated=ungated, gradients=gradients)
@@ -232,12 +252,12 @@ def _call_convolution(x, weight, bias, reverse, y, gradients=None):
     """Runs the kernel into `y`, or, given the structure of gradients, the backward kernel into those."""
     x = _rows(x)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    channels, width = x.shape[2], weight.shape[1]
     arguments = Convolution(
-        *(*x.shape, weight.shape[1], torch.get_num_threads()),
-        *(DTYPES[x.dtype], reverse),
-        *map(Sequence.of, (x, None)),
-        *map(_pointer, (weight, bias)),
-        Sequence.of(y),
+        *(*x.shape, width, torch.get_num_threads(), DTYPES[x.dtype], reverse),
+        *(Sequence.of("x", x, x.shape, x.dtype), Sequence()),
+        *(pointer("weight", weight, (channels, width)), pointer("bias", bias, (channels,))),
+        Sequence.of("y", y, x.shape, x.dtype),
     )
     if x.numel() == 0:
         return
@@ -265,11 +285,14 @@ def convolve_backward(grad_y, x, weight, bias, reverse, grad_x, *, add=False, x_
     grad_weight, grad_bias = new(weight.shape), new(len(weight))
     x_proj, grad_projected = (None if tensor is None else tensor.contiguous() for tensor in (x_proj, grad_projected))
     grad_x_proj = None if x_proj is None else new(x_proj.shape)
+    outputs = 0 if x_proj is None else len(x_proj)
+    sequences = {"y": grad_y, "x": grad_x, "x, which is added": grad_x if add else None}
     gradients = ConvolutionGradients(
-        *map(Sequence.of, (grad_y, grad_x, grad_x if add else None)),
-        *map(_pointer, (grad_weight, grad_bias)),
-        0 if x_proj is None else len(x_proj),
-        *map(_pointer, (x_proj, grad_projected, grad_x_proj)),
+        *(Sequence.of(f"grad_{name}", tensor, x.shape, x.dtype) for name, tensor in sequences.items()),
+        *(grad_weight.data_ptr(), grad_bias.data_ptr(), outputs),
+        pointer("x_proj", x_proj, (outputs, x.shape[2])),
+        pointer("grad_projected", grad_projected, (*x.shape[:2], outputs)),
+        None if grad_x_proj is None else grad_x_proj.data_ptr(),
     )
     _call_convolution(x, weight, bias, reverse, None, gradients=gradients)
     return grad_weight, grad_bias, grad_x_proj

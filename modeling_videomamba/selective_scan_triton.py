@@ -67,10 +67,13 @@ def selective_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(batch, length, channels)` and the dtype of `x`.
     """
+    dtype = x.dtype
+    if dtype == torch.float16:  # the output before the gate can exceed it, and the gradient of the gate needs that
+        x = x.float()
     tensors = (x, dt, A, B, C, D, z, dt_bias, add)
     # only a backward pass needs what is kept for it
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return triton_selective_scan(*tensors, reverse, save)[0]
+    return triton_selective_scan(*tensors, reverse, save)[0].to(dtype)
 
 
 # In the kernels.

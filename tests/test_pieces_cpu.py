@@ -140,7 +140,7 @@ def test_pieces_are_checked():
     scan = PiecewiseScan(A, D, dt_bias, dt_proj, queue, batch=1, reverse=False)
     x, dt, B, C, out = (torch.randn(1, 5, width) for width in (3, 2, 4, 4, 3))
     for piece, message in [
-        ((x, dt, B.double(), C, out), "`B` must have .*float32 .* got .*float64"),
+        ((x, dt, B.double(), C, out), "`B` must have .*float32.* got .*float64"),
         ((x, x, B, C, out), r"`dt` must have shape \(1, 5, 2\)"),
         ((x, dt, B, C, torch.empty(1, 3, 5).mT), r"`y` must have .* rows without gaps, got .* strides \(15, 1, 5\)"),
         ((x, dt, B, C, out, x[:, :4]), r"`z` must have shape \(1, 5, 3\)"),

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int64_t kVersion = 7;  // to be raised with every change of what is passed
+constexpr int64_t kVersion = 8;  // to be raised with every change of what is passed
 
 extern "C" {
 

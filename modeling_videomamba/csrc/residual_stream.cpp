@@ -28,23 +28,34 @@ void for_rows(const Call& call, const Function& function) {
     });
 }
 
-float inverse_rms(const VideoMambaNorm& norm, const float* x) {
-    Vector squares{};
-    for_vectors(norm.width, [&](int64_t channel, int lanes) {
-        const Vector value = load(x + channel, lanes);
-        squares += value * value;
-    });
-    return 1.0f / std::sqrt(sum(squares) / norm.width + norm.eps);
-}
+// 1 / rms(x), as a product: `before` is 1 unless the squares exceed float32.
+struct InverseRms {
+    float before, after;
+
+    InverseRms(const VideoMambaNorm& norm, const float* x) : before(1.0f), after(of_scaled(norm, x)) {
+        if (after == 0.0f) before = 0x1p-80f, after = of_scaled(norm, x);
+    }
+    Vector operator*(Vector x) const { return x * before * after; }
+
+  private:
+    float of_scaled(const VideoMambaNorm& norm, const float* x) const {
+        Vector squares{};
+        for_vectors(norm.width, [&](int64_t channel, int lanes) {
+            const Vector value = load(x + channel, lanes) * before;
+            squares += value * value;
+        });
+        return 1.0f / std::sqrt(sum(squares) / norm.width + norm.eps * before * before);
+    }
+};
 
 template <class T>
 void normalise(const VideoMambaNorm& norm) {
     for_rows(norm, [&](int64_t, int64_t sample, int64_t t) {
         const float* x = row<float>(norm.x, sample, t);
         T* y = row<T>(norm.y, sample, t);
-        const float scale = inverse_rms(norm, x);
+        const InverseRms inverse_rms(norm, x);
         for_vectors(norm.width, [&](int64_t channel, int lanes) {
-            store(y + channel, load(x + channel, lanes) * scale * load(norm.weight + channel, lanes), lanes);
+            store(y + channel, inverse_rms * load(x + channel, lanes) * load(norm.weight + channel, lanes), lanes);
         });
     });
 }
@@ -57,18 +68,18 @@ void normalise_backward(const VideoMambaNorm& norm, const VideoMambaNormGradient
         const T* grad_y = row<T>(gradients.y, sample, t);
         const float* add = gradients.add.data ? row<float>(gradients.add, sample, t) : nullptr;
         float *grad_x = row<float>(gradients.x, sample, t), *grad_weight = gradients.weight + part * norm.width;
-        const float scale = inverse_rms(norm, x);
+        const InverseRms inverse_rms(norm, x);
         Vector products{};
         for_vectors(norm.width, [&](int64_t channel, int lanes) {
-            const Vector normed = load(x + channel, lanes) * scale, grad = load(grad_y + channel, lanes);
+            const Vector normed = inverse_rms * load(x + channel, lanes), grad = load(grad_y + channel, lanes);
             products += grad * load(norm.weight + channel, lanes) * normed;
             store(grad_weight + channel, load(grad_weight + channel, lanes) + grad * normed, lanes);
         });
         const float mean = sum(products) / norm.width;
         for_vectors(norm.width, [&](int64_t channel, int lanes) {
-            const Vector normed = load(x + channel, lanes) * scale;
+            const Vector normed = inverse_rms * load(x + channel, lanes);
             const Vector grad = load(grad_y + channel, lanes) * load(norm.weight + channel, lanes);
-            const Vector total = (grad - normed * mean) * scale;
+            const Vector total = inverse_rms * (grad - normed * mean);
             store(grad_x + channel, add ? total + load(add + channel, lanes) : total, lanes);
         });
     });

@@ -30,7 +30,7 @@ constexpr int kBlocks = 128 / kLanes;  // blocks of channels that are read row b
 template <bool kBounded>
 Vector decay(Vector dt, Vector A) {
     const Vector exponent = dt * A;
-    return exp2_bounded(kBounded ? exponent : bounded(exponent));
+    return kBounded ? exp2_bounded(exponent) : exp2(exponent);
 }
 
 // What forward and backward know of one sample and some blocks of channels, with kStates states in registers.
@@ -61,7 +61,8 @@ struct Share {
             if (scan.dt_bias) dt_bias[block] = load(scan.dt_bias + channel(block), lanes(block));
             for (int64_t n = 0; n < scan.state; ++n) {
                 const Vector a = gather(scan.A + channel(block) * scan.state, scan.state, n, lanes(block)) * kLog2E;
-                A[block * scan.state + n] = at_least(a, -kLargest);  // infinity times a time step of 0 would be a NaN
+                // infinity times a time step of 0 would be a NaN; of a NaN, the exponential takes one without a payload
+                A[block * scan.state + n] = a == a ? at_least(a, -kLargest) : broadcast(kNaN);
                 A_max[block] = maximum(A_max[block], absolute(a));
             }
             for (int64_t k = 0; k < scan.rank; ++k)
@@ -485,8 +486,9 @@ class Backward {
                 if (zs) {
                     const Vector z = load(zs[i] + channel, lanes), gate = sigmoid(z);
                     const Vector y = load(ungated[i] + channel, lanes);
-                    store(grad_zs[i] + channel, grad_y * y * gate * (1.0f + z * (1.0f - gate)), lanes);
-                    if (ys) store(ys[i] + channel, y * z * gate, lanes);
+                    // in this order no product exceeds float32 where the gradient does not
+                    store(grad_zs[i] + channel, grad_y * (y * (gate * (1.0f + z * (1.0f - gate)))), lanes);
+                    if (ys) store(ys[i] + channel, y * (z * gate), lanes);
                     grad_y *= z * gate;
                     store(grad_adds[i] + channel, grad_y, lanes);
                 }
@@ -635,7 +637,6 @@ extern "C" __attribute__((visibility("default"))) void videomamba_selective_scan
     switch (scan->dtype) {
         case kFloat32: return forward_all<float>(*scan);
         case kBFloat16: return forward_all<BFloat16>(*scan);
-        case kFloat16: return forward_all<Half>(*scan);
     }
 }
 
@@ -644,6 +645,5 @@ extern "C" __attribute__((visibility("default"))) void videomamba_selective_scan
     switch (scan->dtype) {
         case kFloat32: return backward_all<float>(*scan, *gradients);
         case kBFloat16: return backward_all<BFloat16>(*scan, *gradients);
-        case kFloat16: return backward_all<Half>(*scan, *gradients);
     }
 }

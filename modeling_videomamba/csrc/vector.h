@@ -36,7 +36,7 @@ struct Half {
     uint16_t bits;
 };
 
-constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr float kLargest = std::numeric_limits<float>::max(), kNaN = std::numeric_limits<float>::quiet_NaN();
 
 inline Vector broadcast(float value) { return Vector{} + value; }
 // Of a NaN and a bound, the NaN.
@@ -207,6 +207,13 @@ inline Vector exp2_bounded(Vector v) {
 
 inline Vector bounded(Vector v) { return at_most(at_least(v, -kExponents), kExponents); }
 
+// 2^v for any v: zero below 2^-kExponents, because 2^-kExponents times a large number is not small, and at most
+// 2^kExponents.
+inline Vector exp2(Vector v) {
+    const Vector power = exp2_bounded(bounded(v));
+    return v < -kExponents ? Vector{} : power;
+}
+
 // 1 / v for a normal v whose reciprocal is normal.
 inline Vector reciprocal(Vector v) {
 #if VIDEOMAMBA_VECTOR_BYTES == 64
@@ -217,7 +224,11 @@ inline Vector reciprocal(Vector v) {
 #endif
 }
 
-inline Vector sigmoid(Vector v) { return reciprocal(1.0f + exp2_bounded(bounded(v * -kLog2E))); }
+inline Vector sigmoid(Vector v) {
+    const Vector exponent = v * -kLog2E;
+    const Vector value = reciprocal(1.0f + exp2_bounded(bounded(exponent)));
+    return exponent > kExponents ? Vector{} : value;  // so that v * sigmoid(v) goes to zero
+}
 
 // log(1 + w) for 0 <= w <= 1, within 1e-7 relative.
 inline Vector log1p_unit(Vector w) {
@@ -235,7 +246,7 @@ inline Vector log1p_unit(Vector w) {
 
 // log(1 + exp(v)), and its slope, the sigmoid.
 inline Vector softplus(Vector v, Vector* slope = nullptr) {
-    const Vector w = exp2_bounded(at_least(absolute(v) * -kLog2E, -kExponents));
+    const Vector w = exp2(absolute(v) * -kLog2E);
     if (slope) *slope = (v < 0.0f ? w : broadcast(1.0f)) * reciprocal(1.0f + w);
     return at_least(v, 0.0f) + log1p_unit(w);
 }
