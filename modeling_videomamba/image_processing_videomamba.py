@@ -1,35 +1,102 @@
 """Image processor of VideoMamba."""
 
+import errno
+import io
+import os
+import struct
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
-    ImageInput,
     PILImageResampling,
     infer_channel_dimension_format,
+    load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .configuration_videomamba import VideoMambaConfig
 
+WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # PyTorch can hardly compute with them
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
+GREY_MEAN, GREY_STD = (np.mean(values).round(3).item() for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+
+
+def is_image_source(image: Any) -> bool:
+    """Whether [`open_image`] takes it."""
+    return isinstance(image, str | os.PathLike | bytes | dict)
+
+
+def open_image(image: str | os.PathLike | bytes | dict[str, Any]) -> Image.Image:
+    r"""
+    The picture in a file, upright.
+
+    Args:
+        image (`str`, `os.PathLike`, `bytes` or `dict`): A path, an http(s) URL, the base64 of a file, the bytes of one,
+            or a value of the `Image` feature of `datasets`: a dictionary with `path` or `bytes`.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `OSError`: if it can't be read or downloaded.
+        `ValueError`: if it is not a picture, or truncated.
+    """
+    name = None
+    if isinstance(image, dict):
+        if not {"path", "bytes"} & image.keys():
+            raise ValueError(f"A dictionary in `images` must have `path` or `bytes`, got {sorted(image)}.")
+        name, content = image.get("path"), image.get("bytes")
+        image = image["path"] if content is None else content
+    name = name or ("a picture in `images`" if isinstance(image, bytes) else os.fspath(image)[:200])
+    try:
+        if isinstance(image, str) and not os.path.exists(image):  # noqa: PTH110 (base64 is too long for `Path`)
+            return _load_address(image, name)
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return ImageOps.exif_transpose(opened)
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.args[1:]:
+            raise  # of the system; those of PIL have no number
+        raise ValueError(f"{name}: not a picture, or truncated ({error})") from error
+
+
+def _load_address(address: str, name: str) -> Image.Image:
+    """The picture behind a URL, or in base64."""
+    if not address.startswith(("http://", "https://", "data:")):
+        try:
+            return load_image(address)
+        except ValueError as error:
+            raise FileNotFoundError(errno.ENOENT, "no such file, and not the base64 of a picture", name) from error
+    try:
+        return load_image(address)
+    except UnidentifiedImageError:
+        raise
+    except Exception as error:  # whatever the network does
+        raise OSError(errno.EIO, f"can't be downloaded ({error})", name) from error
+
 
 def as_tensor(name: str, pixels: Any) -> torch.Tensor:
-    """A picture or an array as a tensor; a PIL image, and grey without a dimension for it, with the channels last."""
+    """
+    A picture or an array as a tensor that PyTorch can compute with; a PIL image, and grey without a dimension for it,
+    with the channels last.
+    """
     if isinstance(pixels, Image.Image):
         if pixels.mode.startswith(("I", "F")):
             raise ValueError(f"{name} in PIL mode {pixels.mode!r} have more than 8 bits: pass them as an array.")
         pixels = np.array(pixels.convert("RGB"))
     if isinstance(pixels, np.ndarray):
-        wide = pixels.dtype.kind == "u" and pixels.dtype.itemsize > 1  # hardly supported by PyTorch
-        pixels = torch.from_numpy(np.require(pixels, np.int64 if wide else None, ["C", "W"]))
+        if pixels.dtype.kind not in "biuf":
+            raise ValueError(f"{name} must be integers or floating point, got {pixels.dtype}.")
+        wide = pixels.dtype.kind == "u" and pixels.dtype.itemsize > 1
+        dtype = np.float64 if pixels.dtype.itemsize > 8 else pixels.dtype.newbyteorder("=")
+        pixels = torch.from_numpy(np.require(pixels, np.int64 if wide else dtype, ["C", "W"]))
+    if pixels.dtype in WIDE_UNSIGNED:
+        pixels = pixels.to(torch.int64)
     return pixels.unsqueeze(-1) if pixels.ndim == 2 else pixels
 
 
@@ -81,7 +148,7 @@ def check_pixels(name: str, pixels: torch.Tensor, do_rescale: bool | None) -> to
         do_rescale (`bool`): Whether they will be divided by 255.
 
     Returns:
-        `torch.Tensor`: the same pixels, uint8 if they are integers.
+        `torch.Tensor`: the same pixels, uint8 if they are integers from 0 to 255, else float32.
 
     Raises:
         `ValueError`: for empty pixels, a dtype that is no number, NaN, or values out of range.
@@ -92,6 +159,8 @@ def check_pixels(name: str, pixels: torch.Tensor, do_rescale: bool | None) -> to
         return pixels
     if pixels.dtype == torch.bool or pixels.is_complex():
         raise ValueError(f"{name} must be integers or floating point, got {pixels.dtype}.")
+    if pixels.is_floating_point():
+        pixels = pixels.float()
     low, high = pixels.min().item(), pixels.max().item()
     allowed = 255 if do_rescale else 1
     if not (low >= 0 and high <= allowed):  # also for NaN
@@ -105,12 +174,59 @@ def check_pixels(name: str, pixels: torch.Tensor, do_rescale: bool | None) -> to
                 "or pixels from 0 to 255."
             )
         return pixels
-    return pixels.to(torch.uint8)
+    return pixels.to(torch.uint8 if do_rescale else torch.float32)
+
+
+def to_grey(pixels: torch.Tensor) -> torch.Tensor:
+    """The brightness of RGB `(..., 3, height, width)`, `(..., 1, height, width)` of the same dtype."""
+    grey = torch.einsum("...chw,c->...hw", pixels.float(), torch.tensor(LUMA, device=pixels.device)).unsqueeze(-3)
+    return grey if pixels.is_floating_point() else grey.round().to(pixels.dtype)
+
+
+def channel_settings(config: VideoMambaConfig) -> dict[str, Any]:
+    """Settings of a processor for the channels of a model. Raises `ValueError` where it can't make such channels."""
+    if config.num_channels == 1:
+        return {"do_grayscale": True, "image_mean": [GREY_MEAN], "image_std": [GREY_STD]}
+    if config.num_channels != 3:
+        raise ValueError(
+            f"A processor makes 1 channel (grey) or 3 (RGB), and the model has `num_channels` {config.num_channels}: "
+            "make its `pixel_values` without one."
+        )
+    return {}
+
+
+def check_statistics(do_grayscale: bool | None, **statistics: Any) -> None:
+    """That there is one value, or one for each channel: others would make channels, of which the model has none."""
+    channels = 1 if do_grayscale else 3
+    for name, values in statistics.items():
+        if isinstance(values, list | tuple) and len(values) not in (1, channels):
+            raise ValueError(
+                f"`{name}` must have 1 or as many values as channels ({channels}) with "
+                f"`do_grayscale={bool(do_grayscale)}`, got {values}."
+            )
 
 
 def is_picture(value: Any) -> bool:
     """Whether it is one picture: of PIL, or an array of two or three dimensions."""
     return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim in (2, 3))
+
+
+def _opened(images: Any) -> Any:
+    """With pictures in place of files, in lists too."""
+    if isinstance(images, list | tuple):
+        return [_opened(image) for image in images]
+    return open_image(images) if is_image_source(images) else images
+
+
+class VideoMambaImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
+    """
+    Arguments beyond those of every image processor.
+
+    Args:
+        do_grayscale (`bool`): Whether to make one channel, grey, for a model of one.
+    """
+
+    do_grayscale: bool | None
 
 
 class VideoMambaImageProcessor(TorchvisionBackend):
@@ -130,26 +246,32 @@ class VideoMambaImageProcessor(TorchvisionBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    do_grayscale = False
+    valid_kwargs = VideoMambaImageProcessorKwargs
     model_input_names = ["pixel_values"]
 
-    def __init__(self, **kwargs: Unpack[ImagesKwargs]):
+    def __init__(self, **kwargs: Unpack[VideoMambaImageProcessorKwargs]):
         super().__init__(**kwargs)
 
     @classmethod
     def for_model(cls, config: VideoMambaConfig) -> "VideoMambaImageProcessor":
-        """The processor for the resolution of a model."""
+        """
+        The processor for the resolution and channels of a model. Raises `ValueError` for other channels than 1 and 3.
+        """
         height, width = config.input_size
         size = {"shortest_edge": max(height, width) * 256 // 224}
-        return cls(size=size, crop_size={"height": height, "width": width})
+        return cls(size=size, crop_size={"height": height, "width": width}, **channel_settings(config))
 
     def __call__(
-        self, images: ImageInput | None = None, *args, videos: Any = None, **kwargs: Unpack[ImagesKwargs]
+        self, images: Any = None, *args, videos: Any = None, **kwargs: Unpack[VideoMambaImageProcessorKwargs]
     ) -> BatchFeature:
         r"""
         Args:
-            images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                One image, `(height, width, channels)` or `(channels, height, width)`, or a batch of them. A list of
-                lists is a batch of videos. Pixels are 0 to 255, or 0 to 1 with `do_rescale=False`.
+            images (*optional*):
+                One image or a list of them. An image is a PIL image, an array or tensor `(height, width)`,
+                `(height, width, channels)` or `(channels, height, width)`, a path, an http(s) URL, the bytes of a file,
+                or a value of the `Image` feature of `datasets`. A list of lists is a batch of videos. Pixels are 0 to
+                255, or 0 to 1 with `do_rescale=False`, of any number type but `bool`.
             videos (*optional*):
                 Instead of `images`: one video as a list of frames, or a list of videos.
             kwargs: Any attribute of the processor, for this call; `return_tensors="pt"` gives tensors.
@@ -159,22 +281,26 @@ class VideoMambaImageProcessor(TorchvisionBackend):
             `(batch, frames, channels, height, width)` for videos.
 
         Raises:
-            `ValueError`: if both or none of `images` and `videos` are given, or for a wrong number of channels, dtype
-                or range of pixels.
+            `ValueError`: if both or none of `images` and `videos` are given, if a file is no picture, or for a wrong
+                number of channels, dtype or range of pixels.
+            `FileNotFoundError`: if there is no such file.
+            `OSError`: if a file can't be read or downloaded.
         """
         if (images is None) == (videos is None):
             raise ValueError("Pass either `images` or `videos`.")
         if videos is not None:
-            one = isinstance(videos, list | tuple) and all(map(is_picture, videos))
+            if is_image_source(videos):
+                raise ValueError("`videos` must be frames: VideoMambaVideoProcessor reads files of videos.")
+            one = isinstance(videos, list | tuple) and all(is_picture(v) or is_image_source(v) for v in videos)
             one = one or (isinstance(videos, np.ndarray | torch.Tensor) and videos.ndim == 4)
             images = [list(videos)] if one else list(videos)
         return self.preprocess(images, *args, **kwargs)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         """A list of pictures, or a list of lists of them."""
-        if isinstance(images, str) or is_picture(images):
+        if is_image_source(images) or is_picture(images):
             images = [images]
-        images = [self.fetch_images(image) if isinstance(image, str) else image for image in images]
+        images = [_opened(image) for image in images]
         if not images:
             raise ValueError("`images` is an empty list.")
         if all(map(is_picture, images)):
@@ -191,14 +317,17 @@ class VideoMambaImageProcessor(TorchvisionBackend):
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
         do_rescale: bool | None = None,
+        do_grayscale: bool | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         image = rgb_tensor("Pixels of `images`", image, input_data_format, do_convert_rgb).to(device)
-        return check_pixels("Pixels of `images`", image, do_rescale).contiguous()
+        image = check_pixels("Pixels of `images`", image, do_rescale)
+        return (to_grey(image) if do_grayscale else image).contiguous()
 
     def _preprocess(
         self, images: list[Any], return_tensors: str | TensorType | None = None, **kwargs: Any
     ) -> BatchFeature:
+        check_statistics(kwargs["do_grayscale"], image_mean=kwargs["image_mean"], image_std=kwargs["image_std"])
         if not images or not isinstance(images[0], list):
             return super()._preprocess(images, return_tensors=return_tensors, **kwargs)
         frames = super()._preprocess([frame for video in images for frame in video], return_tensors=None, **kwargs)

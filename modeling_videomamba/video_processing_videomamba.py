@@ -20,7 +20,15 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .configuration_videomamba import VideoMambaConfig
-from .image_processing_videomamba import as_tensor, check_pixels, is_picture, rgb_tensor
+from .image_processing_videomamba import (
+    as_tensor,
+    channel_settings,
+    check_pixels,
+    check_statistics,
+    is_picture,
+    rgb_tensor,
+    to_grey,
+)
 from .video_decoding import is_video_source, read_frames
 
 
@@ -98,10 +106,12 @@ class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore
     Args:
         num_clips (`int`): Clips along time that each video is tested with.
         num_crops (`int`): Spatial crops of each clip.
+        do_grayscale (`bool`): Whether to make one channel, grey, for a model of one.
     """
 
     num_clips: Annotated[int | None, _at_least_one]
     num_crops: Annotated[int | None, _at_least_one]
+    do_grayscale: bool | None
 
 
 class VideoMambaVideoProcessor(BaseVideoProcessor):
@@ -128,6 +138,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
     rescale_factor = 1 / 255
     do_normalize = True
     do_convert_rgb = True
+    do_grayscale = False
     do_sample_frames = True
     num_frames = 8
     num_clips = 1
@@ -140,12 +151,16 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
 
     @classmethod
     def for_model(cls, config: VideoMambaConfig) -> "VideoMambaVideoProcessor":
-        """The processor for the resolution and number of frames of a model."""
+        """
+        The processor for the resolution, channels and number of frames of a model. Raises `ValueError` for other
+        channels than 1 and 3.
+        """
         height, width = config.input_size
         return cls(
             size={"shortest_edge": max(height, width)},  # a crop that is not square fits into frames of any shape
             crop_size={"height": height, "width": width},
             num_frames=config.num_frames or cls.num_frames,
+            **channel_settings(config),
         )
 
     def __call__(self, videos: Any, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]) -> BatchFeature:
@@ -234,14 +249,18 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         image_std: float | list[float] | None,
         num_clips: int = 1,
         num_crops: int = 1,
+        do_grayscale: bool | None = None,
         return_tensors: str | TensorType | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         if num_crops > 1 and not do_center_crop:
             raise ValueError(f"`num_crops` {num_crops} needs `do_center_crop=True`.")
+        check_statistics(do_grayscale, image_mean=image_mean, image_std=image_std)
         views: list[torch.Tensor] = []
         for video in videos:
             video = check_pixels("Pixels of `videos`", video, do_rescale)
+            if do_grayscale:
+                video = to_grey(video)
             if do_resize:
                 video = self.resize(video, size=size, resample=resample)
             crops = [video]

@@ -28,6 +28,7 @@ from modeling_videomamba.training.data import (
     media_id,
     test_batches,
 )
+from modeling_videomamba.training.plots import restore_pixels
 from modeling_videomamba.training.workers import iterate
 from modeling_videomamba.video_decoding import BrokenVideoError, read_frames
 from modeling_videomamba.video_processing_videomamba import sample_frame_indices
@@ -137,6 +138,17 @@ def test_images(tmp_path):
     assert TrainingViews(image_processor, transform, 2)(example, 0).shape == (2, 3, 32, 32)
 
 
+def test_a_model_of_one_channel_is_trained_with_grey(video):
+    example = {"video": {"path": str(video), "bytes": None}}
+    grey = processor(num_channels=1)
+    tested = TestViews(grey)(example, 0)
+    assert torch.equal(tested, grey(str(video), return_tensors="pt")["pixel_values"])
+    transform = training_transform(grey, LabelledAugmentationArguments(rand_augment_ops=4, random_erasing=1.0))
+    for views in (TestViews(grey), TrainingViews(grey), TrainingViews(grey, transform)):
+        assert views(example, 0).shape == views.shape == (1, 4, 1, 32, 32)
+    assert restore_pixels(tested, grey).shape == (1, 4, 3, 32, 32)
+
+
 def test_files_that_are_elsewhere(tmp_path, video):
     PILImage.fromarray(moving_square(1)[0]).save(tmp_path / "x.png")
     for kind, path in (("video", video), ("image", tmp_path / "x.png")):
@@ -164,7 +176,7 @@ def test_pictures_are_turned_upright(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_broken_images(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(BrokenImageError, match=r"x\.png: not an image, or truncated"):
+    with pytest.raises(BrokenImageError, match=r"x\.png: not a picture, or truncated"):
         decode_clips({"image": {"path": str(tmp_path / "x.png"), "bytes": None}}, 1)
     with pytest.raises(FileNotFoundError):
         decode_clips({"image": {"path": str(tmp_path / "y.png"), "bytes": None}}, 1)

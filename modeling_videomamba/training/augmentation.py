@@ -8,6 +8,7 @@ from torchvision.transforms import v2
 
 from videomamba_arguments import AugmentationArguments, LabelledAugmentationArguments
 
+from ..image_processing_videomamba import to_grey
 from .data import Processor
 
 
@@ -39,6 +40,13 @@ class RandAugment(nn.Module):
         return frames
 
 
+class Grey(nn.Module):
+    """For a model of one channel."""
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return to_grey(frames)
+
+
 def training_transform(processor: Processor, args: AugmentationArguments) -> nn.Module | None:
     r"""
     What is done to one clip, in timm's order: crop, flip, RandAugment, normalisation, erasing.
@@ -62,6 +70,8 @@ def training_transform(processor: Processor, args: AugmentationArguments) -> nn.
         steps = [v2.Resize(size, interpolation), v2.CenterCrop(crop)]
     if args.flip:
         steps.append(v2.RandomHorizontalFlip())
+    if processor.do_grayscale:
+        steps.append(Grey())
     fill = [255 * value for value in processor.image_mean]
     if args.rand_augment_ops:
         steps.append(RandAugment(args.rand_augment_ops, args.rand_augment_magnitude, args.rand_augment_std, fill))

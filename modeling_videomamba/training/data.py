@@ -6,7 +6,6 @@ seed and the epoch, the random choices of an example from these and its index. S
 """
 
 import hashlib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,11 @@ import fsspec
 import numpy as np
 import torch
 from datasets import IterableDataset, Value
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import get_worker_info
 from transformers.video_utils import VideoMetadata
 
-from ..image_processing_videomamba import VideoMambaImageProcessor, rgb_tensor
+from ..image_processing_videomamba import VideoMambaImageProcessor, open_image, rgb_tensor
 from ..video_decoding import BrokenVideoError, read_frames, read_metadata
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .sources import Split
@@ -53,14 +51,10 @@ def decode_image(image: dict[str, Any]) -> torch.Tensor:
         `BrokenImageError`: if it is not an image or can't be decoded.
         `OSError`: if there is no such file.
     """
-    source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     try:
-        with Image.open(source) as opened:
-            return rgb_tensor(image["path"], ImageOps.exif_transpose(opened)).unsqueeze(0)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"{image['path']}: not an image, or truncated ({error})") from error
+        return rgb_tensor(image["path"], open_image(image)).unsqueeze(0)
+    except ValueError as error:
+        raise BrokenImageError(str(error)) from error
 
 
 def decode_clips(
@@ -168,11 +162,13 @@ class TestViews:
 
 def _shape(processor: Processor) -> tuple[int, ...]:
     frames = () if isinstance(processor, VideoMambaImageProcessor) else (processor.num_frames,)
-    return *frames, 3, processor.crop_size["height"], processor.crop_size["width"]
+    return *frames, 1 if processor.do_grayscale else 3, processor.crop_size["height"], processor.crop_size["width"]
 
 
 def process_clips(processor: Processor, clips: list[torch.Tensor], num_crops: int = 1) -> torch.Tensor:
-    """`pixel_values` of decoded clips, `(clips * num_crops, frames, 3, height, width)`, without frames for images."""
+    """
+    `pixel_values` of decoded clips, `(clips * num_crops, frames, channels, height, width)`, without frames for images.
+    """
     if isinstance(processor, VideoMambaImageProcessor):
         return processor([clip[0] for clip in clips], return_tensors="pt")["pixel_values"]
     options = {"do_sample_frames": False, "num_clips": 1, "num_crops": num_crops, "return_tensors": "pt"}

@@ -134,6 +134,8 @@ def load_processor(args: StartArguments, model: VideoMambaPreTrainedModel, kind:
         saved = load_pretrained(processor_class, args.model)
     except OSError:
         return processor
+    if saved.do_grayscale != processor.do_grayscale:  # of a model with other channels
+        return processor
     kept = ["image_mean", "image_std", "rescale_factor"]
     if (load_pretrained(VideoMambaConfig, args.model).num_frames is None) == (kind == "image"):
         kept.append("resample")  # images are resized otherwise than videos

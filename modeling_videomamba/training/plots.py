@@ -21,8 +21,9 @@ def pyplot() -> Any:
 def restore_pixels(pixel_values: torch.Tensor, processor: Any) -> torch.Tensor:
     """Normalised videos or images to `(batch, frames, 3, height, width)` between 0 and 1."""
     mean, std = (
-        torch.tensor(values, device=pixel_values.device).view(3, 1, 1)
+        torch.tensor(values, device=pixel_values.device).view(-1, 1, 1)
         for values in (processor.image_mean, processor.image_std)
     )
     pixels = (pixel_values * std + mean).clamp(0, 1)
+    pixels = pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
     return pixels.unsqueeze(1) if pixels.ndim == 4 else pixels

@@ -135,13 +135,15 @@ def _copy_normalization(path: str, video_processor: VideoMambaVideoProcessor) ->
         saved = load_pretrained(VideoMambaVideoProcessor, path)
     except OSError:
         return
+    if saved.do_grayscale != video_processor.do_grayscale:  # of a model with other channels
+        return
     for name in NORMALIZATION:
         setattr(video_processor, name, getattr(saved, name))
 
 
 def image_processor_of(video_processor: VideoMambaVideoProcessor) -> VideoMambaImageProcessor:
     """A processor that prepares images as frames are."""
-    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor")
+    names = ("size", "crop_size", "resample", "image_mean", "image_std", "rescale_factor", "do_grayscale")
     return VideoMambaImageProcessor(**{name: getattr(video_processor, name) for name in names})
 
 
