@@ -55,7 +55,7 @@ class Sequence(ctypes.Structure):
     _fields_ = [*_fields(ctypes.c_void_p, "data"), *_fields(ctypes.c_int64, "batch_stride row_stride")]
 
     @classmethod
-    def of(cls, name: str, tensor: torch.Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype) -> "Sequence":
+    def of(cls, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> "Sequence":
         """A tensor whose rows have no gaps; without a tensor there is no data. Raises what [`check`] raises."""
         if tensor is None:
             return cls()

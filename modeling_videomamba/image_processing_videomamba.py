@@ -47,17 +47,18 @@ def open_image(image: str | os.PathLike | bytes | dict[str, Any]) -> Image.Image
         `OSError`: if it can't be read or downloaded.
         `ValueError`: if it is not a picture, or truncated.
     """
+    source: Any = image
     name = None
     if isinstance(image, dict):
         if not {"path", "bytes"} & image.keys():
             raise ValueError(f"A dictionary in `images` must have `path` or `bytes`, got {sorted(image)}.")
-        name, content = image.get("path"), image.get("bytes")
-        image = image["path"] if content is None else content
-    name = name or ("a picture in `images`" if isinstance(image, bytes) else os.fspath(image)[:200])
+        content, name = image.get("bytes"), image.get("path")
+        source = name if content is None else content
+    name = name or ("a picture in `images`" if isinstance(source, bytes) else str(source)[:200])
     try:
-        if isinstance(image, str) and not os.path.exists(image):  # noqa: PTH110 (base64 is too long for `Path`)
-            return _load_address(image, name)
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        if isinstance(source, str) and not os.path.exists(source):  # noqa: PTH110 (base64 is too long for `Path`)
+            return _load_address(source, name)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             return ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.args[1:]:
