@@ -24,7 +24,8 @@ from modeling_videomamba import (
     VideoMambaForVideoClassification,
     VideoMambaForVideoTextRetrieval,
 )
-from staging import CARD, Publishable, StagedFile, load_source, stage
+from modeling_videomamba.training.cards import CARD, check_card, without_signatures
+from staging import Publishable, StagedFile, load_source, stage
 
 CLASSES: dict[str, type] = {
     "image-classification": VideoMambaForImageClassification,
@@ -145,6 +146,11 @@ def upload(args: argparse.Namespace, folder: Path, files: list[StagedFile], repo
     except RevisionNotFoundError:
         api.create_branch(repo_id, branch=args.revision)
         before = api.model_info(repo_id, revision=args.revision)
+    if not (args.overwrite_card or args.pull_request):  # a pull request is read before it overwrites anything
+        try:
+            check_card(api, repo_id, (folder / CARD).read_text("utf-8"), before.sha)
+        except ValueError as error:
+            raise ValueError(f"{error}: take over what it says with --card, or pass --overwrite-card") from None
     names = {file.path for file in files}
     there = [sibling.rfilename for sibling in before.siblings or []]
     stale = [name for name in there if is_ours(name) and name not in names]
@@ -158,7 +164,12 @@ def upload(args: argparse.Namespace, folder: Path, files: list[StagedFile], repo
         return f"{repo_id}: unchanged since {opened}, no commit"
     try:
         commit = api.create_commit(
-            repo_id, operations, commit_message=message, revision=args.revision, create_pr=args.pull_request
+            repo_id,
+            operations,
+            commit_message=message,
+            revision=args.revision,
+            create_pr=args.pull_request,
+            parent_commit=before.sha,  # nobody has committed since the card was read
         )
     except RuntimeError as error:  # of the upload of one file, with its reason
         raise OSError(f"{error} {error.__cause__ or ''}") from error
@@ -220,11 +231,6 @@ def publish_all(args: argparse.Namespace) -> None:
         print(f"left out: {name}, which is not in the zoo")
     if failed or not published:
         sys.exit(f"error: {published} models, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
-
-
-def without_signatures(text: str) -> str:
-    """Without the parts of addresses that give access."""
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -42,6 +42,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", default=TOKENIZER, help="tokenizer for a .pth file of videos and texts")
     parser.add_argument("--card", type=Path, help="README.md for a model that has none (default: the model's)")
+    parser.add_argument(
+        "--overwrite-card", action="store_true", help="replace a README.md that was written or edited on the Hub"
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="most bytes of a file of weights")
     args = parser.parse_args()
     if args.revision is not None and args.pull_request:

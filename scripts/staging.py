@@ -22,11 +22,11 @@ from modeling_videomamba import (
     VideoMambaVideoTextConfig,
 )
 from modeling_videomamba.conversion import VIDEO_TEXT, convert_checkpoint, load_labels
+from modeling_videomamba.training.cards import CARD, seal
 from modeling_videomamba.training.loading import load_pretrained
 from modeling_videomamba.training.masks import token_grid
 from modeling_videomamba.training.names import check_name
 
-CARD = "README.md"
 SHOWN_WITH_CARD = {".png", ".jpg", ".gif", ".mp4"}  # what a card of a trained model may link to
 MAX_VERIFIED_FRAMES = 8
 
@@ -65,7 +65,9 @@ def load_source(source: Path, labels: str | None, tokenizer: str | None) -> Publ
     if source.is_dir():
         if labels is not None:
             raise ValueError(f"--labels {labels} is for a .pth file: {source} has its own")
-        return Publishable(*load_directory(source), sorted(p for p in source.iterdir() if p.suffix in SHOWN_WITH_CARD))
+        if (source / CARD).is_symlink():  # it may lead to any file of this machine
+            raise ValueError(f"{source / CARD} is a symbolic link to {(source / CARD).readlink()}: pass --card")
+        return Publishable(*load_directory(source), find_pictures(source))
     converted = convert_checkpoint(source, None if labels is None else load_labels(labels))
     if converted.kind == VIDEO_TEXT:
         if tokenizer is None:
@@ -75,6 +77,21 @@ def load_source(source: Path, labels: str | None, tokenizer: str | None) -> Publ
     if not isinstance(converted.model.config, VideoMambaConfig | VideoMambaVideoTextConfig):
         raise ValueError(f"{source} is a {converted.kind}, which is not VideoMamba")
     return Publishable(converted.model, converted.processor, [])
+
+
+def find_pictures(source: Path) -> list[Path]:
+    """What the card of a directory may show; names what looks like it and is not published."""
+    pictures = []
+    for path in sorted(path for path in source.iterdir() if path.suffix in SHOWN_WITH_CARD):
+        if path.name.startswith("."):
+            print(f"left out: {path}, a hidden file")
+        elif path.is_symlink():
+            print(f"left out: {path}, a symbolic link to {path.readlink()}")
+        elif not path.is_file():
+            print(f"left out: {path}, which is no file")
+        else:
+            pictures.append(path)
+    return pictures
 
 
 def load_directory(path: Path) -> tuple[PreTrainedModel, Any]:
@@ -118,7 +135,7 @@ def stage(source: Publishable, card: ModelCard, folder: Path, max_shard_size: st
     source.processor.save_pretrained(folder)
     for path in source.pictures:
         shutil.copyfile(path, folder / path.name)
-    card.save(folder / CARD)
+    (folder / CARD).write_text(seal(str(card)), "utf-8", newline="\n")
     verify(source.model, folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [_describe(path, folder) for path in paths]

@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoVideoProcessor
 
 from modeling_videomamba import VideoMambaForVideoClassification
 from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, test_batches
+from modeling_videomamba.training.diagnosis import NothingReadError
 from modeling_videomamba.training.evaluation import (
     Predictions,
     class_scores,
@@ -162,5 +163,8 @@ def run(args: Any, data: LabelledDataArguments) -> None:
         predict_split(accelerator, model, batches, lines.part(accelerator.process_index), bar)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        report(lines.merge(), split, model, args.output_dir)
+        try:
+            report(lines.merge(), split, model, args.output_dir)
+        except NothingReadError as error:
+            sys.exit(f"error: {error}")
     accelerator.end_training()

@@ -341,6 +341,8 @@ def test_the_best_model_is_uploaded(images, tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path):
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir() if path.suffix != ".py")))
 
+    checked = []
+    monkeypatch.setattr(run_module, "check_card", lambda api, repo_id, text: checked.append((repo_id, text[:4])))
     monkeypatch.setattr(run_module, "HfApi", Api)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(num_frames=None).to_dict()))
@@ -355,5 +357,6 @@ def test_the_best_model_is_uploaded(images, tmp_path, monkeypatch):
     forget_accelerator()
     files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert calls == ["org/model", ("org/model", files)]
+    assert checked == [("org/model", ""), ("org/model", "---\n")]
     card = ModelCard.load(tmp_path / "model" / "best" / "README.md")
     assert 'pipeline("image-classification", model="org/model"' in card.text

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, constants
 from PIL import Image
 from transformers import BertTokenizer
 
@@ -28,6 +28,7 @@ from modeling_videomamba import (
     VideoMambaForVideoClassification,
 )
 from modeling_videomamba.conversion import convert_checkpoint, rename
+from modeling_videomamba.training.cards import seal
 from tests.conftest import NANO, load_golden, strip_prefix
 from tests.hub_server import TOKEN, serve, sha256
 from tests.launching import SCRIPTS
@@ -332,6 +333,88 @@ def test_a_model_that_became_another_is_not_published(folder, tmp_path):
         source.model.classifier.bias[0] += 1e-6
     with pytest.raises(ValueError, match=r"is not what was staged: classifier\.bias differ"):
         staging.verify(source.model, tmp_path)
+
+
+# What others wrote, and what is not meant to be published
+
+
+def test_files_that_lead_elsewhere_are_named_and_stay(tmp_path, capsys):
+    source, secret = tmp_path / "model", tmp_path / "secret.png"
+    shutil.copytree(NANO, source)
+    secret.write_text("secret")
+    (source / "link.png").symlink_to(secret)
+    (source / "nowhere.png").symlink_to(tmp_path / "nowhere")
+    (source / "within.png").symlink_to(source / "curves.png")
+    (source / ".hidden.png").write_text("hidden")
+    (source / "folder.png").mkdir()
+    found = [path.name for path in staging.load_source(source, None, None).pictures]
+    assert found == sorted(path.name for path in NANO.iterdir() if path.suffix in staging.SHOWN_WITH_CARD)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"left out: {source}/.hidden.png, a hidden file",
+        f"left out: {source}/folder.png, which is no file",
+        f"left out: {source}/link.png, a symbolic link to {secret}",
+        f"left out: {source}/nowhere.png, a symbolic link to {tmp_path}/nowhere",
+        f"left out: {source}/within.png, a symbolic link to {source}/curves.png",
+    ]
+    (source / "README.md").unlink()
+    (source / "README.md").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"README.md is a symbolic link to .*secret.png: pass --card"):
+        staging.load_source(source, None, None)
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """Publishes a card with some weights in this process, on a server of ours; what was done, or the error."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serve() as (hub, address):
+        monkeypatch.setattr(publishing, "HfApi", lambda: HfApi(address, token=TOKEN))
+
+        def call(text, *options):
+            monkeypatch.setattr(sys, "argv", ["push_to_hub.py", "model", "org/model", *options])
+            (tmp_path / "README.md").write_text(seal(text))
+            (tmp_path / "model.safetensors").write_text(text)
+            paths = [tmp_path / name for name in ("README.md", "model.safetensors")]
+            files = [staging._describe(path, tmp_path) for path in paths]
+            try:
+                return publishing.upload(push_to_hub.parse_args(), tmp_path, files, "org/model", "a commit")
+            except ValueError as error:
+                return f"error: {error}"
+
+        call.commits = lambda ref="main": hub.repositories["org/model"].refs[ref]
+        call.hub = hub
+        yield call
+
+
+EDITED = "error: README.md of org/model was edited, or not written by push_to_hub.py, and would be overwritten: "
+
+
+def test_a_card_that_was_edited_on_the_hub_is_not_overwritten(publish):
+    card = "---\nlicense: mit\n---\n# {}\n"
+    for name in ("one", "two"):  # what we wrote may be replaced
+        assert (
+            "/commit/" in publish(card.format(name))
+            and f"# {name}" in publish.commits()[-1].files["README.md"].decode()
+        )
+    commits, uploads = len(publish.commits()), publish.hub.uploads
+    publish.commits()[-1].files["README.md"] += b"\nMine.\n"
+    message = publish(card.format("three"))
+    assert message == f"{EDITED}take over what it says with --card, or pass --overwrite-card"
+    assert len(publish.commits()) == commits and publish.hub.uploads == uploads
+    assert "/discussions/" in publish(card.format("three"), "--pull-request")
+    assert b"Mine." in publish.commits()[-1].files["README.md"]
+    assert "/commit/" in publish(card.format("three"), "--overwrite-card")
+    assert b"Mine." not in publish.commits()[-1].files["README.md"]
+
+
+def test_a_card_that_others_wrote_is_not_overwritten_on_any_branch(publish):
+    publish("---\n---\nours\n", "--revision", "v2")
+    publish.commits("v2")[-1].files["README.md"] = b"theirs"
+    assert publish("---\n---\nnew\n", "--revision", "v2").startswith(EDITED)
+    assert "/commit/" in publish("---\n---\nnew\n")  # on main there is none
+    assert "/commit/" in publish("theirs\n", "--revision", "v2")  # what they say already
 
 
 # Loading back

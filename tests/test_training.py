@@ -111,7 +111,7 @@ def test_windows_of_a_video_count_as_one():
     torch.testing.assert_close(predictions.scores[0], torch.tensor([0.35, 0.65]))
     assert set(predictions.scores) == {0, 5}
     assert compute_metrics(predictions, regression=False)["accuracy"] == 0.5
-    with pytest.raises(ValueError, match="no prediction"):
+    with pytest.raises(ValueError, match="no example of the given split can be read"):
         compute_metrics(Predictions(), regression=False)
 
 

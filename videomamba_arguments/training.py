@@ -136,6 +136,7 @@ class RunArguments:
     evaluation_epochs: int = field(default=1, metadata={"help": "epochs from one evaluation to the next"})
     log_steps: int = field(default=10, metadata={"help": "steps from one line of metrics.jsonl to the next"})
     save_steps: int = field(default=500, metadata={"help": "steps from one state on disk to the next"})
+    save_minutes: float = field(default=5.0, metadata={"help": "most minutes from one state on disk to the next"})
     resume: bool = field(default=False, metadata={"help": "go on from the last state in --output-dir, if there is one"})
     report_to: str = field(default="tensorboard", metadata={"help": "tracker of accelerate, or none"})
     push_to_hub: str | None = field(
@@ -147,3 +148,5 @@ class RunArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not self.save_minutes > 0:
+            raise ValueError(f"--save-minutes must be positive, got {self.save_minutes}")

@@ -59,6 +59,7 @@ class ClassificationRun(TrainingRun):
         self.model_changes = model_changes
         self.predictions = Predictions()
         super().__init__(args)
+        self.check_readable(self.evaluation_name, self.test_split, TestViews(self.processor))
         self.mixing = None if self.label_names is None else Mixing(args.augmentation, len(self.label_names))
 
     def load_data(self) -> None:
@@ -109,7 +110,7 @@ class ClassificationRun(TrainingRun):
         if "source" in self.test_split.features:
             predictions = predictions.grouped(dict(enumerate(self.test_split["source"])))
         self.predictions, self.evaluated = predictions, len(predictions.scores)
-        return compute_metrics(predictions, self.regression), predictions.broken
+        return compute_metrics(predictions, self.regression, self.evaluation_name), predictions.broken
 
     def report(self) -> dict[str, Any]:
         if not self.regression:

@@ -4,8 +4,8 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value, load_from_disk
-from filelock import FileLock, Timeout
 
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
+from .output import lock
 from .parts import Parts
 from .retrieval import mean_directions
 from .windows import Source, Window, split_path
@@ -57,19 +57,9 @@ class Collection:
         """Whether nothing has been embedded yet."""
         return not self.current.exists() and not self.parts.places()
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Keeps others from writing. Raises `ValueError` where another run does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"another run is writing {self.folder}: wait for its end") from None
-        try:
-            yield
-        finally:
-            lock.release()
+        return lock(self.folder)
 
     def table_folder(self) -> Path:
         """Of the finished table. Raises `FileNotFoundError` if there is none."""

@@ -306,6 +306,11 @@ def test_batches(indices: list[int], batch_size: int, rank: int, world_size: int
     return [[(0, index) for index in own[i : i + batch_size]] for i in range(0, len(own), batch_size)]
 
 
+def spread(length: int, wanted: int) -> list[int]:
+    """At most `wanted` indices, from the first to the last of `length`."""
+    return np.unique(np.linspace(0, length - 1, wanted).round().astype(int)).tolist()
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """
     A batch: `pixel_values` `(views * batch, ...)`, and for each of these rows `labels`, `indices`, `valid`, `captions`

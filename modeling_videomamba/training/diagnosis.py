@@ -11,6 +11,16 @@ class RunError(RuntimeError):
     """What ends a run on its way; the message says why."""
 
 
+class NothingReadError(RunError, ValueError):
+    """No example of a split can be read, so that nothing can be evaluated on it."""
+
+    def __init__(self, split_name: str, broken: dict[str, str]):
+        first = f", the first: {next(iter(broken.values()))}" if broken else ""
+        super().__init__(
+            f"no example of the {split_name} split can be read to evaluate on: {len(broken)} broken files{first}"
+        )
+
+
 class NonFiniteError(RunError):
     """Several steps in a row had a loss or a gradient that is not finite; the message names the places."""
 

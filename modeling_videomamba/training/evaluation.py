@@ -10,6 +10,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .diagnosis import NothingReadError
 from .metrics import ClassificationMetric, RegressionMetric
 
 
@@ -81,10 +82,12 @@ def predict(
     )
 
 
-def compute_metrics(predictions: Predictions, regression: bool) -> dict[str, float]:
-    """Metrics of [`ClassificationMetric`] or [`RegressionMetric`]. Raises `ValueError` if nothing was predicted."""
+def compute_metrics(predictions: Predictions, regression: bool, split_name: str = "given") -> dict[str, float]:
+    """
+    Metrics of [`ClassificationMetric`] or [`RegressionMetric`]. Raises [`NothingReadError`] if nothing was predicted.
+    """
     if not predictions.scores:
-        raise ValueError("There is no prediction: no example could be read.")
+        raise NothingReadError(split_name, predictions.broken)
     indices = sorted(predictions.scores)
     scores = torch.stack([predictions.scores[index] for index in indices]).numpy()
     labels = [predictions.labels[index] for index in indices]

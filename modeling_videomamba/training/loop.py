@@ -18,6 +18,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DynamoBackend,
     ProjectConfiguration,
+    broadcast_object_list,
     gather_object,
     send_to_device,
 )
@@ -29,14 +30,18 @@ from transformers.modeling_utils import PreTrainedModel
 
 from videomamba_arguments import OptimizationArguments, RunArguments
 
-from .checkpoints import last_checkpoint, load_checkpoint, replace_files, save_checkpoint
+from .checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from .data import derive_seed
-from .diagnosis import NonFiniteError, diagnose, summarize
+from .diagnosis import NonFiniteError, RunError, diagnose, summarize
 from .memory import keep_freed_memory
 from .optimization import cosine_schedule, parameter_groups
+from .output import read_records, replace_files, writing
+from .signals import StopSignals
 
-SIGTERM_EXIT = 128 + signal.SIGTERM
 EMA_FILE = "ema.safetensors"
+METRICS_FILE = "metrics.jsonl"
+STATES = "states"
+EVALUATION_LOSS = "evaluation_loss"
 MAX_SKIPPED = 5  # non-finite steps in a row; with a loss scale, which has to come down first, MAX_SKIPPED_SCALED
 MAX_SKIPPED_SCALED = 20
 
@@ -83,6 +88,7 @@ class Progress:
 
     step: int = 0
     best: float | None = None
+    best_loss: float | None = None
     skipped: int = 0
     skipped_in_a_row: int = 0
     broken: dict[str, str] = field(default_factory=dict)
@@ -103,7 +109,7 @@ class Trainer:
         steps_per_epoch (`int`): Steps, each of `gradient_accumulation_steps` batches.
         evaluate (`Callable`): From a model to its metrics and the files that could not be read; on all processes.
         save_model (`Callable`): Writes a model, its weights given, and what belongs to it into a folder.
-        metric (`str`): By which the best model is chosen.
+        metric (`str`): By which the best model is chosen; ties go to the lower `evaluation_loss`, then to the later.
         minimize (`bool`): Whether that is the one with the smallest.
         run, optimization: Arguments.
         views_per_step (`int`): By which the learning rate is scaled.
@@ -127,7 +133,9 @@ class Trainer:
         self.progress = Progress()
         self.total_steps = round(args.epochs * self.steps_per_epoch)
         self.output_dir = self.run.output_dir
-        self.got_sigterm = self.must_stop = False
+        self.states = self.output_dir / STATES
+        self.signals = StopSignals()
+        self.must_stop = self.must_save = False
         self.window = Window()
         self.metrics: dict[str, float] = {}
         scale = self.views_per_step / args.base_batch_size if args.base_batch_size is not None else 1.0
@@ -167,17 +175,18 @@ class Trainer:
 
     def train(self) -> None:
         """
-        Trains to the end. On SIGTERM the state is saved and the process exits with status 143. Raises
-        [`NonFiniteError`].
+        Trains to the end. On SIGTERM and SIGINT the state is saved and the process exits with status 143 or 130. Raises
+        [`RunError`].
         """
         self._start()
+        self._saved = time.monotonic()
         count = self.optimization.gradient_accumulation_steps
         batches = iter(self.batches(self.progress.step * count, self.total_steps * count))
         disable = not self.accelerator.is_main_process
         bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=disable)
         window = self.window
         self.model.train()
-        with self._stop_on_sigterm(), bar:
+        with self.signals, bar:
             while self.progress.step < self.total_steps:
                 self._step(batches, window)
                 bar.update()
@@ -192,12 +201,13 @@ class Trainer:
         with window.paused():
             if step % (self.steps_per_epoch * self.run.evaluation_epochs) == 0 or is_last:
                 self._evaluate()
-            if self.must_stop or step % self.run.save_steps == 0 or is_last:
+            if self.must_stop or self.must_save or step % self.run.save_steps == 0 or is_last:
                 self._save_state()
         if self.must_stop and not is_last:
-            self._say(f"stopped by SIGTERM after step {step}, the state is saved: go on with --resume")
+            signum = self.signals.received or signal.SIGTERM  # of another process
+            self._say(f"stopped by {signum.name} after step {step}, the state is saved: go on with --resume")
             self.accelerator.end_training()
-            sys.exit(SIGTERM_EXIT)
+            sys.exit(128 + signum)
 
     def _step(self, batches: Iterator[Batch], window: "Window") -> None:
         """One step of the optimiser, or none where the loss or a gradient is not finite."""
@@ -235,11 +245,14 @@ class Trainer:
         torch.manual_seed(derive_seed(self.run.seed, batch, 1 + self.accelerator.process_index))  # 0 is for all
 
     def _global_means(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Losses over the valid rows of all processes; learns whether any process is to stop."""
-        stop = torch.tensor(float(self.got_sigterm), device=self.accelerator.device)
-        totals = self.accelerator.reduce(torch.stack([*(value.double() for value in sums.values()), stop.double()]))
-        *values, stops = totals.tolist()
-        self.must_stop = stops > 0  # all processes agree, whenever the signal has reached each
+        """Losses over the valid rows of all processes; learns whether any process is to stop or to save its state."""
+        is_due = time.monotonic() - self._saved >= 60 * self.run.save_minutes
+        flags = torch.tensor([self.signals.received is not None, is_due], device=self.accelerator.device)
+        values = torch.stack([value.double() for value in (*sums.values(), *flags)])
+        totals = self.accelerator.reduce(values)
+        *values, stops, saves = totals.tolist()
+        # all processes agree, whenever the signal has reached each and whatever its clock says
+        self.must_stop, self.must_save = stops > 0, saves > 0
         total = dict(zip(sums, values, strict=True))
         valid = max(total.pop("valid"), 1.0)
         return {name: value / valid for name, value in total.items()}
@@ -266,7 +279,8 @@ class Trainer:
         found = diagnose(self.accelerator.unwrap_model(self.model), lambda: self.objective(self.model, batch))
         path = self.output_dir / "diagnosis.json"
         if self.accelerator.is_main_process:
-            path.write_text(json.dumps(found, indent=1), "utf-8")
+            with writing(self.output_dir):
+                path.write_text(json.dumps(found, indent=1), "utf-8")
         self.progress.skipped_in_a_row = 0
         self._save_state()
         raise NonFiniteError(
@@ -281,14 +295,24 @@ class Trainer:
         model = self.model if self.ema is None else self.ema.module
         self.metrics, broken = self.evaluate(model)
         self.progress.broken.update(broken)
-        value, best = self.metrics[self.metric], self.progress.best
-        better = best is None or (value < best if self.minimize else value > best)
-        if better:
-            self.progress.best = value
+        is_best = self._is_best()
+        if is_best:
+            self.progress.best, self.progress.best_loss = self.metrics[self.metric], self.metrics.get(EVALUATION_LOSS)
             self._save_model("best")
         self._write({"step": self.progress.step, "epoch": self.epoch, **self.metrics})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
-        self._say(f"epoch {self.epoch:g}: {shown}{' (best)' if better else ''}")
+        self._say(f"epoch {self.epoch:g}: {shown}{' (best)' if is_best else ''}")
+
+    def _is_best(self) -> bool:
+        """By the metric; among equal ones by the loss where the evaluation has one; among equal ones the later."""
+
+        def rank(value: float, loss: float | None) -> tuple[float, float]:
+            first, second = value if self.minimize else -value, 0.0 if loss is None else loss
+            return math.inf if math.isnan(first) else first, math.inf if math.isnan(second) else second
+
+        progress = self.progress
+        now = rank(self.metrics[self.metric], self.metrics.get(EVALUATION_LOSS))
+        return progress.best is None or now <= rank(progress.best, progress.best_loss)
 
     def _say(self, text: str) -> None:
         """Above the progress bar, once for all processes."""
@@ -319,7 +343,8 @@ class Trainer:
     def _save_state(self) -> None:
         self._gather_broken()
         state = asdict(self.progress)
-        save_checkpoint(self.accelerator, self.output_dir / "states", self.progress.step, self._save_ema, state)
+        save_checkpoint(self.accelerator, self.states, self.progress.step, self._save_ema, state)
+        self._saved = time.monotonic()
 
     def _gather_broken(self) -> None:
         """Every process knows the broken files that any has met."""
@@ -337,25 +362,45 @@ class Trainer:
     # Beginning, and records
 
     def _start(self) -> None:
-        checkpoint = last_checkpoint(self.output_dir / "states")
-        if checkpoint is not None:
-            self.progress = Progress(**load_checkpoint(self.accelerator, checkpoint, self._load_ema))
-            self.accelerator.print(f"resumed after step {self.progress.step} of {self.total_steps}")
+        if self.run.resume:
+            self._resume()
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             kept = [record for record in self.records() if record["step"] <= self.progress.step]
             lines = "".join(json.dumps(record) + "\n" for record in kept)
-            replace_files(self.output_dir, lambda folder: (folder / "metrics.jsonl").write_text(lines, "utf-8"))
+            replace_files(self.output_dir, lambda folder: (folder / METRICS_FILE).write_text(lines, "utf-8"))
         if self.run.report_to != "none":
-            self.accelerator.init_trackers(
-                "tracker", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}}
-            )
+            with writing(self.output_dir):
+                self.accelerator.init_trackers(
+                    "tracker", init_kwargs={"tensorboard": {"purge_step": self.progress.step + 1}}
+                )
+
+    def _resume(self) -> None:
+        """Goes on from the newest state that is whole; from the beginning where there is none yet, and says so."""
+        found: list[Any] = [None, ""]
+        if self.accelerator.is_main_process:
+            try:
+                checkpoint, damaged = find_checkpoint(self.states)
+                found = [checkpoint, None]
+                for line in damaged:
+                    self._say(f"warning: {line}; going on from the state before it, {checkpoint}")
+            except RunError as error:
+                found = [None, str(error)]
+        checkpoint, problem = broadcast_object_list(found)  # the main process has looked for all
+        if problem is not None:
+            raise RunError(problem)
+        if checkpoint is None:
+            self._say(f"--resume: {self.states} has no state yet, so the run begins at its first step")
+            return
+        self.progress = Progress(**load_checkpoint(self.accelerator, checkpoint, self._load_ema))
+        self._say(f"resumed after step {self.progress.step} of {self.total_steps}")
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; the last one may be cut by a kill."""
-        path = self.output_dir / "metrics.jsonl"
-        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        """The lines of `metrics.jsonl` that are whole; the others are reported."""
+        with writing(self.output_dir):
+            records, warnings = read_records(self.output_dir / METRICS_FILE)
+        for line in warnings:
+            self._say(f"warning: {line}")
+        return records
 
     def _log(self, window: "Window") -> None:
         step = self.progress.step
@@ -365,22 +410,13 @@ class Trainer:
             window.restart()
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self.run.report_to != "none":
-            self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
-        if self.accelerator.is_main_process:
-            with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-    @contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
-        def stop(signum: int, frame: Any) -> None:
-            self.got_sigterm = True
-
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        with writing(self.output_dir):
+            if self.run.report_to != "none":
+                values = {name: value for name, value in record.items() if name != "step"}
+                self.accelerator.log(values, step=record["step"])
+            if self.accelerator.is_main_process:
+                with (self.output_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
 
 
 class Window:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
@@ -14,8 +13,8 @@ from transformers.modeling_utils import PreTrainedModel
 from videomamba_arguments import ModelArguments, PretrainingArguments
 
 from ..modeling_videomamba_pretraining import alignment_loss, take_visible
-from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
-from .diagnosis import RunError
+from .data import TestViews, TrainingViews, cut_into_windows, derive_seed, spread
+from .diagnosis import NothingReadError
 from .evaluation import Predictions, predict
 from .loop import Batch
 from .masks import draw_noise, make_masks, token_grid
@@ -67,12 +66,20 @@ class PretrainingRun(TrainingRun):
         if pretraining.teacher_cache is not None and not self._clips_stay_the_same(args):
             raise ValueError("--teacher-cache is for clips that stay the same: without augmentation and --streaming")
         super().__init__(args)
+        self._check_splits()
         self.teacher = load_teacher(pretraining.teacher, self.model.config, self.processor)
         self.teacher.to(self.accelerator.device)
         self.pictures: list[Picture] = []
         self.cache: TeacherCache | None = None
         if pretraining.teacher_cache is not None:
             self.cache = TeacherCache(pretraining.teacher_cache, self._teach, self._cache_identity())
+
+    def _check_splits(self) -> None:
+        args, views = self.pretraining, TestViews(self.processor)
+        indices = spread(len(self.evaluation_split), args.evaluation_examples)
+        self.check_readable(self.evaluation_name, self.evaluation_split, views, indices)
+        for name, split in zip(("probe's train", "probe's test"), self.probe_splits, strict=False):
+            self.check_readable(name, split, views, spread(len(split), args.probe_examples))
 
     @staticmethod
     def _clips_stay_the_same(args: Arguments) -> bool:
@@ -190,7 +197,7 @@ class PretrainingRun(TrainingRun):
             return clip_features(model, pixel_values, math.prod(token_grid(self.model.config, pixel_values)))
 
         batches = self.batches_once(
-            split, TestViews(self.processor), _spread(len(split), self.pretraining.probe_examples)
+            split, TestViews(self.processor), spread(len(split), self.pretraining.probe_examples)
         )
         return predict(self.accelerator, model, score, batches)
 
@@ -199,7 +206,7 @@ class PretrainingRun(TrainingRun):
         config, device, broken = self.model.config, self.accelerator.device, {}
         count, total = torch.zeros(2, dtype=torch.float64, device=device)
         means = torch.zeros(config.num_aligned_layers, config.alignment_size, dtype=torch.float64, device=device)
-        indices = _spread(len(self.evaluation_split), self.pretraining.evaluation_examples)
+        indices = spread(len(self.evaluation_split), self.pretraining.evaluation_examples)
         batches = self.batches_once(self.evaluation_split, TestViews(self.processor), indices)
         for number, batch in enumerate(batches):
             broken.update(batch["broken"])
@@ -217,7 +224,7 @@ class PretrainingRun(TrainingRun):
             count += valid.sum()
         sums = self.accelerator.reduce(torch.cat([total.view(1), count.view(1), means.flatten()]))
         if sums[1] == 0:
-            raise RunError(f"No example of the {self.evaluation_name} split could be read to evaluate on.")
+            raise NothingReadError(self.evaluation_name, broken)
         loss, means = sums[0] / sums[1], sums[2:].view_as(means) / sums[1]
         self.evaluated = int(sums[1])
         # of unit vectors, the one nearest to all of the teacher's features has the direction of their mean
@@ -257,8 +264,3 @@ class PretrainingRun(TrainingRun):
 
     def card_use(self, model_name: str) -> str:
         return CARD_USE.format(model_name=model_name, kind=self.kind.capitalize())
-
-
-def _spread(length: int, wanted: int) -> list[int]:
-    """At most `wanted` indices, from the first to the last of `length`."""
-    return np.unique(np.linspace(0, length - 1, wanted).round().astype(int)).tolist()

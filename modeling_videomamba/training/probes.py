@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 from torch import nn
 
-from .diagnosis import RunError
+from .diagnosis import NothingReadError
 from .evaluation import Predictions
 
 NEIGHBORS = 10
@@ -40,10 +40,11 @@ def probe_accuracy(probe: str, train: Predictions, test: Predictions) -> float:
         train, test ([`Predictions`]): Features as `scores`, and `labels`.
 
     Raises:
-        [`RunError`]: if one of them is empty.
+        [`NothingReadError`]: if one of them is empty.
     """
-    if not train.scores or not test.scores:
-        raise RunError("There is nothing to probe with: no example of a split could be read.")
+    for name, found in (("train", train), ("test", test)):
+        if not found.scores:
+            raise NothingReadError(f"probe's {name}", found.broken)
     features, labels = _arrays(train)
     test_features, test_labels = _arrays(test)
     if probe == "knn":

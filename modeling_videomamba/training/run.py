@@ -1,10 +1,11 @@
 """What all runs of training share: their data, their batches, the loop, and what they leave."""
 
 import json
-import shlex
+import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ from videomamba_arguments import (
 )
 
 from .augmentation import training_transform
-from .checkpoints import replace_files
+from .cards import CARD, check_card, is_hub_id, public_command, public_name, seal, without_signatures
+from .checkpoints import list_checkpoints
 from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, test_batches
-from .diagnosis import RunError
-from .loop import Batch, Trainer, make_accelerator
+from .diagnosis import NothingReadError, RunError
+from .loop import STATES, Batch, Trainer, make_accelerator
 from .models import load_processor
+from .output import check_folder, lock, read_object, remove_unfinished, replace_files, writing
 from .reports import draw_curves, model_card
 from .settings import differences
 from .sources import Split
@@ -39,7 +42,7 @@ from .workers import iterate
 
 ARGUMENTS_FILE = "arguments.json"
 # what may differ from one part of a run to the next
-FREE = {"resume", "output_dir", "num_workers", "log_steps", "save_steps", "report_to", "push_to_hub"}
+FREE = {"resume", "output_dir", "num_workers", "log_steps", "save_steps", "save_minutes", "report_to", "push_to_hub"}
 
 
 @dataclass
@@ -78,9 +81,11 @@ class TrainingRun(ABC):
         logging.disable_progress_bar()  # of loading and saving weights, which would break into the loop's own
         self.accelerator = make_accelerator(args.run, args.optimization, self.find_unused_parameters)
         if self.accelerator.is_main_process:
+            check_folder(args.run.output_dir)
             self._check_output_dir()
             if args.run.push_to_hub is not None:  # now rather than after days
                 HfApi().create_repo(args.run.push_to_hub, exist_ok=True)
+                check_card(HfApi(), args.run.push_to_hub, "")
         with self.accelerator.main_process_first():  # the others find what it has put into the cache
             self.load_data()
         self.model = self.load_model()
@@ -173,13 +178,22 @@ class TrainingRun(ABC):
     def _check_output_dir(self) -> None:
         """A folder with a run in it is not written over, and a run goes on with the arguments that it began with."""
         run = self.args.run
-        path = run.output_dir / ARGUMENTS_FILE
-        if not path.exists():
+        folder, path = run.output_dir, run.output_dir / ARGUMENTS_FILE
+        states = list_checkpoints(folder / STATES)
+        if not (states or path.exists() or (folder / "last").exists()):
             return
         if not run.resume:
-            raise ValueError(f"--output-dir {run.output_dir} has a run in it: pass --resume or another folder")
-        changed = differences(json.loads(path.read_text("utf-8")), self.recorded())
-        if changed:
+            raise ValueError(f"--output-dir {folder} has a run in it: pass --resume or another folder")
+        if (folder / "last").exists() and not states:
+            raise ValueError(f"--resume: the run in {folder} has ended and its states are gone: pass another folder")
+        if not path.exists():
+            return
+        try:
+            before = read_object(path)
+        except ValueError as error:
+            self.accelerator.print(f"warning: {error}. It is written again, without a comparison of the arguments")
+            return
+        if changed := differences(before, self.recorded()):
             raise ValueError(f"--resume goes on with the arguments of the run, but: {', '.join(changed)}")
 
     # Batches
@@ -229,6 +243,22 @@ class TrainingRun(ABC):
         workers = min(self.args.data.num_workers, len(keys))
         return iterate(examples, workers, batch_sampler=keys, pin_memory=self._pins_memory)
 
+    def check_readable(self, name: str, split: Split, views: TestViews, indices: Iterable[int] | None = None) -> None:
+        """
+        Raises [`NothingReadError`] if broken files are skipped and there is no other among `indices` of a split: the
+        first evaluation would end the run, hours later.
+        """
+        if self.args.data.on_broken_video == "raise":
+            return
+        examples = self._examples(split, views)
+        broken: dict[str, str] = {}
+        for index in range(len(split)) if indices is None else indices:
+            item = examples[0, index]
+            if item["valid"]:
+                return
+            broken.update([item["broken"]])
+        raise NothingReadError(name, broken)
+
     @property
     def _pins_memory(self) -> bool:
         return self.accelerator.device.type == "cuda"
@@ -263,16 +293,37 @@ class TrainingRun(ABC):
 
     def train(self) -> None:
         """Trains, and writes what belongs to the model: `best`, `last`, pictures, `summary.json`."""
-        if self.accelerator.is_main_process:
-            replace_files(
-                self.args.run.output_dir,
-                lambda folder: (folder / ARGUMENTS_FILE).write_text(json.dumps(self.recorded(), indent=2), "utf-8"),
-            )
-        self.trainer.train()
-        self.trainer.save_last()
-        if self.accelerator.is_main_process:
-            self._report()
+        with self._own_folder():
+            self.trainer.train()
+            self.trainer.save_last()
+            if self.accelerator.is_main_process:
+                with writing(self.args.run.output_dir):
+                    self._report()
+                self._upload()
         self.accelerator.end_training()
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """No other run writes to the folder meanwhile."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        output_dir = self.args.run.output_dir
+        with ExitStack() as stack:
+            with writing(output_dir):
+                stack.enter_context(lock(output_dir))
+                try:
+                    self._check_output_dir()  # again: another run may have begun and ended since
+                except ValueError as error:
+                    raise RunError(str(error)) from error
+                remove_unfinished(output_dir)
+            self.write_first(output_dir)
+            yield
+
+    def write_first(self, output_dir: Path) -> None:
+        """Writes what a resumed run needs besides its states."""
+        text = json.dumps(self.recorded(), indent=2)
+        replace_files(output_dir, lambda folder: (folder / ARGUMENTS_FILE).write_text(text, "utf-8"))
 
     def save_model(
         self, model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path, metrics: dict[str, float]
@@ -280,7 +331,7 @@ class TrainingRun(ABC):
         """Writes model, processor and card."""
         model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
-        self._card(metrics).save(folder / "README.md")
+        (folder / CARD).write_text(seal(str(self._card(metrics))), "utf-8", newline="\n")
 
     def _card(self, metrics: dict[str, float]) -> ModelCard:
         """Of the model as it is now."""
@@ -289,19 +340,19 @@ class TrainingRun(ABC):
         return model_card(
             model_name=model_name,
             pipeline_tag=self.pipeline_tag(),
-            dataset_name=Path(args.data.data).name,
+            dataset_name=public_name(args.data.data),
             split=self.evaluation_name,
             examples=self.evaluated,
             results=metrics,
             use=self.card_use(model_name),
-            start=f"from `{Path(start).name}`" if start is not None else "from scratch",
-            base_model=start if start is not None and not Path(start).exists() else None,
+            start=f"from `{public_name(start)}`" if start is not None else "from scratch",
+            base_model=start if start is not None and is_hub_id(start) else None,
             steps=progress.step,
             views_per_step=self.views_per_step,
             processes=self.accelerator.num_processes,
             seed=args.run.seed,
             broken=f"; {broken} broken files were left out" if broken else "",
-            command=shlex.join(_without_folders(word) for word in sys.argv),
+            command=public_command(sys.argv),
         )
 
     def _report(self) -> None:
@@ -318,27 +369,36 @@ class TrainingRun(ABC):
             "evaluated": self.evaluated,
             **self.report(),
         }
-        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2), "utf-8")
+        text = json.dumps(summary, indent=2)
+        replace_files(output_dir, lambda folder: (folder / "summary.json").write_text(text, "utf-8"))
         print(f"saved {output_dir / 'best'} ({trainer.metric} {progress.best:.4f}) and {output_dir / 'last'}")
         print(f"waited for data {summary['data_wait']:.1%} of the time; {progress.skipped} steps skipped, not finite")
         print(f"{len(progress.broken)} broken files" + "".join(f"\n  {reason}" for reason in progress.broken.values()))
-        if self.args.run.push_to_hub is not None:
-            HfApi().upload_folder(repo_id=self.args.run.push_to_hub, folder_path=output_dir / "best")
-            print(f"uploaded to {self.args.run.push_to_hub}")
 
-
-def _without_folders(word: str) -> str:
-    """Absolute paths are nobody's business."""
-    return Path(word).name if Path(word).is_absolute() else word
+    def _upload(self) -> None:
+        run = self.args.run
+        if run.push_to_hub is None:
+            return
+        best, api = run.output_dir / "best", HfApi()
+        try:
+            check_card(api, run.push_to_hub, (best / CARD).read_text("utf-8"))
+            api.upload_folder(repo_id=run.push_to_hub, folder_path=best)
+        except (OSError, ValueError) as error:
+            reason = without_signatures(" ".join(str(error).split()))
+            raise RunError(f"{best} is saved, but not uploaded: {reason}. Go on with scripts/push_to_hub.py") from error
+        print(f"uploaded to {run.push_to_hub}")
 
 
 def run_or_exit(make_run: Callable[[], TrainingRun]) -> None:
-    """Trains; what is wrong with the arguments, or with the numbers, ends the process with a message."""
+    """Trains; what is wrong with the arguments, the folder or the numbers, and Ctrl-C, end the process with a line."""
     try:
-        run = make_run()
-    except (OSError, ValueError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
-    try:
+        try:
+            run = make_run()
+        except (OSError, ValueError, StrictDataclassError) as error:
+            sys.exit(f"error: {error}")
         run.train()
     except RunError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before the first step or after the last one; in between the loop saves a state
+        print("interrupted: go on with --resume", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

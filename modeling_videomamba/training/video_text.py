@@ -20,13 +20,13 @@ from videomamba_arguments import CaptionedDataArguments, VideoTextArguments, Vid
 from ..modeling_videomamba_pretraining import take_visible
 from ..processing_videomamba import VideoMambaProcessor
 from .augmentation import training_transform
-from .checkpoints import replace_files
-from .data import TestViews, TrainingViews, cut_into_windows, derive_seed
-from .diagnosis import RunError
+from .data import TestViews, TrainingViews, cut_into_windows, derive_seed, spread
+from .diagnosis import NothingReadError
 from .evaluation import predict
 from .loop import Batch
 from .masks import draw_noise, make_masks, token_grid
 from .metrics import retrieval_metrics
+from .output import replace_files
 from .retrieval import encode_texts, mean_directions, texts_of, tokenize
 from .run import ARGUMENTS_FILE, Arguments, TrainingRun
 from .sources import Split, find_evaluation_split, load_split, media_kind
@@ -78,6 +78,8 @@ class VideoTextRun(TrainingRun):
         longest = self.model.config.text_config.max_position_embeddings
         if pretraining.max_text_length > longest:
             raise ValueError(f"--max-text-length must be at most {longest}, got {pretraining.max_text_length}")
+        split, wanted = self.evaluation_split, pretraining.evaluation_examples
+        self.check_readable(self.evaluation_name, split, self._evaluation_views, spread(len(split), wanted))
         self.mask_words = DataCollatorForLanguageModeling(
             self.tokenizer, mlm_probability=pretraining.mlm_probability or None, mlm=pretraining.mlm_probability > 0
         )
@@ -152,10 +154,10 @@ class VideoTextRun(TrainingRun):
         captions = (text for texts in lists for text in texts if text is not None)  # reported when they are drawn
         return make_tokenizer(captions, self.model.config.text_config.vocab_size).get_vocab()
 
-    def train(self) -> None:
-        if self.accelerator.is_main_process and self.args.model.makes_tokenizer:
+    def write_first(self, output_dir: Path) -> None:
+        if self.args.model.makes_tokenizer:
             replace_files(self._tokenizer_folder, self.tokenizer.save_pretrained)
-        super().train()
+        super().write_first(output_dir)
 
     # Batches, each of one kind
 
@@ -260,20 +262,24 @@ class VideoTextRun(TrainingRun):
 
     # Evaluation
 
+    @property
+    def _evaluation_views(self) -> TestViews:
+        return TestViews(self._processor_of(media_kind(self.evaluation_split)))
+
     def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
         """Retrieval by the dual encoder among at most `evaluation_examples`."""
         bare, split, wanted = self.model, self.evaluation_split, self.pretraining
         if self.trainer.ema is not None:
             bare = self.trainer.ema.module
-        indices = np.unique(np.linspace(0, len(split) - 1, wanted.evaluation_examples).round().astype(int)).tolist()
-        batches = self.batches_once(split, TestViews(self._processor_of(media_kind(split))), indices)
+        indices = spread(len(split), wanted.evaluation_examples)
+        batches = self.batches_once(split, self._evaluation_views, indices)
 
         def score(pixel_values: torch.Tensor) -> torch.Tensor:
             return mean_directions(bare.get_video_features(pixel_values).pooler_output)
 
         found = predict(self.accelerator, model, score, batches)
         if not found.scores:
-            raise RunError(f"No example of the {self.evaluation_name} split could be read to evaluate on.")
+            raise NothingReadError(self.evaluation_name, found.broken)
         row_of = {index: row for row, index in enumerate(sorted(found.scores))}
         pairs = [pair for pair in zip(*self.evaluation_texts, strict=True) if pair[1] in row_of]
         texts, owners = [text for text, _ in pairs], [row_of[index] for _, index in pairs]

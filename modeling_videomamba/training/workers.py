@@ -17,11 +17,13 @@ import torch
 
 from .data import collate
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 def iterate(dataset: torch.utils.data.Dataset, num_workers: int, **options: Any) -> Iterator[dict[str, Any]]:
     r"""
-    The batches of a `DataLoader`, whose workers are deaf to SIGTERM, which launchers and clusters send to all processes
-    at once: the main one needs its workers until it has ended its step and saved its state.
+    The batches of a `DataLoader`, whose workers are deaf to SIGTERM and SIGINT, which launchers, clusters and terminals
+    send to all processes at once: the main one needs its workers until it has ended its step and saved its state.
 
     Workers are forks of a server that does nothing else, not of this process: a fork copies the locks that the threads
     of a process in training hold (autograd's, the collectives', those of another loader), which then nobody releases.
@@ -39,7 +41,7 @@ def iterate(dataset: torch.utils.data.Dataset, num_workers: int, **options: Any)
     if num_workers:
         options |= {"multiprocessing_context": _worker_context(), "worker_init_fn": _start_worker}
     others = set(multiprocessing.active_children())
-    with warnings.catch_warnings(), _deaf_to_sigterm():
+    with warnings.catch_warnings(), _deaf_to_stop_signals():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader = torch.utils.data.DataLoader(dataset, num_workers=num_workers, collate_fn=collate, **options)
         batches = iter(loader)
@@ -53,14 +55,14 @@ def _worker_context() -> multiprocessing.context.BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith(f"{__package__.split('.')[0]}.")])
-    resource_tracker.ensure_running()  # if started with the server it would make both hear SIGTERM again
+    resource_tracker.ensure_running()  # if started with the server it would make both hear the signals again
     return context
 
 
 def _start_worker(worker_id: int) -> None:
     """PyTorch's workers look for the end of the server, which itself waits for theirs."""
     if hasattr(signal, "pthread_sigmask"):  # also where the server is somebody else's, who started it before
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
@@ -70,12 +72,12 @@ def _exit_after(parent: Any) -> None:
 
 
 @contextmanager
-def _deaf_to_sigterm() -> Iterator[None]:
-    """Processes that are started meanwhile, and theirs, never get the signal; this one gets it later."""
+def _deaf_to_stop_signals() -> Iterator[None]:
+    """Processes that are started meanwhile, and theirs, never get the signals; this one gets them later."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -1,0 +1,113 @@
+"""What a run may publish: commands without folders and secrets, and cards that were not edited where they would go."""
+
+import hashlib
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import unquote
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+
+CARD = "README.md"
+HIDDEN = "***"
+HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+ADDRESS = re.compile(r"([a-zA-Z][\w+.-]*)://(\S*)")
+HOST = re.compile(r"([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?")
+TOKEN = re.compile(r"\b(hf|api_org)_\w+")
+SECRET = re.compile(r"(?i)((?:token|secret|password|signature|sig|credential|key)=)[^&\s]+")
+SEAL = re.compile(r"\s*<!-- published by push_to_hub.py; SHA-256 of the text above: ([0-9a-f]{64}) -->\s*\Z")
+
+
+# Words
+
+
+def public_command(words: list[str]) -> str:
+    """A command line without folders, without what gives access in addresses, and without tokens."""
+    return shlex.join(public_word(word) for word in words)
+
+
+def public_word(word: str) -> str:
+    """A word of a command line: an option, `option=value` or a value."""
+    option, equals, value = word.partition("=") if word.startswith("-") and "=" in word else ("", "", word)
+    while (plain := unquote(value)) != value:  # what is escaped says the same to a server
+        value = plain
+    shown = option + equals + _public_value(value)
+    return SECRET.sub(rf"\1{HIDDEN}", TOKEN.sub(HIDDEN, shown))
+
+
+def public_name(word: str) -> str:
+    """The last part of a path, an address or a Hub id."""
+    return public_word(word).rsplit("/", 1)[-1]
+
+
+def is_hub_id(word: str) -> bool:
+    """Whether a word names a model or a data set on the Hub, and nothing here."""
+    return HUB_ID.fullmatch(word) is not None and not Path(word).exists()
+
+
+def _public_value(value: str) -> str:
+    if "://" in value:
+        return _public_address(value)
+    if is_hub_id(value):
+        return value
+    parts = re.split(r"[/\\]+", value.rstrip("/\\"))
+    if re.search(r"[?#]", "/".join(parts[:-1])):  # a folder, or what gives access: no way to tell
+        return HIDDEN
+    return re.split(r"[?#]", parts[-1])[0].rsplit("@", 1)[-1]
+
+
+def _public_address(value: str) -> str:
+    match = ADDRESS.fullmatch(value)
+    if match is None or value.count("://") > 1:
+        return HIDDEN
+    scheme, rest = match.groups()
+    if scheme.lower() == "file":
+        return _public_value(rest)
+    login, _, place = rest.rpartition("@")
+    host, slash, path = re.split(r"[?#;&]", place)[0].partition("/")
+    if HOST.fullmatch(host) is None or re.search(r"[?#;&]", login):
+        return f"{scheme}://{HIDDEN}"
+    return f"{scheme}://{host}{slash}{path}"
+
+
+def without_signatures(text: str) -> str:
+    """A message without the parts of addresses that give access."""
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
+
+
+# Cards
+
+
+def seal(text: str) -> str:
+    """The text of a card with its checksum in a comment, by which [`was_edited`] sees that it was not edited."""
+    text = _unsealed(text)
+    return f"{text}\n\n<!-- published by push_to_hub.py; SHA-256 of the text above: {_digest(text)} -->\n"
+
+
+def was_edited(published: str, text: str) -> bool:
+    """Whether a published card says something that neither [`seal`] has sealed nor `text`, the new one, says."""
+    match = SEAL.search(published)
+    is_ours = match is not None and match[1] == _digest(_unsealed(published))
+    return not is_ours and _unsealed(published) != _unsealed(text)
+
+
+def _unsealed(text: str) -> str:
+    return SEAL.sub("", text.replace("\r\n", "\n")).rstrip()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_card(api: HfApi, repo_id: str, text: str, revision: str | None = None) -> None:
+    """
+    Raises `ValueError` if a repository has a card that somebody else wrote or edited, which `text` would overwrite, and
+    `OSError` if the Hub can't be asked.
+    """
+    try:
+        published = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text("utf-8", "replace")
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return
+    if was_edited(published, text):
+        raise ValueError(f"{CARD} of {repo_id} was edited, or not written by push_to_hub.py, and would be overwritten")

@@ -1,0 +1,263 @@
+"""Runs in this process, and the folders that they write: mount points, full disks, other runs, older files."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from accelerate.utils import other as accelerate_saving
+from PIL import Image
+
+import finetune
+from modeling_videomamba.training import checkpoints, classification, output, run
+from modeling_videomamba.training.checkpoints import list_checkpoints
+from modeling_videomamba.training.output import replace_files
+from tests.conftest import forget_accelerator, tiny_config
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two training pictures and two test pictures of each of two classes, and the configuration of a small model."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(8):
+        path = folder / ("train" if number < 4 else "test") / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), 30 * number, np.uint8)).save(path)
+    config = folder / "config.json"
+    config.write_text(json.dumps(tiny_config(num_frames=None, num_hidden_layers=1).to_dict()))
+    return folder
+
+
+@pytest.fixture
+def train(pictures, monkeypatch, capsys):
+    """Runs finetune.py in this process; what it has printed, and what it ends with, an error or nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(run, "draw_curves", lambda records, path: path.write_text("curves"))  # which take a second
+    monkeypatch.setattr(classification, "draw_confusion_matrix", lambda *_: None)
+
+    def call(folder, *options):
+        command = () if "--data" in options else ("--data", pictures)
+        command += ("--config", pictures / "config.json", "--num-workers", 0, "--epochs", 3)
+        command += ("--batch-size", 4, "--report-to", "none", "--output-dir", folder, *options)
+        monkeypatch.setattr(sys, "argv", [finetune.__file__, *map(str, command)])
+        code = None
+        try:
+            finetune.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            forget_accelerator()
+        return capsys.readouterr().out, code
+
+    return call
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def times(folder):
+    """When files were written last, but for metrics.jsonl, to which a run adds."""
+    return {name: (folder / name).stat().st_mtime_ns for name in files(folder) if name != "metrics.jsonl"}
+
+
+# Where a run writes
+
+
+def test_a_run_writes_nothing_outside_its_folder(train, tmp_path, monkeypatch):
+    """So that the folder may be a mount point, whose files can't be renamed to or from its parent."""
+    folder, moved = tmp_path / "mounted", []
+    folder.mkdir()
+
+    def same_device(real):
+        def rename(source, target):
+            inside = [folder in path.parents for path in (Path(source), Path(target))]
+            if inside[0] != inside[1]:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
+            moved.append(target)
+            return real(source, target)
+
+        return rename
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, same_device(getattr(os, name)))
+    text, code = train(folder, "--save-steps", 1)
+    assert code is None, (text, code)
+    assert len(moved) > 10
+    assert [path.name for path in tmp_path.iterdir()] == ["mounted"]
+    assert not [path for path in folder.rglob("*") if "writing" in path.name]
+
+
+def test_what_a_killed_run_left_is_removed(train, tmp_path):
+    for folder in (tmp_path, tmp_path / "best"):
+        left = folder / f"{output.WRITING}x"
+        left.mkdir(parents=True)
+        (left / "README.md").write_text("half")
+    _, code = train(tmp_path)
+    assert code is None and not [name for name in files(tmp_path) if output.WRITING in name]
+
+
+def test_files_are_replaced_whole(tmp_path):
+    replace_files(tmp_path / "best", lambda folder: (folder / "a").write_text("old"))
+
+    def write_and_die(folder):
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_files(tmp_path / "best", write_and_die)
+    assert (tmp_path / "best" / "a").read_text() == "old"
+    replace_files(tmp_path / "best", lambda folder: (folder / "a").write_text("new"))
+    assert files(tmp_path) == ["best/a"] and (tmp_path / "best" / "a").read_text() == "new"
+
+
+def unwritable(tmp_path):
+    """Folders that can't be made or written, and what is said of each."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    return {
+        tmp_path / "file": "it is no folder",
+        tmp_path / "file" / "out": "Not a directory",
+        tmp_path / "link": "it is no folder",
+        Path("/proc/out"): "No such file or directory",
+        Path("/proc/self"): "No such file or directory",
+        tmp_path / ("x" * 300): "File name too long",
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_folder_that_cannot_be_written_is_refused_with_a_line(train, tmp_path):
+    for folder, reason in unwritable(tmp_path).items():
+        _, code = train(folder)
+        assert re.fullmatch(rf"error: {folder} can't be written: .*{reason}.* MB are free on the disk of /.*", code), (
+            code
+        )
+    assert (tmp_path / "file").read_text() == "mine" and files(tmp_path) == ["file"]
+
+
+def test_a_parent_without_permission_is_refused_with_a_line(train, tmp_path, monkeypatch):
+    real = Path.mkdir
+
+    def mkdir(path, *args, **kwargs):
+        if path.name == "out":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    _, code = train(tmp_path / "out")
+    assert code.startswith(f"error: {tmp_path / 'out'} can't be written: [Errno 13] Permission denied: ")
+
+
+def test_a_run_that_is_refused_leaves_no_folder(train, tmp_path):
+    _, code = train(tmp_path / "new" / "out", "--batch-size", 100)
+    assert code == "error: fewer training examples (4) than one step takes (100)"
+    assert list(tmp_path.iterdir()) == []
+
+
+# Full disks
+
+
+NO_SPACE = os.strerror(errno.ENOSPC)
+FULL = {
+    "": OSError(errno.ENOSPC, NO_SPACE),
+    "safetensors": safetensors.SafetensorError(f"Error while serializing: I/O error: {NO_SPACE} (os error 28)"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 667264 vs 667152"),
+}
+
+
+def refusal(folder, code, reason=NO_SPACE):
+    """Whether a run has ended with a line that names the folder, the reason and the disk."""
+    room = r"[\d,.]+ of [\d,.]+ MB are free on the disk of /"
+    return re.fullmatch(
+        rf"error: {folder}\S* can't be written: .*{reason}.*; {room}.*\. What was .* is still there", code
+    )
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "kind"),
+    [
+        (torch, "save", "torch"),
+        (accelerate_saving, "safe_save_file", "safetensors"),
+        (checkpoints, "_finish", ""),
+        (output.tempfile, "TemporaryDirectory", ""),
+        (classification.ClassificationRun, "save_model", "safetensors"),
+        (classification.ClassificationRun, "report", ""),
+        (Path, "open", ""),
+    ],
+)
+def test_a_full_disk_ends_a_run_with_a_line(train, tmp_path, monkeypatch, owner, name, kind):
+    """It fills after the first state; what was saved stays, nothing half written does, and the run can go on."""
+    folder, kept = tmp_path / "out", {}
+    real = getattr(owner, name)
+
+    def write(*args, **kwargs):
+        if not list_checkpoints(folder / "states"):
+            return real(*args, **kwargs)
+        kept.update({name: time for name, time in times(folder).items() if output.WRITING not in name})
+        raise FULL[kind]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, write)
+        text, code = train(folder, "--save-steps", 1)
+    assert refusal(folder, code), (code, text)
+    assert times(folder) == kept and len(kept) > 8
+    text, code = train(folder, "--save-steps", 1, "--resume")
+    assert code is None and "resumed after step" in text and "warning" not in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+@pytest.mark.parametrize("limit", [3_000, 10_000, 40_000, 90_000])
+def test_writes_that_really_fail(train, tmp_path, limit):
+    """The files of a process can't be larger than this, of which the libraries say what they say of a full disk."""
+    import resource
+
+    folder = tmp_path / "out"
+    assert train(folder, "--epochs", 1)[1] is None
+    before = {name: (folder / name).read_bytes() for name in files(folder) if name != "metrics.jsonl"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        _, code = train(tmp_path / "more")
+        _, again = train(folder, "--epochs", 1, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refusal(tmp_path / "more", code, "") and "\n" not in code, code
+    assert refusal(folder, again, ""), again
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+# Nothing to evaluate on, and which model is the best
+
+
+def test_an_evaluation_without_a_readable_example_ends_before_the_first_step(pictures, train, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    broken = sorted((data / "test").rglob("*.png"))
+    for path in broken:
+        path.write_text("no picture")
+    _, code = train(tmp_path / "out", "--data", data, "--on-broken-video", "skip")
+    shown = re.escape(str(broken[0]))
+    expected = "error: no example of the test split can be read to evaluate on: 4 broken files, the first: "
+    assert re.fullmatch(rf"{expected}{shown}: not an image, or truncated \(.*\)", code), code
+    assert not (tmp_path / "out").exists()
+    shutil.copy(pictures / "test" / "b" / "7.png", broken[-1])
+    text, code = train(tmp_path / "out", "--data", data, "--on-broken-video", "skip")
+    assert code is None and "3 broken files" in text
+
+
+def test_examples_that_can_no_longer_be_read_end_a_run_with_a_line(pictures, train, tmp_path, monkeypatch):
+    shutil.copytree(pictures, tmp_path / "data")
+    monkeypatch.setattr(classification.ClassificationRun, "check_readable", lambda *_: None)
+    for path in (tmp_path / "data" / "test").rglob("*.png"):
+        path.write_text("no picture")
+    _, code = train(tmp_path / "out", "--data", tmp_path / "data", "--on-broken-video", "skip")
+    assert code.startswith(
+        "error: no example of the test split can be read to evaluate on: 4 broken files, the first: "
+    )
