@@ -411,10 +411,10 @@ def test_a_card_that_was_edited_on_the_hub_is_not_overwritten(publish):
 
 def test_a_card_that_others_wrote_is_not_overwritten_on_any_branch(publish):
     publish("---\n---\nours\n", "--revision", "v2")
-    publish.commits("v2")[-1].files["README.md"] = b"theirs"
+    publish.commits("v2")[-1].files["README.md"] = b"---\n---\ntheirs"
     assert publish("---\n---\nnew\n", "--revision", "v2").startswith(EDITED)
     assert "/commit/" in publish("---\n---\nnew\n")  # on main there is none
-    assert "/commit/" in publish("theirs\n", "--revision", "v2")  # what they say already
+    assert "/commit/" in publish("---\n---\ntheirs\n", "--revision", "v2")  # what they say already
 
 
 # Loading back
