@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 import finetune
 from modeling_videomamba.training import checkpoints, classification, output, run
 from modeling_videomamba.training.checkpoints import list_checkpoints
-from modeling_videomamba.training.output import replace_files
+from modeling_videomamba.training.output import lock, replace_files
 from tests.conftest import forget_accelerator, tiny_config
 
 
@@ -161,6 +162,96 @@ def test_a_run_that_is_refused_leaves_no_folder(train, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# Other runs in the same folder
+
+
+def test_two_runs_do_not_write_one_folder(train, tmp_path, monkeypatch):
+    """Whether the other run has begun before this one starts, or while it loads its data."""
+    with lock(tmp_path / "out"):
+        for options in ((), ("--resume",)):
+            _, code = train(tmp_path / "out", *options)
+            assert code == f"error: another run is writing {tmp_path / 'out'}: wait for its end"
+    assert files(tmp_path) == ["out/lock"]
+
+    real, others = classification.load_classifier, ExitStack()
+
+    def load(*args, **kwargs):
+        others.enter_context(lock(tmp_path / "late"))
+        return real(*args, **kwargs)
+
+    with others, monkeypatch.context() as patch:
+        patch.setattr(classification, "load_classifier", load)
+        _, code = train(tmp_path / "late")
+        assert code == f"error: another run is writing {tmp_path / 'late'}: wait for its end"
+    assert files(tmp_path / "late") == ["lock"] and train(tmp_path / "late")[1] is None
+
+
+def test_a_run_that_began_and_ended_while_this_one_loaded_is_kept(train, tmp_path, monkeypatch):
+    real, folder = classification.load_classifier, tmp_path / "out"
+
+    def load(*args, **kwargs):
+        folder.mkdir()
+        (folder / "arguments.json").write_text("{}")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(classification, "load_classifier", load)
+    _, code = train(folder)
+    assert code == f"error: --output-dir {folder} has a run in it: pass --resume or another folder"
+    assert files(folder) == ["arguments.json", "lock"]
+
+
+# What a run finds in its folder
+
+
+def test_a_folder_with_a_run_is_recognised_by_each_of_its_files(train, tmp_path):
+    assert train(tmp_path / "out", "--save-steps", 1)[1] is None
+    for kept in ("arguments.json", "states", "last"):
+        folder = tmp_path / kept
+        shutil.copytree(tmp_path / "out", folder)
+        for path in folder.iterdir():
+            if path.name != kept:
+                output.remove(path)
+        before = files(folder)
+        _, code = train(folder)
+        assert code == f"error: --output-dir {folder} has a run in it: pass --resume or another folder"
+        assert files(folder) == before
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 0, "epo', "[]", "null", "\xff\x00"])
+def test_half_a_file_of_arguments_is_reported_and_written_again(train, tmp_path, content):
+    assert train(tmp_path, "--save-steps", 1)[1] is None
+    whole = (tmp_path / "arguments.json").read_text()
+    (tmp_path / "arguments.json").write_text(content, "latin-1")
+    text, code = train(tmp_path, "--resume")
+    assert code is None and text.count(f"warning: {tmp_path / 'arguments.json'} ") == 1
+    assert "It is written again, without a comparison of the arguments" in text and "resumed after step 3" in text
+    assert (tmp_path / "arguments.json").read_text() == whole
+
+
+def test_resuming_without_a_state(train, tmp_path):
+    """A run that was killed before its first state begins again; one that has ended is not replaced."""
+    text, code = train(tmp_path / "out", "--resume")
+    line = f"--resume: {tmp_path / 'out' / 'states'} has no state yet, so the run begins at its first step"
+    assert code is None and text.count(line) == 1
+    shutil.rmtree(tmp_path / "out" / "states")
+    before = files(tmp_path / "out")
+    _, code = train(tmp_path / "out", "--resume")
+    expected = f"the run in {tmp_path / 'out'} has ended and its states are gone: pass another folder"
+    assert code == f"error: --resume: {expected}" and files(tmp_path / "out") == before
+    shutil.rmtree(tmp_path / "out" / "last")
+    text, code = train(tmp_path / "out", "--resume")
+    assert code is None and text.count(line) == 1
+
+
+def test_ctrl_c_before_the_first_step_ends_with_a_line(train, tmp_path, monkeypatch, capfd):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classification, "load_classifier", interrupted)
+    assert train(tmp_path / "out")[1] == 130
+    assert "interrupted: go on with --resume" in capfd.readouterr().err
+
+
 # Full disks
 
 
@@ -236,18 +327,19 @@ def test_writes_that_really_fail(train, tmp_path, limit):
 # Nothing to evaluate on, and which model is the best
 
 
-def test_an_evaluation_without_a_readable_example_ends_before_the_first_step(pictures, train, tmp_path):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_without_a_readable_example_ends_a_run_before_its_first_step(pictures, train, tmp_path, split):
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
-    broken = sorted((data / "test").rglob("*.png"))
+    broken = sorted((data / split).rglob("*.png"))
     for path in broken:
         path.write_text("no picture")
     _, code = train(tmp_path / "out", "--data", data, "--on-broken-video", "skip")
     shown = re.escape(str(broken[0]))
-    expected = "error: no example of the test split can be read to evaluate on: 4 broken files, the first: "
+    expected = f"error: no example of the {split} split can be read: 4 broken files, the first: "
     assert re.fullmatch(rf"{expected}{shown}: not an image, or truncated \(.*\)", code), code
     assert not (tmp_path / "out").exists()
-    shutil.copy(pictures / "test" / "b" / "7.png", broken[-1])
+    shutil.copy(pictures / "test" / "b" / "7.png", broken[-1])  # one is enough
     text, code = train(tmp_path / "out", "--data", data, "--on-broken-video", "skip")
     assert code is None and "3 broken files" in text
 
@@ -258,6 +350,4 @@ def test_examples_that_can_no_longer_be_read_end_a_run_with_a_line(pictures, tra
     for path in (tmp_path / "data" / "test").rglob("*.png"):
         path.write_text("no picture")
     _, code = train(tmp_path / "out", "--data", tmp_path / "data", "--on-broken-video", "skip")
-    assert code.startswith(
-        "error: no example of the test split can be read to evaluate on: 4 broken files, the first: "
-    )
+    assert code.startswith("error: no example of the test split can be read: 4 broken files, the first: ")

@@ -33,7 +33,8 @@ if __name__ == "__main__":
         Examples(split, Slow(), skip_broken=False), 2, batch_sampler=[[(0, index)] for index in range(len(split))]
     )
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: print("heard", flush=True))
     print("ready", flush=True)
     for batch in batches:
         print(int(batch["pixel_values"].item()), flush=True)
@@ -84,10 +85,12 @@ def test_workers_are_no_forks_of_a_process_with_threads(start):
 
 
 def test_a_signal_to_all_processes_leaves_the_workers(start):
+    """As clusters and terminals send it."""
     process, _ = start("110")
-    os.killpg(process.pid, signal.SIGTERM)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        os.killpg(process.pid, signum)
     output = process.communicate(timeout=60)[0].split()
-    assert output[0] == "heard" and len(output) == 4 and process.returncode == 7
+    assert output[:2] == ["heard", "heard"] and len(output) == 5 and process.returncode == 7
 
 
 def test_workers_end_with_their_run_however_that_ends(start):

@@ -59,7 +59,8 @@ class ClassificationRun(TrainingRun):
         self.model_changes = model_changes
         self.predictions = Predictions()
         super().__init__(args)
-        self.check_readable(self.evaluation_name, self.test_split, TestViews(self.processor))
+        for name, split in (("train", self.train_split), (self.evaluation_name, self.test_split)):
+            self.check_readable(name, split, TestViews(self.processor))
         self.mixing = None if self.label_names is None else Mixing(args.augmentation, len(self.label_names))
 
     def load_data(self) -> None:

@@ -12,13 +12,11 @@ class RunError(RuntimeError):
 
 
 class NothingReadError(RunError, ValueError):
-    """No example of a split can be read, so that nothing can be evaluated on it."""
+    """No example of a split can be read."""
 
     def __init__(self, split_name: str, broken: dict[str, str]):
         first = f", the first: {next(iter(broken.values()))}" if broken else ""
-        super().__init__(
-            f"no example of the {split_name} split can be read to evaluate on: {len(broken)} broken files{first}"
-        )
+        super().__init__(f"no example of the {split_name} split can be read: {len(broken)} broken files{first}")
 
 
 class NonFiniteError(RunError):

@@ -76,6 +76,7 @@ class PretrainingRun(TrainingRun):
 
     def _check_splits(self) -> None:
         args, views = self.pretraining, TestViews(self.processor)
+        self.check_readable("train", self.train_split, views)
         indices = spread(len(self.evaluation_split), args.evaluation_examples)
         self.check_readable(self.evaluation_name, self.evaluation_split, views, indices)
         for name, split in zip(("probe's train", "probe's test"), self.probe_splits, strict=False):

@@ -175,7 +175,7 @@ class TrainingRun(ABC):
             values["num_workers"] = self.args.data.num_workers
         return json.loads(json.dumps(values, default=str))
 
-    def _check_output_dir(self) -> None:
+    def _check_output_dir(self, has_begun: bool = False) -> None:
         """A folder with a run in it is not written over, and a run goes on with the arguments that it began with."""
         run = self.args.run
         folder, path = run.output_dir, run.output_dir / ARGUMENTS_FILE
@@ -191,7 +191,8 @@ class TrainingRun(ABC):
         try:
             before = read_object(path)
         except ValueError as error:
-            self.accelerator.print(f"warning: {error}. It is written again, without a comparison of the arguments")
+            if has_begun:
+                print(f"warning: {error}. It is written again, without a comparison of the arguments")
             return
         if changed := differences(before, self.recorded()):
             raise ValueError(f"--resume goes on with the arguments of the run, but: {', '.join(changed)}")
@@ -246,9 +247,9 @@ class TrainingRun(ABC):
     def check_readable(self, name: str, split: Split, views: TestViews, indices: Iterable[int] | None = None) -> None:
         """
         Raises [`NothingReadError`] if broken files are skipped and there is no other among `indices` of a split: the
-        first evaluation would end the run, hours later.
+        first evaluation would end the run, hours later. A stream is not read twice.
         """
-        if self.args.data.on_broken_video == "raise":
+        if self.args.data.on_broken_video == "raise" or isinstance(split, IterableDataset):
             return
         examples = self._examples(split, views)
         broken: dict[str, str] = {}
@@ -313,7 +314,7 @@ class TrainingRun(ABC):
             with writing(output_dir):
                 stack.enter_context(lock(output_dir))
                 try:
-                    self._check_output_dir()  # again: another run may have begun and ended since
+                    self._check_output_dir(has_begun=True)  # again, as another run may have ended since
                 except ValueError as error:
                     raise RunError(str(error)) from error
                 remove_unfinished(output_dir)

@@ -78,6 +78,8 @@ class VideoTextRun(TrainingRun):
         longest = self.model.config.text_config.max_position_embeddings
         if pretraining.max_text_length > longest:
             raise ValueError(f"--max-text-length must be at most {longest}, got {pretraining.max_text_length}")
+        for kind, split in self.splits.items():
+            self.check_readable(f"train ({kind}s)", split, TestViews(self._processor_of(kind)))
         split, wanted = self.evaluation_split, pretraining.evaluation_examples
         self.check_readable(self.evaluation_name, split, self._evaluation_views, spread(len(split), wanted))
         self.mask_words = DataCollatorForLanguageModeling(
