@@ -17,6 +17,7 @@ from modeling_videomamba.training.annotations import load_annotated
 from modeling_videomamba.training.data import Examples, TestViews, media_id, test_batches
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.metrics import retrieval_metrics
+from modeling_videomamba.training.output import check_folder
 from modeling_videomamba.training.parts import Parts, Place
 from modeling_videomamba.training.reports import METRICS
 from modeling_videomamba.training.reranking import (
@@ -212,6 +213,8 @@ def run(args: Any) -> None:
     """
     try:
         accelerator = start_accelerator(mixed_precision=args.mixed_precision)
+        if accelerator.is_main_process:
+            check_folder(args.output_dir)
         evaluation = Evaluation(args, accelerator)
         summary = evaluation.run()
     except (OSError, ValueError) as error:

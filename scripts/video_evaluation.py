@@ -27,6 +27,7 @@ from modeling_videomamba.training.evaluation import (
 )
 from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.loop import start_accelerator
+from modeling_videomamba.training.output import check_folder
 from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
 from modeling_videomamba.training.settings import check_settings
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
@@ -138,6 +139,8 @@ def run(args: Any, data: LabelledDataArguments) -> None:
     lines = PredictionLines(args.output_dir)
     try:
         accelerator = start_accelerator(mixed_precision=args.mixed_precision)
+        if accelerator.is_main_process:
+            check_folder(args.output_dir)
         with accelerator.main_process_first():
             model, processor, split = load(args, data)
         if accelerator.is_main_process:

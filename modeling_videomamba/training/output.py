@@ -35,6 +35,8 @@ def lock(folder: Path) -> Iterator[None]:
         file_lock.acquire()
     except Timeout:
         raise FolderInUseError(f"another run is writing {folder}: wait for its end") from None
+    except NotImplementedError:
+        print(f"warning: the file system of {folder} has no locks, so that no other run is kept from writing there")
     try:
         yield
     finally:

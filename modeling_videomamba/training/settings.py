@@ -5,6 +5,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from .output import read_object
+
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`name old -> new` for each value of `now` that isn't as it was."""
@@ -17,7 +19,7 @@ def check_settings(path: Path, settings: dict[str, Any], owner: str) -> None:
     the file are others. `owner` says what they are of.
     """
     if path.exists():
-        if changed := differences(json.loads(path.read_text("utf-8")), settings):
+        if changed := differences(read_object(path), settings):
             raise ValueError(f"{owner}, with other settings: {', '.join(changed)}")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
