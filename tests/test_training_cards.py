@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_videomamba.training.cards import (
-    is_hub_id,
+    is_on_hub,
     public_command,
     public_name,
     public_word,
@@ -120,10 +120,10 @@ def test_names_of_data_are_published_without_where_they_are():
 
 def test_what_is_here_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_hub_id("alice/clips") and public_word("alice/clips") == "alice/clips"
+    assert is_on_hub("alice/clips") and public_word("alice/clips") == "alice/clips"
     (tmp_path / "alice" / "clips").mkdir(parents=True)
-    assert not is_hub_id("alice/clips") and public_word("alice/clips") == "clips"
-    assert not is_hub_id("../clips") and not is_hub_id("/home/alice") and not is_hub_id("a/b/c")
+    assert not is_on_hub("alice/clips") and public_word("alice/clips") == "clips"
+    assert not is_on_hub("../clips") and not is_on_hub("/home/alice") and not is_on_hub("a/b/c")
 
 
 # Cards

@@ -9,9 +9,10 @@ from urllib.parse import unquote
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
+from .names import is_hub_id
+
 CARD = "README.md"
 HIDDEN = "***"
-HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 ADDRESS = re.compile(r"([a-zA-Z][\w+.-]*)://(\S*)")
 HOST = re.compile(r"([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?")
 TOKEN = re.compile(r"\b(hf|api_org)_\w+")
@@ -41,15 +42,15 @@ def public_name(word: str) -> str:
     return public_word(word).rsplit("/", 1)[-1]
 
 
-def is_hub_id(word: str) -> bool:
-    """Whether a word names a model or a data set on the Hub, and nothing here."""
-    return HUB_ID.fullmatch(word) is not None and not Path(word).exists()
+def is_on_hub(word: str) -> bool:
+    """Whether a word can name a model or a data set on the Hub, and names nothing here."""
+    return is_hub_id(word) and not Path(word).exists()
 
 
 def _public_value(value: str) -> str:
     if "://" in value:
         return _public_address(value)
-    if is_hub_id(value):
+    if is_on_hub(value):
         return value
     parts = re.split(r"[/\\]+", value.rstrip("/\\"))
     if re.search(r"[?#]", "/".join(parts[:-1])):  # a folder, or what gives access: no way to tell

@@ -28,7 +28,7 @@ from videomamba_arguments import (
 )
 
 from .augmentation import training_transform
-from .cards import CARD, check_card, is_hub_id, public_command, public_name, seal, without_signatures
+from .cards import CARD, check_card, is_on_hub, public_command, public_name, seal, without_signatures
 from .checkpoints import list_checkpoints
 from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, test_batches
 from .diagnosis import NothingReadError, RunError
@@ -347,7 +347,7 @@ class TrainingRun(ABC):
             results=metrics,
             use=self.card_use(model_name),
             start=f"from `{public_name(start)}`" if start is not None else "from scratch",
-            base_model=start if start is not None and is_hub_id(start) else None,
+            base_model=start if start is not None and is_on_hub(start) else None,
             steps=progress.step,
             views_per_step=self.views_per_step,
             processes=self.accelerator.num_processes,
