@@ -337,7 +337,7 @@ def test_a_split_without_a_readable_example_ends_a_run_before_its_first_step(pic
     _, code = train(tmp_path / "out", "--data", data, "--on-broken-video", "skip")
     shown = re.escape(str(broken[0]))
     expected = f"error: no example of the {split} split can be read: 4 broken files, the first: "
-    assert re.fullmatch(rf"{expected}{shown}: not an image, or truncated \(.*\)", code), code
+    assert re.fullmatch(rf"{expected}{shown}: not a picture, or truncated \(.*\)", code), code
     assert not (tmp_path / "out").exists()
     shutil.copy(pictures / "test" / "b" / "7.png", broken[-1])  # one is enough
     text, code = train(tmp_path / "out", "--data", data, "--on-broken-video", "skip")

@@ -242,7 +242,7 @@ def test_probes_tell_groups_apart(probe):
     assert probe_accuracy(probe, *predictions) == 1.0
     shuffled = Predictions(predictions[1].scores, {index: float((index * 7) % 4) for index in predictions[1].labels})
     assert probe_accuracy(probe, predictions[0], shuffled) < 0.6
-    with pytest.raises(RunError, match="nothing to probe with"):
+    with pytest.raises(RunError, match="no example of the probe.s test split can be read"):
         probe_accuracy(probe, predictions[0], Predictions())
 
 
