@@ -6,6 +6,7 @@ import io
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from .video_opening import BrokenVideoError, OpenedVideo, VideoSource, open_sour
 
 if TYPE_CHECKING:  # processes that only decode do without them: their import takes seconds
     import torch
-    from transformers.video_utils import VideoMetadata
+
+    from .video_metadata import TimedVideoMetadata
 
 
 def is_video_source(video: Any) -> bool:
@@ -24,8 +26,8 @@ def is_video_source(video: Any) -> bool:
 
 
 def read_frames(
-    video: VideoSource, sample_indices: Callable[[VideoMetadata], Iterable[int]] | None = None
-) -> tuple[torch.Tensor, VideoMetadata]:
+    video: VideoSource, sample_indices: Callable[[TimedVideoMetadata], Iterable[int]] | None = None
+) -> tuple[torch.Tensor, TimedVideoMetadata]:
     r"""
     Decodes frames of a video, and no others than it must: it seeks where the next wanted frame is behind a keyframe.
 
@@ -38,8 +40,8 @@ def read_frames(
             all frames are read.
 
     Returns:
-        `tuple[torch.Tensor, VideoMetadata]`: RGB frames `(len(indices), 3, height, width)`, uint8, upright, and the
-        metadata, with the indices in `frames_indices`.
+        `tuple[torch.Tensor, TimedVideoMetadata]`: RGB frames `(len(indices), 3, height, width)`, uint8, upright, and
+        the metadata, with the indices in `frames_indices`.
 
     Raises:
         `FileNotFoundError`, `IsADirectoryError`: if there is no such file.
@@ -67,7 +69,7 @@ def read_frames(
     return frames, metadata
 
 
-def read_metadata(video: VideoSource) -> VideoMetadata:
+def read_metadata(video: VideoSource) -> TimedVideoMetadata:
     """Number, rate and duration of the frames of a video, of which none is decoded; raises as [`read_frames`] does."""
     name, file = open_source(video)
     with VideoFile(name, file) as reader:
@@ -120,15 +122,10 @@ class VideoFile:
         return self.video.stream
 
     @property
-    def metadata(self) -> VideoMetadata:
-        from transformers.video_utils import VideoMetadata
+    def metadata(self) -> TimedVideoMetadata:
+        from .video_metadata import TimedVideoMetadata
 
-        return VideoMetadata(
-            total_num_frames=self.index.num_frames,
-            fps=self.index.fps,
-            duration=self.index.duration,
-            video_backend="pyav",
-        )
+        return TimedVideoMetadata.of(self.index, "pyav")
 
     def frames(self, indices: Sequence[int]) -> torch.Tensor:
         """RGB frames `(len(indices), 3, height, width)`, uint8, upright. Raises `ValueError` for no indices."""
@@ -246,7 +243,7 @@ def _find(decoded: Iterator[tuple[int, Any]], index: int) -> Any | None:
     return frame if number == index else None
 
 
-def _wanted(metadata: VideoMetadata, sample_indices) -> list[int]:
+def _wanted(metadata: TimedVideoMetadata, sample_indices) -> list[int]:
     indices = range(metadata.total_num_frames) if sample_indices is None else sample_indices(metadata)
     metadata.frames_indices = [int(index) for index in indices]
     return metadata.frames_indices
@@ -267,16 +264,14 @@ def _is_torchcodec_decoder(video: Any) -> bool:
     return type(video).__module__.startswith("torchcodec.")
 
 
-def _torchcodec_metadata(decoder) -> VideoMetadata:
-    from transformers.video_utils import VideoMetadata
+def _torchcodec_metadata(decoder) -> TimedVideoMetadata:
+    from .video_metadata import TimedVideoMetadata
 
     metadata = decoder.metadata
-    return VideoMetadata(
-        total_num_frames=metadata.num_frames,
-        fps=metadata.average_fps,
-        duration=metadata.duration_seconds,
-        video_backend="torchcodec",
-    )
+    fps = metadata.average_fps
+    rate = Fraction(fps).limit_denominator(1001) if fps else None
+    index = FrameIndex(metadata.num_frames, None, np.empty(0, np.int64), Fraction(1), rate)
+    return TimedVideoMetadata.of(index, "torchcodec")
 
 
 def _torchcodec_frames(decoder, indices: Sequence[int]) -> torch.Tensor:

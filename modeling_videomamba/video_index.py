@@ -71,7 +71,28 @@ class FrameIndex:
         # timestamps are rounded; a stated rate is exact, or wrong
         return stated if self.rate and abs(stated - seconds) <= 1 / rate else seconds
 
-    @property
+    def window(self, start: float, end: float | None) -> tuple[int, int]:
+        """
+        The first frame of a window in seconds, and the one after its last: the frames that appear in it, else the frame
+        on the screen at its start. Timestamps and bounds are rounded: a frame belongs to the window in which half of
+        its usual duration has passed. Without `end` the window ends with the video.
+        """
+        end = self.duration if end is None else end
+        first, last = np.searchsorted(self._middles, [start, end], side="right").tolist()
+        if end >= self.duration:
+            last = self.num_frames
+        if first < last:
+            return first, last
+        shown = max(int(np.searchsorted(self.times, start, side="right")) - 1, 0)
+        return shown, shown + 1
+
+    @cached_property
+    def _middles(self) -> np.ndarray:
+        """When half of the usual duration of each frame has passed, or half of its own if that is shorter."""
+        durations = np.diff(self.times, append=self.duration).clip(0)
+        return self.times + np.minimum(durations, np.median(durations)) / 2
+
+    @cached_property
     def times(self) -> np.ndarray:
         """Seconds from when the first frame is shown to when each one is, `(num_frames,)`, float64."""
         if self.timestamps is not None:
@@ -238,7 +259,7 @@ def _index_by_timestamps(video: OpenedVideo, packets: _Packets, shown: np.ndarra
         keyframes=keyframes,
         time_base=video.stream.time_base,
         rate=video.stream.average_rate,
-        end=_end(video, timestamps, (packets.pts + packets.duration)[shown]),
+        end=_end(video, timestamps, (packets.pts + packets.duration.clip(0))[shown]),
         seeks=seeks,
         label="pts",
         labels=timestamps,
@@ -260,7 +281,7 @@ def _index_by_order(video: OpenedVideo, packets: _Packets, order: np.ndarray) ->
         keyframes=keyframes,
         time_base=video.stream.time_base,
         rate=video.stream.average_rate,
-        end=None if timestamps is None else _end(video, timestamps, (clocks[0] + packets.duration)[order]),
+        end=None if timestamps is None else _end(video, timestamps, (clocks[0] + packets.duration.clip(0))[order]),
         seeks=seeks,
         label=label,
         labels=NO_FRAMES if label is None else getattr(packets, label)[order],

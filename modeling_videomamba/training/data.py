@@ -16,10 +16,10 @@ import torch
 from datasets import IterableDataset, Value
 from torch import nn
 from torch.utils.data import get_worker_info
-from transformers.video_utils import VideoMetadata
 
 from ..image_processing_videomamba import VideoMambaImageProcessor, open_image, rgb_tensor
 from ..video_decoding import BrokenVideoError, read_frames, read_metadata
+from ..video_metadata import TimedVideoMetadata
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .sources import Split
 
@@ -80,24 +80,12 @@ def decode_clips(
     if "image" in example:
         return [decode_image(media)]
 
-    def indices(metadata: VideoMetadata) -> np.ndarray:
-        first, last = window_frames(metadata, example.get("start"), example.get("end"))
+    def indices(metadata: TimedVideoMetadata) -> np.ndarray:
+        first, last = metadata.index.window(example.get("start") or 0.0, example.get("end"))
         return first + sample_frame_indices(last - first, num_frames, num_clips, generator).flatten()
 
     frames, _ = read_frames(media, indices)
     return list(frames.chunk(num_clips))
-
-
-def window_frames(metadata: VideoMetadata, start: float | None, end: float | None) -> tuple[int, int]:
-    """
-    The first frame of a window in seconds, and the one after its last: at least one frame, and all of them where there
-    is no `end` or the file doesn't tell its rate. Windows that meet share no frame.
-    """
-    total = metadata.total_num_frames
-    if end is None or not metadata.fps:
-        return 0, total
-    first = min(round((start or 0) * metadata.fps), total - 1)
-    return first, max(min(round(end * metadata.fps), total), first + 1)
 
 
 def _fetched(media: dict[str, Any]) -> dict[str, Any]:
@@ -342,7 +330,7 @@ def cut_into_windows(split: Split, seconds: float, stride_seconds: float) -> Spl
         cut: dict[str, list[Any]] = {name: [] for name in [*rows, "start", "end", "source"]}
         for row in range(len(rows["video"])):
             try:
-                duration = read_metadata(_fetched(rows["video"][row])).duration or seconds
+                duration = read_metadata(_fetched(rows["video"][row])).index.duration
             except BROKEN:  # reported when its window is read
                 duration = seconds
             count = 1 + max(0, int((duration - seconds) // stride_seconds))

@@ -26,7 +26,7 @@ from torch.utils.data import get_worker_info
 
 from ..video_decoding import VideoFile, VideoSource, open_source
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
-from .data import BROKEN, Examples, TestViews, process_clips, window_frames
+from .data import BROKEN, Examples, TestViews, process_clips
 from .files import VIDEO_SUFFIXES, walk_files
 
 SHARD_SUFFIX = ".tar"
@@ -50,7 +50,7 @@ class Source(NamedTuple):
 
 
 class Window(NamedTuple):
-    """One of the `windows` equal parts of a video, in seconds; `end` is none where the file doesn't tell its length."""
+    """One of the `windows` equal parts of a video, in seconds; in earlier indexes `end` is `None` for a whole video."""
 
     path: str
     size: int | None
@@ -300,10 +300,8 @@ def open_video(video: VideoSource) -> VideoFile:
     return VideoFile(*open_source(video))
 
 
-def cut_video(video: Source, duration: float | None, clip_seconds: float) -> list[Window]:
+def cut_video(video: Source, duration: float, clip_seconds: float) -> list[Window]:
     """As few equal windows as are no longer than `clip_seconds` (but for a hundredth), which leave nothing out."""
-    if duration is None:
-        return [Window(*video, 0.0, None, 1)]
     count = max(1, math.ceil(duration / clip_seconds - 0.01))  # ten seconds at 29.97 frames a second are 10.01
     bounds = [index * duration / count for index in range(count)] + [duration]
     return [Window(*video, start, end, count) for start, end in itertools.pairwise(bounds)]
@@ -315,7 +313,7 @@ def window_pixels(
     """
     What the model sees of a window, `(1, frames, 3, height, width)`. Raises `BrokenVideoError` for a damaged frame.
     """
-    first, last = window_frames(reader.metadata, start, end)
+    first, last = reader.index.window(start, end)
     indices = first + sample_frame_indices(last - first, processor.num_frames).flatten()
     return prepare_frames(reader.decode(indices.tolist()), processor)
 
@@ -372,7 +370,7 @@ class Windows(torch.utils.data.IterableDataset):
                 continue
             try:
                 with open_video(media) as reader:
-                    for window in cut_video(video, reader.metadata.duration, self.clip_seconds):
+                    for window in cut_video(video, reader.index.duration, self.clip_seconds):
                         if window not in self.known:
                             yield self._item(window, reader)
             except BROKEN as broken:
