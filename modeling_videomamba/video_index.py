@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from .video_opening import BrokenVideoError, OpenedVideo
+from .video_truncation import is_truncated
 
 MISSING = np.iinfo(np.int64).min  # a timestamp or position that a packet doesn't have
 HEAD = 64  # frames that are decoded to see whether they come in the order of their timestamps
 MAX_REORDERED = 32  # no codec shows a frame so many later than it decodes it
+# frames that are painted over the one before, where a file may have each of them marked as a keyframe
+DELTA_CODECS = ("cinepak", "flashsv", "flic", "msrle", "msvideo1", "qtrle", "rpza", "smc", "svq1", "zmbv")
 NOT_CODED = 8  # bytes: in MPEG-4 a smaller packet shows nothing, or a frame from before
 RAW_RATE = 25  # the rate that FFmpeg gives raw streams
 NO_FRAMES = np.empty(0, np.int64)
@@ -164,27 +167,24 @@ def decode_index(video: OpenedVideo) -> FrameIndex:
 
 def _scan(video: OpenedVideo) -> _Packets:
     """Reads all packets that give a frame. Raises `BrokenVideoError` for a truncated or empty file."""
-    rows, num_packets, end, damaged = [], 0, 0, False
+    rows, num_packets, is_cut, format_name = [], 0, False, video.container.format.name
     try:
         for packet in video.packets():
-            if packet.is_corrupt:
-                continue
-            num_packets += 1
-            end = max(end, (packet.pts or 0) + (packet.duration or 0))
+            is_cut = packet.is_corrupt and format_name != "mpegts"  # recordings end anywhere
+            num_packets += not packet.is_corrupt
             if _gives_frame(video, packet):
-                rows.append((packet.pts, packet.dts, packet.pos, packet.size, packet.duration, packet.is_keyframe))
+                size_and_kind = packet.size, packet.duration, packet.is_keyframe
+                rows.append((packet.pts, packet.dts, packet.pos, *size_and_kind))
     except BrokenVideoError:
-        damaged = True
+        is_cut = True
     values = [[MISSING if value is None else int(value) for value in row] for row in rows]
     packets = _Packets(*np.array(values, np.int64).reshape(-1, 6).T)
-    # of Matroska and FLV files only the duration tells; the last frame may be a still one of any length
-    missing = _stated_seconds(video) - float(end * video.stream.time_base)
-    still = 2 * float(int(np.diff(np.sort(packets.pts)).max(initial=0)) * video.stream.time_base)
-    if damaged or num_packets < len(video.stream.index_entries) or missing > max(0.5, still):
+    num_expected = 0 if format_name == "gxf" else len(video.stream.index_entries)  # GXF has one for each field
+    if is_cut or num_packets < num_expected or is_truncated(video.file):
         reason = f"truncated: {len(packets)} of {video.stream.frames or 'more'} frames can be read"
         raise BrokenVideoError(video.name, reason, len(packets))
     if len(packets) == 0:
-        raise BrokenVideoError(video.name, "it has no frame")
+        raise BrokenVideoError(video.name, "it has no frame, or is truncated before the first one")
     return packets
 
 
@@ -252,7 +252,7 @@ def _index_by_timestamps(video: OpenedVideo, packets: _Packets, shown: np.ndarra
     """Frames known by their timestamps, of the packets with the numbers `shown`."""
     timestamps = np.sort(packets.pts[shown])
     seeks = np.sort(packets.pts[shown][packets.is_keyframe[shown] == 1])
-    keyframes, seeks = _can_be_sought(video, np.searchsorted(timestamps, seeks), seeks)
+    keyframes, seeks = _can_be_sought(video, len(timestamps), np.searchsorted(timestamps, seeks), seeks)
     return FrameIndex(
         num_frames=len(timestamps),
         timestamps=timestamps,
@@ -274,7 +274,7 @@ def _index_by_order(video: OpenedVideo, packets: _Packets, order: np.ndarray) ->
     label = next((name for name in ("pos", "dts", "pts") if _is_usable(getattr(packets, name)[order])), None)
     seeks = np.where(packets.dts == MISSING, packets.pts, packets.dts)[order]
     keyframes = np.flatnonzero((packets.is_keyframe[order] == 1) & (seeks != MISSING) & (label is not None))
-    keyframes, seeks = _can_be_sought(video, keyframes, seeks[keyframes])
+    keyframes, seeks = _can_be_sought(video, len(order), keyframes, seeks[keyframes])
     return FrameIndex(
         num_frames=len(order),
         timestamps=timestamps,
@@ -288,9 +288,15 @@ def _index_by_order(video: OpenedVideo, packets: _Packets, order: np.ndarray) ->
     )
 
 
-def _can_be_sought(video: OpenedVideo, keyframes: np.ndarray, seeks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _can_be_sought(
+    video: OpenedVideo, num_frames: int, keyframes: np.ndarray, seeks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The keyframes and what to seek to for each, none where a seek would not lead to the frames that belong there."""
+    codec = video.stream.codec_context
     # in program streams the packets have other times after a seek, and palettes are not sent again
-    if video.container.format.name == "mpeg" or video.stream.codec_context.pix_fmt == "pal8":
+    if video.container.format.name == "mpeg" or codec.pix_fmt == "pal8":
+        return NO_FRAMES, NO_FRAMES
+    if video.codec in DELTA_CODECS and len(keyframes) == num_frames:
         return NO_FRAMES, NO_FRAMES
     return keyframes, seeks
 

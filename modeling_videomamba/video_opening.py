@@ -1,8 +1,10 @@
 """Opening of videos: paths, URLs and bytes become packets and frames of PyAV, or an error with the name of the file."""
 
 import contextlib
+import errno
 import io
 import os
+import re
 import string
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
@@ -12,6 +14,7 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from ._version import __version__
+from .video_truncation import is_truncated
 
 VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
 
@@ -19,6 +22,10 @@ VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
 CONTAINERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,apng,mxf,nut,wtv,dv,gxf,rm,swf,nsv,nuv,pva,dhav,kux,"
     "h261,h263,h264,hevc,vvc,av1,obu,ivf,m4v,mjpeg,vc1,vc1test,dirac,cavsvideo,yuv4mpegpipe"
+)
+HEADER = 2**22  # bytes at the start or the end of a file
+CODEC = re.compile(
+    rb"vide.{0,999}?stsd.{12}([ -~]{4})|strh.{4}vids([ -~]{4})|\x86[\x80-\xff](V_[A-Z0-9_/]+)", re.DOTALL
 )
 MAX_THREADS = 8  # each holds a frame of its own
 USER_AGENT = f"modeling-videomamba/{__version__}"  # servers refuse Python's own
@@ -70,7 +77,12 @@ class OpenedVideo:
         self.av = av
         if isinstance(file, str):
             Path(file).open("rb").close()  # errors of the file system are not errors of the video
-        self.restart()
+        try:
+            self.restart()
+        except BrokenVideoError as error:
+            if is_truncated(file):
+                raise BrokenVideoError(name, "truncated so that no frame can be read") from error
+            raise
 
     def restart(self) -> None:
         """Opens the file again, which stands at its first packet then."""
@@ -97,11 +109,39 @@ class OpenedVideo:
             container.close()
 
     def _choose_stream(self) -> Any:
-        cover = self.av.stream.Disposition.attached_pic
-        streams = [stream for stream in self.container.streams.video if not stream.disposition & cover]
+        """Of several the one that moves, that is marked as the default, that is the largest."""
+        flag = self.av.stream.Disposition
+        streams = [
+            stream
+            for stream in self.container.streams.video
+            if not stream.disposition & (flag.attached_pic | flag.timed_thumbnails)
+        ]
         if not streams:
             raise BrokenVideoError(self.name, "it has no video stream")
-        return streams[0]
+        streams = [stream for stream in streams if stream.codec_context is not None]
+        if not streams:
+            raise BrokenVideoError(self.name, f"there is no decoder for its video codec{self._codec_in_header()}")
+        return max(
+            streams,
+            key=lambda stream: (
+                stream.frames != 1,  # the still picture in front of an animated AVIF
+                bool(stream.disposition & flag.default),
+                stream.codec_context.width * stream.codec_context.height,
+            ),
+        )
+
+    def _codec_in_header(self) -> str:
+        """Name of an unknown codec, which PyAV doesn't tell, from mp4, AVI or Matroska; empty where it isn't found."""
+        with (
+            io.BytesIO(self.file.getvalue())
+            if isinstance(self.file, io.BytesIO)
+            else Path(self.file).open("rb") as file
+        ):
+            found = CODEC.search(file.read(HEADER))
+            if found is None and file.seek(0, io.SEEK_END) > HEADER:
+                file.seek(-HEADER, io.SEEK_END)
+                found = CODEC.search(file.read())
+        return f" {found[found.lastindex or 0].decode('ascii')!r}" if found else ""
 
     @property
     def codec(self) -> str:
@@ -122,7 +162,8 @@ class OpenedVideo:
         except Exception as error:
             if isinstance(error, MemoryError) and not isinstance(error, self.av.error.FFmpegError):
                 raise
-            detail = getattr(error, "strerror", None) or str(error)
+            is_end = isinstance(error, self.av.error.EOFError) or getattr(error, "errno", None) == errno.EIO
+            detail = "" if is_end else getattr(error, "strerror", None) or str(error)
             raise BrokenVideoError(self.name, f"{reason} ({detail})" if detail else reason) from error
 
     def packets(self) -> Iterator[Any]:

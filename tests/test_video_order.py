@@ -113,6 +113,41 @@ def test_presentation_times_that_equal_decoding_times(tmp_path, stream, suffix):
             assert len(reader.index.keyframes) == 4  # it can be sought
 
 
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("rawvideo", "mov"), ("rawvideo", "avi"), ("smc", "mov"), ("msrle", "avi")]
+)
+def test_palettes(tmp_path, codec, suffix):
+    """They come once, in front of the first frame."""
+    path, palette = tmp_path / f"video.{suffix}", np.random.default_rng(2).integers(0, 256, (256, 4), np.uint8)
+    with av.open(str(path), "w") as container:
+        output = container.add_stream(codec, rate=25)
+        output.width, output.height, output.pix_fmt = 64, 48, "pal8"
+        for picture in pictures(30):
+            container.mux(output.encode(av.VideoFrame.from_ndarray((picture[..., 0], palette), format="pal8")))
+        container.mux(output.encode())
+    with VideoFile("video", str(path)) as reader:
+        check_frames(path, reader, 30)
+        assert next(reader.decode([15])).std() > 50
+
+
+@pytest.mark.parametrize("codec", ["rpza", "qtrle", "png"])
+def test_frames_that_are_all_marked_as_keyframes(tmp_path, codec):
+    """Which frames of differences are not."""
+    source, path = tmp_path / "source.mov", tmp_path / "video.mov"
+    with av.open(str(source), "w") as container:
+        output = container.add_stream(codec, rate=25)
+        output.width, output.height, output.pix_fmt = 64, 48, "rgb555le" if codec == "rpza" else "rgb24"
+        for picture in pictures(30):
+            picture[:40] = 0  # what does not change
+            container.mux(output.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(output.encode())
+    data = source.read_bytes()
+    path.write_bytes(data.replace(b"stss", b"free"))  # without the table of keyframes
+    with VideoFile("video", str(path)) as reader:
+        assert len(reader.index.keyframes) == (30 if codec == "png" else 0)
+        check_frames(path, reader, 30)
+
+
 @pytest.mark.parametrize(("name", "num_frames"), [("bframes_h264.avi", 75), ("bframes_copied.mp4", 75)])
 def test_files_of_ffmpeg(name, num_frames):
     with VideoFile("video", str(CASES / name)) as reader:
