@@ -22,7 +22,7 @@ from modeling_videomamba import (
     VideoMambaVideoTextConfig,
 )
 from modeling_videomamba.conversion import VIDEO_TEXT, convert_checkpoint, load_labels
-from modeling_videomamba.training.cards import CARD, seal
+from modeling_videomamba.training.cards import CARD, reason_to_keep, seal
 from modeling_videomamba.training.loading import load_pretrained
 from modeling_videomamba.training.masks import token_grid
 from modeling_videomamba.training.names import check_name
@@ -83,14 +83,11 @@ def find_pictures(source: Path) -> list[Path]:
     """What the card of a directory may show; names what looks like it and is not published."""
     pictures = []
     for path in sorted(path for path in source.iterdir() if path.suffix in SHOWN_WITH_CARD):
-        if path.name.startswith("."):
-            print(f"left out: {path}, a hidden file")
-        elif path.is_symlink():
-            print(f"left out: {path}, a symbolic link to {path.readlink()}")
-        elif not path.is_file():
-            print(f"left out: {path}, which is no file")
-        else:
+        reason = reason_to_keep(path)
+        if reason is None:
             pictures.append(path)
+        else:
+            print(f"left out: {path}, {reason}")
     return pictures
 
 

@@ -338,8 +338,8 @@ def test_the_best_model_is_uploaded(images, tmp_path, monkeypatch):
             assert not calls and exist_ok  # before anything is computed
             calls.append(repo_id)
 
-        def upload_folder(self, repo_id, folder_path):
-            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir() if path.suffix != ".py")))
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            calls.append((repo_id, sorted(name for name in allow_patterns if not name.endswith(".py"))))
 
     checked = []
     monkeypatch.setattr(run_module, "check_card", lambda api, repo_id, text: checked.append((repo_id, text[:4])))
@@ -353,7 +353,12 @@ def test_the_best_model_is_uploaded(images, tmp_path, monkeypatch):
         OptimizationArguments(epochs=1, batch_size=40),
         RunArguments(tmp_path / "model", report_to="none", push_to_hub="org/model"),
     )
-    ClassificationRun(args).train()
+    training = ClassificationRun(args)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "model" / "best").mkdir(parents=True)
+    (tmp_path / "model" / "best" / "link.png").symlink_to(tmp_path / "secret")
+    (tmp_path / "model" / "best" / ".hidden").write_text("hidden")
+    training.train()
     forget_accelerator()
     files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert calls == ["org/model", ("org/model", files)]

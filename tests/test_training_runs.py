@@ -15,9 +15,13 @@ import safetensors
 import torch
 from accelerate.utils import other as accelerate_saving
 from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import finetune
+import pretrain_umt
+import pretrain_video_text
 from modeling_videomamba.training import checkpoints, classification, output, run
+from modeling_videomamba.training.cards import was_edited
 from modeling_videomamba.training.checkpoints import list_checkpoints
 from modeling_videomamba.training.output import lock, replace_files
 from tests.conftest import forget_accelerator, tiny_config
@@ -38,19 +42,18 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def train(pictures, monkeypatch, capsys):
-    """Runs finetune.py in this process; what it has printed, and what it ends with, an error or nothing."""
+    """Runs a script in this process; what it has printed, and what it ends with, an error or nothing."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(run, "draw_curves", lambda records, path: path.write_text("curves"))  # which take a second
     monkeypatch.setattr(classification, "draw_confusion_matrix", lambda *_: None)
 
-    def call(folder, *options):
-        command = () if "--data" in options else ("--data", pictures)
-        command += ("--config", pictures / "config.json", "--num-workers", 0, "--epochs", 3)
+    def call(folder, *options, script=finetune):
+        command = ("--data", pictures, "--config", pictures / "config.json", "--num-workers", 0, "--epochs", 3)
         command += ("--batch-size", 4, "--report-to", "none", "--output-dir", folder, *options)
-        monkeypatch.setattr(sys, "argv", [finetune.__file__, *map(str, command)])
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, command)])
         code = None
         try:
-            finetune.main()
+            script.main()
         except SystemExit as end:
             code = end.code
         finally:
@@ -351,3 +354,69 @@ def test_examples_that_can_no_longer_be_read_end_a_run_with_a_line(pictures, tra
         path.write_text("no picture")
     _, code = train(tmp_path / "out", "--data", tmp_path / "data", "--on-broken-video", "skip")
     assert code.startswith("error: no example of the test split can be read: 4 broken files, the first: ")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    widths = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CLIPVisionConfig(**widths, image_size=32, patch_size=16, projection_dim=8)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "test", "probe's train", "probe's test"])
+def test_masked_pretraining_without_a_readable_example(pictures, train, tmp_path, clip, split):
+    broken = tmp_path / "broken"
+    shutil.copytree(pictures, broken)
+    for path in (broken / split.split()[-1]).rglob("*.png"):
+        path.write_text("no picture")
+    options = ("--teacher", clip, "--on-broken-video", "skip", "--evaluation-examples", 2)
+    options += ("--probe-data" if "probe" in split else "--data", broken)
+    _, code = train(tmp_path / "out", *options, script=pretrain_umt)
+    count = 2 if split == "test" else 4
+    assert code.startswith(
+        f"error: no example of the {split} split can be read: {count} broken files, the first: {broken}"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_pretraining_with_texts_without_a_readable_example(train, tmp_path, split):
+    data, text = tmp_path / "data", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"intermediate_size": 16, "vocab_size": 60, "max_position_embeddings": 32}
+    values = {"vision_config": tiny_config(num_frames=4).to_diff_dict(), "text_config": text, "fusion_layer": 1}
+    for name in ("train", "test"):
+        (data / name).mkdir(parents=True)
+        paths = [f"{name}/{number}.png" for number in range(4)]
+        (data / f"{name}.json").write_text(json.dumps([{"image": path, "caption": "a picture"} for path in paths]))
+        for path in paths:
+            Image.new("RGB", (32, 32)).save(data / path)
+            if name == split:
+                (data / path).write_text("no picture")
+    (tmp_path / "config.json").write_text(json.dumps({**values, "projection_dim": 8}))
+    options = ("--data", data, "--config", tmp_path / "config.json", "--on-broken-video", "skip")
+    _, code = train(tmp_path / "out", *options, script=pretrain_video_text)
+    name = "train (images)" if split == "train" else "test"
+    assert code.startswith(f"error: no example of the {name} split can be read: 4 broken files, the first: {data}"), (
+        code
+    )
+
+
+# What a card says
+
+
+def test_a_card_says_nothing_of_this_machine(pictures, train, tmp_path):
+    folder = tmp_path / "alice" / "out"
+    _, code = train(folder, f"--config={pictures / 'config.json'}", f"--label-file={tmp_path / 'alice' / 'labels.txt'}")
+    assert code is not None
+    (tmp_path / "alice").mkdir()
+    (tmp_path / "alice" / "labels.txt").write_text("a\nb\n")
+    _, code = train(folder, f"--config={pictures / 'config.json'}", f"--label-file={tmp_path / 'alice' / 'labels.txt'}")
+    assert code is None
+    for path in (folder / "best").rglob("*"):
+        assert b"alice" not in path.read_bytes() and bytes(pictures.parent) not in path.read_bytes(), path
+    card = (folder / "best" / "README.md").read_text()
+    assert "finetune.py --data pictures0 --config config.json" in card and "--label-file=labels.txt" in card
+    assert not was_edited(card, "") and was_edited(card.replace("finetune", "Finetune"), "")

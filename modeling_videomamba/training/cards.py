@@ -20,6 +20,15 @@ SECRET = re.compile(r"(?i)((?:token|secret|password|signature|sig|credential|key
 SEAL = re.compile(r"\s*<!-- published by push_to_hub.py; SHA-256 of the text above: ([0-9a-f]{64}) -->\s*\Z")
 
 
+def reason_to_keep(path: Path) -> str | None:
+    """Why a file in the folder of a model is not published, `None` if it is."""
+    if path.name.startswith("."):
+        return "a hidden file"
+    if path.is_symlink():  # to any file of this machine
+        return f"a symbolic link to {path.readlink()}"
+    return None if path.is_file() else "which is no file"
+
+
 # Words
 
 

@@ -28,7 +28,7 @@ from videomamba_arguments import (
 )
 
 from .augmentation import training_transform
-from .cards import CARD, check_card, is_on_hub, public_command, public_name, seal, without_signatures
+from .cards import CARD, check_card, is_on_hub, public_command, public_name, reason_to_keep, seal, without_signatures
 from .checkpoints import list_checkpoints
 from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, test_batches
 from .diagnosis import NothingReadError, RunError
@@ -383,7 +383,8 @@ class TrainingRun(ABC):
         best, api = run.output_dir / "best", HfApi()
         try:
             check_card(api, run.push_to_hub, (best / CARD).read_text("utf-8"))
-            api.upload_folder(repo_id=run.push_to_hub, folder_path=best)
+            names = [path.name for path in best.iterdir() if reason_to_keep(path) is None]
+            api.upload_folder(repo_id=run.push_to_hub, folder_path=best, allow_patterns=names)
         except (OSError, ValueError) as error:
             reason = without_signatures(" ".join(str(error).split()))
             raise RunError(f"{best} is saved, but not uploaded: {reason}. Go on with scripts/push_to_hub.py") from error
