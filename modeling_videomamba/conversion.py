@@ -1,7 +1,6 @@
 """Checkpoints of the original release to models of this package."""
 
 import argparse
-import json
 import math
 import os
 import pickle
@@ -79,7 +78,6 @@ CLIP = "CLIP visual encoder"
 VIDEO_TEXT = "video-text"
 ALIGNED_KINDS = ("masked-pretraining", VIDEO_TEXT)
 WRAPPERS = ("model", "module")
-KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")
 
 
 class CheckpointError(ValueError):
@@ -332,41 +330,6 @@ def rename(name: str) -> str:
     for pattern, replacement in RENAMING:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def load_labels(source: str) -> list[str]:
-    r"""
-    Class names in index order.
-
-    Args:
-        source (`str`): `imagenet-1k`, `kinetics400`, `something-something-v2`, or a file: one name a line, or JSON with
-            a list of names, or an object from index to name or from name to index.
-
-    Raises:
-        `FileNotFoundError`: if it is neither a known data set nor a file.
-        `ValueError`: if a JSON file holds something else.
-    """
-    if source == "imagenet-1k":
-        from torchvision.models import ResNet50_Weights
-
-        return list(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
-    if source in KNOWN_LABELS:
-        return json.loads((Path(__file__).parent / "labels.json").read_text("utf-8"))[source]
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"{source}: no such labels file, nor a known data set ({', '.join(KNOWN_LABELS)})")
-    text = path.read_text("utf-8")
-    if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    labels = json.loads(text)
-    if isinstance(labels, dict):
-        by_index = {str(index): name for index, name in labels.items()}
-        if set(by_index) != set(map(str, range(len(labels)))):  # Something-Something's own files go the other way
-            by_index = {str(index): name for name, index in labels.items()}
-        labels = [by_index.get(str(index)) for index in range(len(labels))]
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{source}: must hold a list of names, or an object between the indices 0, 1, ... and names")
-    return labels
 
 
 def _set_labels(config: VideoMambaConfig, state_dict: StateDict, labels: Sequence[str] | None) -> None:

@@ -44,7 +44,8 @@ def main() -> None:
         help="directory for the CLIP of a video-text checkpoint (default: left out)",
     )
     args = parser.parse_args()
-    from modeling_videomamba.conversion import convert_checkpoint, load_labels
+    from modeling_videomamba.conversion import convert_checkpoint
+    from modeling_videomamba.labels import load_labels
     from modeling_videomamba.training.names import check_name
 
     try:

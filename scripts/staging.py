@@ -21,7 +21,8 @@ from modeling_videomamba import (
     VideoMambaVideoProcessor,
     VideoMambaVideoTextConfig,
 )
-from modeling_videomamba.conversion import VIDEO_TEXT, convert_checkpoint, load_labels
+from modeling_videomamba.conversion import VIDEO_TEXT, convert_checkpoint
+from modeling_videomamba.labels import load_labels
 from modeling_videomamba.training.cards import CARD, reason_to_keep, seal
 from modeling_videomamba.training.loading import load_pretrained
 from modeling_videomamba.training.masks import token_grid

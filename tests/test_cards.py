@@ -35,7 +35,7 @@ from modeling_videomamba import (
     VideoMambaImageProcessor,
     VideoMambaVideoProcessor,
 )
-from modeling_videomamba.conversion import KNOWN_LABELS, load_labels
+from modeling_videomamba.labels import KNOWN_LABELS, load_labels
 from tests.conftest import ROOT, tiny_config
 from tests.launching import SCRIPTS, run
 from tests.models import save_video_text

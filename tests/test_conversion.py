@@ -17,7 +17,8 @@ from modeling_videomamba import (
     VideoMambaForVideoTextRetrieval,
     VideoMambaModel,
 )
-from modeling_videomamba.conversion import CheckpointError, convert_checkpoint, load_labels
+from modeling_videomamba.conversion import CheckpointError, convert_checkpoint
+from modeling_videomamba.labels import load_labels
 from tests.conftest import ROOT, load_golden, strip_prefix
 
 KINDS = {

@@ -192,13 +192,15 @@ def test_a_folder_with_captions(tmp_path, clip):
     (tmp_path / "train" / "metadata.csv").write_text("file_name,caption\na.mp4,a clip\n")
     split = load_split(str(tmp_path), "train", target="captions")
     assert list(split.features) == ["video", "captions"] and split[0]["captions"] == ["a clip"]
-    with pytest.raises(ValueError, match="one of the columns `captions`, `caption`, `text`, `txt`, got video, label"):
+    with pytest.raises(
+        ValueError, match="one of the columns `captions`, `caption`, `text`, `txt`, got file_name, label"
+    ):
         (tmp_path / "train" / "metadata.csv").write_text("file_name,label\na.mp4,1\n")
         load_split(str(tmp_path), "train", target="captions")
 
 
 def test_what_is_wrong_is_said(tmp_path, videofolder, clip):
-    with pytest.raises(ValueError, match="label 'b' in the split 'test'.*1 classes"):
+    with pytest.raises(ValueError, match="test/b/3.mp4: the label 'b' is not one of the 1 classes"):
         load_split(str(videofolder), "test", label_names=["a"])
     with pytest.raises(ValueError, match="data_root"):
         load_split(str(videofolder), "train", data_root=tmp_path)
@@ -214,7 +216,7 @@ def test_what_is_wrong_is_said(tmp_path, videofolder, clip):
         with pytest.raises(ValueError, match="must have the columns `path`, got file"):
             load_split(str(lists), "train", target=None)
     (lists / "train.csv").write_text("path,label\nx.mp4,5\n")
-    with pytest.raises(ValueError, match="label 5 in the split 'train'.*2 classes"):
+    with pytest.raises(ValueError, match="train.csv: line 2: the label '5' is not one of the 2 classes \\(a, b\\)"):
         load_split(str(lists), "train", label_names=["a", "b"])
     with pytest.raises(ValueError, match="validation or test, got train"):
         find_evaluation_split(str(lists))

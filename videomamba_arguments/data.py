@@ -54,10 +54,12 @@ class LabelledDataArguments(DataArguments):
     regression: bool = field(default=False, metadata={"help": "whole numbers are values to predict, not classes"})
 
     def label_names(self) -> list[str] | None:
-        """Names of `label_file`."""
+        """Names of `label_file`. Raises `OSError` or `ValueError` as `load_labels` of the package."""
         if self.label_file is None:
             return None
-        return [line for line in self.label_file.read_text("utf-8").splitlines() if line.strip()]
+        from modeling_videomamba.labels import load_labels
+
+        return load_labels(self.label_file)
 
 
 @dataclass

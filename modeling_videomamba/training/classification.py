@@ -76,7 +76,8 @@ class ClassificationRun(TrainingRun):
         if self.regression and (mixing.mixup or mixing.cutmix or mixing.label_smoothing):
             raise ValueError("--mixup, --cutmix and --label-smoothing are for classes, the labels are numbers")
         self.evaluation_name = find_evaluation_split(data.data)
-        self.test_split = load_split(data.data, self.evaluation_name, label_names=self.label_names, **options)
+        options |= {"regression": self.regression, "label_names": self.label_names, "indices": names is not None}
+        self.test_split = load_split(data.data, self.evaluation_name, **options)
         if media_kind(self.test_split) != self.kind:
             raise ValueError(
                 f"{data.data}: the training split has a column {self.kind}, the {self.evaluation_name} split not"

@@ -122,7 +122,8 @@ class PretrainingRun(TrainingRun):
         if len(names) < 2:
             raise ValueError(f"--probe-data {args.probe_data} must have labels of at least two classes")
         held_out = find_evaluation_split(args.probe_data)
-        test = load_split(args.probe_data, held_out, data_root=args.probe_data_root, label_names=names)
+        options: dict[str, Any] = {"data_root": args.probe_data_root, "label_names": names, "indices": False}
+        test = load_split(args.probe_data, held_out, **options)
         return [train, test]
 
     def load_model(self) -> PreTrainedModel:

@@ -1,13 +1,16 @@
-"""Where videos and images come from: everything that `datasets` loads, under one pair of columns."""
+"""Where videos and images come from: lists, folders and all that `datasets` loads, under one pair of columns."""
 
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
+import pyarrow as pa
 from datasets import (
     ClassLabel,
     Dataset,
+    Features,
     Image,
     IterableDataset,
     List,
@@ -16,17 +19,17 @@ from datasets import (
     get_dataset_split_names,
     load_dataset,
 )
-from PIL import Image as PILImage
+from datasets.data_files import get_data_patterns, resolve_pattern
+from datasets.exceptions import DatasetGenerationError
 
+from .class_labels import ClassLookup, Labels, labels_of_rows
+from .folders import FileFinder, find_splits, folder_rows, is_image
+from .lists import CAPTION_COLUMNS, LIST_SUFFIXES, Row, Target, read_list
 from .names import check_name, unreachable
 
-LIST_BUILDERS = {".csv": "csv", ".jsonl": "json", ".json": "json"}
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 EVALUATION_SPLITS = ("validation", "test")
-PATH_COLUMNS = ("path", "video", "image")  # the latter in the lists of the original release
-CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
 Split: TypeAlias = Dataset | IterableDataset
-Target = Literal["label", "captions"]
 
 
 def load_split(
@@ -38,6 +41,7 @@ def load_split(
     target: Target | None = "label",
     regression: bool = False,
     label_names: list[str] | None = None,
+    indices: bool = True,
 ) -> Split:
     r"""
     One split of videos or images, undecoded.
@@ -45,10 +49,10 @@ def load_split(
     Args:
         data (`str`):
             One of: a folder in the `videofolder` or `imagefolder` layout of `datasets` (`train/LABEL/*.mp4`, or files
-            beside a `metadata.csv` with `file_name,label`); a folder with `train.csv`, `train.json` or `train.jsonl`,
-            and the same for `val` and `test`, of `path,label`; a folder of `webdataset` shards (`train-*.tar`, labels
-            as `cls` or as `label` in `json`); the id of a data set on the Hub. Captions, one or a list, are a column
-            `caption`, `captions`, `text` or `txt`, or in `json`.
+            beside a `metadata.csv` with `file_name,label`); a folder with `train.csv`, `train.tsv`, `train.json` or
+            `train.jsonl`, and the same for `val` and `test`, of `path,label` as in [`read_list`]; a folder of
+            `webdataset` shards (`train-*.tar`, labels as `cls` or as `label` in `json`); the id of a data set on the
+            Hub. Captions, one or a list, are a column `caption`, `captions`, `text` or `txt`, or in `json`.
         split (`str`): `"train"`, `"validation"` or `"test"`, or another split of a data set on the Hub.
         data_root (`Path`, *optional*):
             What the paths of a list are relative to, by default the folder of the list. Addresses (`https://...`) stay.
@@ -57,28 +61,38 @@ def load_split(
             What is wanted of each example besides: `"label"`, `"captions"`, or nothing.
         regression (`bool`, defaults to `False`): Whether whole numbers are values to predict rather than classes.
         label_names (`list[str]`, *optional*):
-            Names of the classes, in order. Without them they are those of the data set, else the labels found in it.
+            Names of the classes, in order. Without them they are those of the data set, else the labels found in it:
+            whole numbers are indices from 0 to the largest, other labels are names, sorted. A label of white space is
+            none, accents compare as composed (NFC).
+        indices (`bool`, defaults to `True`):
+            Whether a whole number that is not one of `label_names` is an index into them, as long as no name is a whole
+            number.
 
     Returns:
         `Dataset` or `IterableDataset`: with a column `video` or `image` (a dictionary with `path` and `bytes`), and a
         column `label`, a `ClassLabel`, or floating point for regression; or `captions`, a list of texts.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: if there is no such data or split, it lacks a column, or a label is not one
-            of `label_names`.
+        `FileNotFoundError`, `ValueError`: if there is no such data or split, it lacks a column, a line of a list can't
+            be read, or a label is not one of `label_names`. The message names the file and the line.
     """
     name = f"split {split!r} of {data}"
-    lists = _lists(data, split)
-    if lists:
-        loaded = _load_list(lists, split, streaming, str(data_root or data), target)
+    rows = _list_rows(data, split, target)
+    root = Path(data_root or data)
+    if rows is not None:
+        rows = _with_files(rows, root)
     elif data_root is not None:
         raise ValueError(f"`data_root` is for lists of files: {data} has no {split}.csv or {split}.jsonl.")
-    else:
-        with _named(data):
-            loaded = _known(load_dataset(data, split=split, streaming=streaming))
-    loaded = _with_media(loaded, name)
+    elif splits := _folder_splits(data):
+        if split not in splits:
+            raise ValueError(f"{data} has no split {split}, it has {', '.join(splits)}.")
+        rows = folder_rows(Path(data), splits[split], target)
+    if rows is not None:
+        loaded = _dataset_of_rows(rows, name, target, Labels(regression, label_names, indices))
+        return loaded.to_iterable_dataset() if streaming else loaded
+    loaded = _with_media(_known(_load_dataset(data, split, streaming)), name)
     if target == "label":
-        return _with_labels(loaded, name, regression, label_names)
+        return _with_labels(loaded, name, Labels(regression, label_names, indices))
     if target == "captions":
         loaded = _with_captions(loaded, name)
     return loaded.select_columns([media_kind(loaded), *([target] if target else [])])
@@ -95,8 +109,12 @@ def find_evaluation_split(data: str) -> str:
 
 def split_names(data: str) -> list[str]:
     """The splits that there are."""
-    if found := [split for split in LIST_NAMES if _lists(data, split)]:
-        return found
+    if listed := [split for split in LIST_NAMES if _lists(data, split)]:
+        return listed
+    if splits := _folder_splits(data):
+        return list(splits)
+    if (files := _escaped_files(data)) is not None:
+        return list(files)
     with _named(data):
         return get_dataset_split_names(data)
 
@@ -116,41 +134,92 @@ def media_kind(split: Split) -> str:
     return "video" if "video" in split.features else "image"
 
 
+# Lists and folders
+
+
 def _lists(data: str, split: str) -> list[Path]:
-    names = [f"{name}{suffix}" for name in LIST_NAMES.get(split, (split,)) for suffix in LIST_BUILDERS]
+    names = [f"{name}{suffix}" for name in LIST_NAMES.get(split, (split,)) for suffix in LIST_SUFFIXES]
     return [path for name in names if (path := Path(data) / name).is_file()]
 
 
-def _load_list(paths: list[Path], split: str, streaming: bool, root: str, target: Target | None) -> Split:
+def _list_rows(data: str, split: str, target: Target | None) -> list[Row] | None:
+    """The rows of the list of a split, if there is one."""
+    paths = _lists(data, split)
     if len(paths) > 1:
         raise ValueError(f"Split {split!r} must be one list of files, got {', '.join(map(str, paths))}.")
-    builder, options = LIST_BUILDERS[paths[0].suffix], {}
-    wanted = ["path", "label"] if target == "label" else ["path"]
-    if builder == "csv" and target != "captions":
-        with paths[0].open(encoding="utf-8-sig") as file:
-            header = [name.strip() for name in file.readline().split(",")]
-        if Path(header[0]).suffix and len(header) <= 2:  # as in the lists of the original release
-            options = {"names": ["path", "label"][: max(len(header), len(wanted))], "header": None}
-    loaded = _known(
-        load_dataset(builder, data_files={split: str(paths[0])}, split=split, streaming=streaming, **options)
-    )
-    found = next((column for column in PATH_COLUMNS if column in loaded.features), "path")
-    if found != "path":
-        loaded = loaded.rename_column(found, "path")
-    if set(wanted) - set(loaded.features):
-        columns = " and ".join(f"`{name}`" for name in wanted)
-        raise ValueError(f"{paths[0]} must have the columns {columns}, got {', '.join(loaded.features)}.")
-    first = next(iter(loaded))["path"]
-    kind = "image" if Path(first).suffix.lower() in PILImage.registered_extensions() else "video"
-    features = loaded.features.copy()
-    features[kind] = Video(decode=False) if kind == "video" else Image(decode=False)
-    del features["path"]
-    return loaded.map(_as_media, fn_kwargs={"kind": kind, "root": root}, remove_columns="path", features=features)
+    return read_list(paths[0], target) if paths else None
 
 
-def _as_media(example: dict[str, Any], kind: str, root: str) -> dict[str, Any]:
-    path = example["path"]
-    return {kind: {"path": path if "://" in path else str(Path(root) / path), "bytes": None}}
+def _with_files(rows: list[Row], root: Path) -> list[Row]:
+    find = FileFinder(root)
+    paths = (row.path if "://" in row.path else str(find(row.path, row.where)) for row in rows)
+    return [Row(row.where, path, row.value) for row, path in zip(rows, paths, strict=True)]
+
+
+def _folder_splits(data: str) -> dict[str, list[Path]]:
+    return find_splits(Path(data)) if Path(data).is_dir() else {}
+
+
+def _dataset_of_rows(rows: list[Row], name: str, target: Target | None, labels: Labels) -> Dataset:
+    """On disk, because each data worker would have a copy in memory."""
+    kinds = ["image" if is_image(row.path) else "video" for row in rows]
+    if len(set(kinds)) > 1:
+        first = next(row for row, kind in zip(rows, kinds, strict=True) if kind != kinds[0])
+        raise ValueError(f"{first.where}: {first.path} is no {kinds[0]}, as {rows[0].path} is: a split has one kind.")
+    columns: dict[str, list[Any]] = {kinds[0]: [row.path for row in rows]}
+    features = Features({kinds[0]: Video(decode=False) if kinds[0] == "video" else Image(decode=False)})
+    if target == "label":
+        columns["label"], names = labels_of_rows(rows, name, labels)
+        features["label"] = Value("float32") if names is None else ClassLabel(names=names)
+    elif target == "captions":
+        columns["captions"] = [row.value for row in rows]
+        features["captions"] = List(Value("string"))
+    return Dataset.from_generator(_examples, features=features, gen_kwargs={"kind": kinds[0], "columns": columns})
+
+
+def _examples(kind: str, columns: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in zip(*columns.values(), strict=True):
+        example = dict(zip(columns, values, strict=True))
+        yield {**example, kind: {"path": example[kind], "bytes": None}}
+
+
+# What `datasets` loads
+
+
+def _load_dataset(data: str, split: str, streaming: bool) -> Split:
+    files = _escaped_files(data)
+    try:
+        if files is None:
+            with _named(data):
+                return load_dataset(data, split=split, streaming=streaming)
+        if split not in files:
+            raise ValueError(f"{data} has no split {split}, it has {', '.join(files)}.")
+        return load_dataset("webdataset", data_files={split: files[split]}, split=split, streaming=streaming)
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{data}: split {split!r} can't be read: {' '.join(str(reason).split())}") from error
+
+
+def _escaped_files(data: str) -> dict[str, list[str]] | None:
+    """The shards of each split of a folder whose name `datasets` would take for a pattern, escaped."""
+    base = glob.escape(data)
+    if base == data or not Path(data).is_dir():
+        return None
+    patterns = get_data_patterns(base)
+    found = {split: _resolved(own, base) for split, own in patterns.items()}
+    if others := [path for paths in found.values() for path in paths if not path.endswith(".tar")]:
+        raise ValueError(f"{data} has characters of patterns in its name, which is only for tar shards: {others[0]}")
+    return {split: [glob.escape(path) for path in paths] for split, paths in found.items()}
+
+
+def _resolved(patterns: Iterable[str], base: str) -> list[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            found.update(resolve_pattern(pattern, base))
+        except FileNotFoundError:
+            continue
+    return sorted(found)
 
 
 def _known(split: Split) -> Split:
@@ -196,7 +265,7 @@ def _label_in_json(example: dict[str, Any]) -> dict[str, Any]:
     return {"label": example["json"]["label"]}
 
 
-def _with_labels(split: Split, name: str, regression: bool, label_names: list[str] | None) -> Split:
+def _with_labels(split: Split, name: str, labels: Labels) -> Split:
     """With the column `label` as class indices with names, or as numbers to predict."""
     if "label" not in split.features and "cls" in split.features:
         split = split.rename_column("cls", "label")
@@ -204,38 +273,48 @@ def _with_labels(split: Split, name: str, regression: bool, label_names: list[st
         split = _known(split.map(_label_in_json, remove_columns="json"))
     if "label" not in split.features:
         raise ValueError(f"The {name} must have a column `label`, got {', '.join(split.features)}.")
+    split = split.select_columns([media_kind(split), "label"])
     feature = split.features["label"]
     names = feature.names if isinstance(feature, ClassLabel) else None
     dtype = getattr(feature, "dtype", str(feature))
-    if regression or dtype.startswith("float"):
+    features = split.features.copy()
+    if labels.regression or dtype.startswith("float"):
         if names is not None or not dtype.startswith(("float", "int")):
             raise ValueError(f"The labels of the {name} must be numbers for regression, got {feature}.")
-        return split.cast_column("label", Value("float32"))
+        features["label"] = Value("float32")
+        return split.map(_as_number, fn_kwargs={"name": name}, features=features)
+    if names is None and not dtype.endswith("string") and not dtype.startswith(("int", "uint")):
+        raise ValueError(f"The labels of the {name} must be text or numbers, got {feature}.")
+    label_names = labels.names
     if label_names is None:
         label_names = names or _found_names(split, name, dtype)
     if names == label_names:
         return split
-    lookup = {"names": names, "label_names": label_names, "name": name}
-    features = split.features.copy()
     features["label"] = ClassLabel(names=label_names)
-    return split.map(_numbered, fn_kwargs=lookup, features=features)
+    options = {"names": names, "lookup": ClassLookup(label_names, labels.indices), "name": name}
+    return split.map(_numbered, fn_kwargs=options, features=features)
 
 
 def _found_names(split: Split, name: str, dtype: str) -> list[str]:
     if not isinstance(split, Dataset):
         raise ValueError(f"The {name} is streamed and its labels have no names: pass `label_names`.")
-    labels = split.unique("label")
-    return sorted(labels) if dtype.endswith("string") else [str(index) for index in range(max(labels) + 1)]
+    rows = [Row(f"The {name}", "", label) for label in split.unique("label")]
+    return labels_of_rows(rows, name, Labels())[1] or []
 
 
-def _numbered(example: dict[str, Any], names: list[str] | None, label_names: list[str], name: str) -> dict[str, Any]:
-    """The class index of a label, which is a name, or an index into `names` or else into `label_names`."""
+def _as_number(example: dict[str, Any], name: str) -> dict[str, Any]:
     label = example["label"]
-    if isinstance(label, int) and names is None:
-        index = label if 0 <= label < len(label_names) else None
-    else:
-        label = names[label] if names is not None else label
-        index = label_names.index(label) if label in label_names else None
-    if index is None:
-        raise ValueError(f"The label {label!r} in the {name} is not one of its {len(label_names)} classes.")
-    return {"label": index}
+    if label is None or label != label:
+        raise ValueError(f"{_path_of(example)} in the {name}: the label must be a number, got {label}.")
+    return {"label": label}
+
+
+def _numbered(example: dict[str, Any], names: list[str] | None, lookup: ClassLookup, name: str) -> dict[str, Any]:
+    label = example["label"]
+    if names is not None and label is not None:
+        label = names[label]
+    return {"label": lookup(label, f"{_path_of(example)} in the {name}")}
+
+
+def _path_of(example: dict[str, Any]) -> str:
+    return next(str(example[kind]["path"]) for kind in ("video", "image") if kind in example)

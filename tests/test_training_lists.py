@@ -1,0 +1,490 @@
+"""Lists and folders as people have them: each is read right, or refused with the file and the line."""
+
+import codecs
+import json
+import tarfile
+import unicodedata
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modeling_videomamba.training.lists import LIST_SUFFIXES, read_list
+from modeling_videomamba.training.sources import find_evaluation_split, load_split, split_names
+from tests.conftest import moving_square, write_video
+
+ODD_NAMES = ["None", "NA", "N/A", "null", "nan", "NaN", "n/a", "<NA>", "#N/A", "-", "True", "false", "é", "a b", "007x"]
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def load(folder, split="train", **options):
+    """Paths relative to the folder, labels by name, or values or captions."""
+    loaded = load_split(str(folder), split, **options)
+    target = options.get("target", "label")
+    names = getattr(loaded.features[target], "names", None) if target else None
+    rows = []
+    for example in loaded:
+        path = example["video"]["path"].removeprefix(f"{folder}/")
+        value = example[target] if target else None
+        rows.append((path, names[value] if names else value))
+    return rows
+
+
+def refuses(folder, message, split="train", **options):
+    with pytest.raises(ValueError) as error:
+        load_split(str(folder), split, **options)
+    assert message in str(error.value), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# One table in every format
+
+
+def as_csv(rows, column, separator=",", end="\n"):
+    quoted = [[f'"{cell}"' if separator in cell else cell for cell in row] for row in (("path", column), *rows)]
+    return "".join(separator.join(row) + end for row in quoted)
+
+
+def as_json(rows, column):
+    return json.dumps([{"path": path, column: value} for path, value in rows], ensure_ascii=False)
+
+
+def as_lines(rows, column):
+    return "".join(json.dumps({"path": path, column: value}) + "\n" for path, value in rows)
+
+
+FORMATS = {
+    "comma": ("train.csv", as_csv),
+    "tab": ("train.tsv", lambda rows, column: as_csv(rows, column, "\t")),
+    "tab in csv": ("train.csv", lambda rows, column: as_csv(rows, column, "\t")),
+    "semicolon": ("train.csv", lambda rows, column: as_csv(rows, column, ";")),
+    "windows": ("train.csv", lambda rows, column: as_csv(rows, column, end="\r\n")),
+    "old mac": ("train.csv", lambda rows, column: as_csv(rows, column, end="\r")),
+    "blank lines": ("train.csv", lambda rows, column: "\n" + as_csv(rows, column, end="\n  \n") + "\n\n"),
+    "spaces around": ("train.csv", lambda rows, column: as_csv(rows, column).replace(",", "  , ")),
+    "pandas index": (
+        "train.csv",
+        lambda rows, column: "".join(
+            f"{i},{line}\n" for i, line in enumerate(as_csv(rows, column).splitlines())
+        ).replace("0,path", ",path"),
+    ),
+    "json": ("train.json", as_json),
+    "json lines": ("train.jsonl", as_lines),
+    "json lines in json": ("train.json", as_lines),
+    "metadata": ("train/metadata.csv", lambda rows, column: as_csv(rows, column).replace("path", "file_name", 1)),
+    "metadata lines": (
+        "train/metadata.jsonl",
+        lambda rows, column: as_lines(rows, column).replace('"path"', '"file_name"'),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_odd_names_are_names_in_every_format(tmp_path, name):
+    file, text = FORMATS[name]
+    rows = [(f"clip {index}.mp4", label) for index, label in enumerate(ODD_NAMES)]
+    write(tmp_path, file, text(rows, "label"))
+    prefix = "train/" if "metadata" in file else ""
+    for path, _ in rows if prefix else ():
+        write(tmp_path, prefix + path, "")
+    assert load(tmp_path) == [(prefix + path, label) for path, label in rows]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_captions_of_odd_words_are_texts(tmp_path, name):
+    file, text = FORMATS[name]
+    rows = [(f"{index}.mp4", caption) for index, caption in enumerate([*ODD_NAMES, "12", "0.5", "1e5"])]
+    write(tmp_path, file, text(rows, "caption"))
+    prefix = "train/" if "metadata" in file else ""
+    for path, _ in rows if prefix else ():
+        write(tmp_path, prefix + path, "")
+    assert load(tmp_path, target="captions") == [(prefix + path, [caption]) for path, caption in rows]
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+MARKS = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("name", ["comma", "tab", "json", "json lines", "metadata"])
+def test_encodings_with_a_mark_are_read(tmp_path, encoding, name):
+    file, text = FORMATS[name]
+    content = MARKS.get(encoding, b"") + text([("é.mp4", "ä"), ("o.mp4", "日")], "label").encode(encoding)
+    write(tmp_path, file, content)
+    write(tmp_path, "train/é.mp4", "")
+    assert [label for _, label in load(tmp_path)] == ["ä", "日"]
+
+
+@pytest.mark.parametrize("name", ["comma", "tab", "json", "json lines", "metadata"])
+def test_other_encodings_are_refused_with_line_and_byte(tmp_path, name):
+    file, text = FORMATS[name]
+    rows = [("x.mp4", "a"), ("y.mp4", "é")]
+    content = text(rows, "label").replace("\\u00e9", "é").encode("latin-1")
+    path = write(tmp_path, file, content)
+    write(tmp_path, "train/x.mp4", "")
+    line = content.count(b"\n", 0, content.index(b"\xe9")) + 1
+    refuses(tmp_path, f"{path}: line {line} must be text in UTF-8, got the byte 0xe9 (byte {content.index(0xE9)} of")
+    path.write_bytes(text(rows, "label").encode("utf-16-le"))
+    refuses(tmp_path, f"{path}: line 1 must be text in UTF-8, got a null character")
+
+
+# What a list may hold
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("path,label\n001,a\n002,b\n", [("001", "a"), ("002", "b")]),
+        ("path,label\n1.0,a\n1e5,b\n", [("1.0", "a"), ("1e5", "b")]),
+        ('"a, b.mp4",dance\nx.mp4,art\n', [("a, b.mp4", "dance"), ("x.mp4", "art")]),
+        ("a,b.mp4 0\nc.mp4 1\n", [("a,b.mp4", "0"), ("c.mp4", "1")]),
+        ("v/x.mp4 0\nv/y z.mp4  1 \n", [("v/x.mp4", "0"), ("v/y z.mp4", "1")]),  # as Kinetics' lists
+        ("v_Apply g01.avi 1\nw.avi 2", [("v_Apply g01.avi", "1"), ("w.avi", "2")]),  # as UCF101's
+        ("x.mp4 dance\ny.mp4 art\n", [("x.mp4", "dance"), ("y.mp4", "art")]),
+        ("path label\nx.mp4 0\n002 1\n", [("x.mp4", "0"), ("002", "1")]),
+        ('path label\n"my clip" 0\n', [("my clip", "0")]),
+        ("x.mp4\t0\ny z.mp4\t1\n", [("x.mp4", "0"), ("y z.mp4", "1")]),
+        ("x.mp4;a, b\ny.mp4;c\n", [("x.mp4", "a, b"), ("y.mp4", "c")]),
+        ("x.mp4,0\nx.mp4,0\n", [("x.mp4", "0"), ("x.mp4", "0")]),
+        ("x.mp4,True\ny.mp4,False\n", [("x.mp4", "True"), ("y.mp4", "False")]),
+        ("x.mp4,1\ny.mp4,a\nz.mp4,1\n", [("x.mp4", "1"), ("y.mp4", "a"), ("z.mp4", "1")]),
+        ("x.mp4,+1\ny.mp4,00\n", [("x.mp4", "1"), ("y.mp4", "0")]),
+        (r"C:\clips\x.mp4,0", [(r"C:\clips\x.mp4", "0")]),
+        ("https://example.org/x?id=3 0\n", [("https://example.org/x?id=3", "0")]),
+        ("path,label\n" + "d" * 100_000 + ".mp4,0\n", [("d" * 100_000 + ".mp4", "0")]),
+        (
+            "path,label\nx.mp4,Putting a, b and c\n".replace("Putting a, b and c", '"Putting a, b and c"'),
+            [("x.mp4", "Putting a, b and c")],
+        ),
+        ("label,more,path\na,,x.mp4\n", [("x.mp4", "a")]),
+    ],
+)
+def test_lists_are_read(tmp_path, text, rows):
+    write(tmp_path, "train.csv", text)
+    assert load(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("x.mp4,1.0\ny.mp4,2\n", [1.0, 2.0]),
+        ("x.mp4,1e-3\ny.mp4,-.5\n", [pytest.approx(1e-3), -0.5]),
+        ("x.mp4,1E2\ny.mp4,3.\n", [100.0, 3.0]),
+    ],
+)
+def test_numbers_with_a_point_are_values(tmp_path, text, values):
+    write(tmp_path, "train.csv", text)
+    assert [value for _, value in load(tmp_path)] == values
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "train.csv lists nothing"),
+        ("\n \n", "train.csv lists nothing"),
+        ("path,label\n", "train.csv lists nothing"),
+        ("path,label\nx.mp4,1\ny.mp4,\nz.mp4,2\n", "train.csv: line 3: `label` must not be empty"),
+        ("path,label\nx.mp4,1\n,2\n", "train.csv: line 3: the path must not be empty"),
+        ("path,label\nx.mp4,1\n,\n", "train.csv: line 3 has empty cells alone"),
+        ('path,label\nx.mp4,a\ny.mp4,b\nz.mp4,"a,b"\n', "train.csv: line 4: 'a,b' seems to be several labels"),
+        ("path,label\nx.mp4,a|b\ny.mp4,b|c\nz.mp4,a|c\n", "train.csv: line 2: 'a|b' seems to be several labels"),
+        ("path,label\nx.mp4,0\ny.mp4,2\nz.mp4,0;2\n", "train.csv: line 4: '0;2' seems to be several labels"),
+        ("path,label\nx.mp4,a,b\n", "train.csv: line 2 must have 2 columns (path, label), got 3: 'x.mp4, a, b'"),
+        ("path,label\nx, y.mp4,a\n", "train.csv: line 2 must have 2 columns (path, label), got 3"),
+        ("path,label\n\nx.mp4\n", "train.csv: line 3 must have 2 columns (path, label), got 1"),
+        ("x.mp4,1\n# a comment\ny.mp4,2\n", "train.csv: line 2 must have 2 columns"),
+        ("# a comment\nx.mp4,1\n", "must have the columns `path` and `label`, got # a comment"),
+        ("x.mp4,10,1\n", "must have the columns `path` and `label`, got more than two columns without a header"),
+        ("x.mp4 10 1\n", "must have the columns `path` and `label`"),
+        ("path,path,label\nx.mp4,y.mp4,1\n", "train.csv: line 1 has the column `path` twice"),
+        ("path,label,label\nx.mp4,0,1\n", "train.csv: line 1 has the column `label` twice"),
+        ("Path,Label\nx.mp4,1\n", "must have the columns `path` and `label`, got Path, Label"),
+        ('path,label\nx.mp4,"a\n', "train.csv: line 2 is not valid CSV"),
+        ('path,label\ny.mp4,b\n"x\ny.mp4",a\nz.mp4,c\n', "train.csv: line 3: the path must be one line"),
+        ('path,label\nx.mp4,"a\nb"\n', "train.csv: line 2: the name of a class must be one line"),
+        ("path,label\nx.mp4,0.5\ny.mp4,1\nz.mp4,NA\n", "train.csv: line 4: the label 'NA' is no number, and 0.5"),
+        ("path,label\nx.mp4,-1\n", "train.csv: line 2: a class must be a number from 0 to 99999, got -1"),
+        ("path,label\nx.mp4,0\ny.mp4,1000000000\n", "train.csv: line 3: a class must be a number from 0 to 99999"),
+        ("path,label\nx.mp4,0\ny.jpg,1\n", "train.csv: line 3: "),
+        ("path label\nx.mp4 riding a bike\n", "train.csv: line 2 must have 2 words, got 'x.mp4 riding a bike'"),
+        ("path,label\nx.mp4," + "a" * 140_000, "train.csv: line 2 is not valid CSV: field larger than"),
+    ],
+)
+def test_lists_are_refused_with_the_line(tmp_path, text, message):
+    write(tmp_path, "train.csv", text)
+    refuses(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("[]", "train.json lists nothing"),
+        ("", "train.json lists nothing"),
+        ('[{"path": "x.mp4", "label": null}]', "train.json: line 1: `label` must be text or a number, got null"),
+        ('[\n{"path": "x.mp4"}]', "train.json: line 2 must have the columns `path` and `label`, got path"),
+        ('[{"path": "x.mp4", "label": true}]', "line 1: `label` must be text or a number, got true"),
+        ('[{"path": "x.mp4", "label": ["a", "b"]}]', 'must be one text or number, got ["a", "b"]: a video has one'),
+        ('[{"path": 1, "label": "a"}]', "line 1: `path` must be text, got 1"),
+        ('[{"path": null, "label": "a"}]', "line 1: `path` must be text, got null"),
+        (
+            '{"path": "x.mp4", "label": 1}\n{"path": "y.mp4", "label": "a"}\n',
+            "line 1: the label 1 is a number, and 'a'",
+        ),
+        ('[{"path": "x.mp4", "label": 0.5},\n{"path": "y.mp4", "label": "a"}]', "line 2: the label 'a' is no number"),
+        ('[{"path": "x.mp4", "label": NaN}]', "line 1 is not valid JSON: NaN"),
+        ('[{"path": "x.mp4", "label": 1}\n{"path": "y.mp4", "label": 1}]', "line 2 is not valid JSON"),
+        ('[{"path": "x.mp4", "label": 1},\n', "line 2 is not valid JSON: the list has no end"),
+        ('[{"path": "x.mp4", "label": 1}] 7', "line 1 is not valid JSON: the list has no end, or something after it"),
+        ('{"path": "x.mp4", "label": 1}\n{"path": "y.mp4", "lab', "line 2 is not valid JSON"),
+        ("[1]", "line 1 must be an object with names and values, got 1"),
+        ("[" * 100_000, "line 1 is not valid JSON"),
+        ('[{"path": "x.mp4", "label": ""}]', "line 1: `label` must not be empty"),
+    ],
+)
+def test_json_is_refused_with_the_line(tmp_path, entries, message):
+    write(tmp_path, "train.json", entries)
+    refuses(tmp_path, message)
+
+
+def test_words_in_json_stay_words(tmp_path):
+    write(tmp_path, "train.json", as_json([("x.mp4", "10"), ("y.mp4", "2")], "label"))
+    assert load_split(str(tmp_path), "train").features["label"].names == ["10", "2"]
+    write(tmp_path, "val.csv", "x.mp4,2\ny.mp4,10\n")
+    assert load(tmp_path, "validation", label_names=["10", "2"]) == [("x.mp4", "2"), ("y.mp4", "10")]
+
+
+@pytest.mark.parametrize("value", ["null", '["a", null]', '["a", 1]', "true", '{"a": 1}'])
+def test_captions_in_json_are_texts(tmp_path, value):
+    write(tmp_path, "train.jsonl", f'{{"path": "x.mp4", "caption": "a"}}\n{{"path": "y.mp4", "caption": {value}}}\n')
+    if value == "null":
+        assert load(tmp_path, target="captions")[1] == ("y.mp4", [])
+    else:
+        refuses(tmp_path, "train.jsonl: line 2: a caption must be text, got", target="captions")
+
+
+# Train and test
+
+
+def test_numbers_of_the_test_split_are_names_where_training_had_names(tmp_path):
+    write(tmp_path, "train.csv", "a.mp4,1\nb.mp4,2\nc.mp4,10\nd.mp4,x\n")
+    names = load_split(str(tmp_path), "train").features["label"].names
+    assert names == ["1", "10", "2", "x"]
+    write(tmp_path, "test.csv", "a.mp4,2\nb.mp4,10\n")
+    assert load(tmp_path, "test", label_names=names) == [("a.mp4", "2"), ("b.mp4", "10")]
+    write(tmp_path, "test.csv", "a.mp4,2\nb.mp4,3\n")
+    refuses(tmp_path, "test.csv: line 2: the label '3' is not one of the 4 classes", "test", label_names=names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.mp4,0\n", "test.csv: line 1: the label '0' is not one of the 2 classes (art, dance)"),
+        ("a.mp4,art\nb.mp4,other\n", "test.csv: line 2: the label 'other' is not one"),
+        ("a.mp4,0.5\n", "test.csv: line 1: the label '0.5' is not one"),
+    ],
+)
+def test_classes_found_in_training_have_no_numbers(tmp_path, text, message):
+    write(tmp_path, "test.csv", text)
+    refuses(tmp_path, message, "test", label_names=["art", "dance"], indices=False)
+
+
+def test_numbers_are_indices_into_given_names(tmp_path):
+    write(tmp_path, "test.csv", "a.mp4,1\nb.mp4,0\nc.mp4,art\n")
+    assert [label for _, label in load(tmp_path, "test", label_names=["art", "dance"])] == ["dance", "art", "art"]
+
+
+def test_classes_by_number_and_by_name_do_not_mix(tmp_path):
+    write(tmp_path, "test.csv", "a.mp4,dance\n")
+    refuses(tmp_path, "the label 'dance' is not one of the 2 classes (0, 1)", "test", label_names=["0", "1"])
+    write(tmp_path, "test.csv", "a.mp4,1.0\n")
+    refuses(tmp_path, "the label '1.0' is not one of the 2 classes", "test", label_names=["0", "1"])
+    write(tmp_path, "test.csv", "a.mp4,1\nb.mp4,high\n")
+    refuses(tmp_path, "test.csv: line 2: the labels of the split 'test'", "test", regression=True)
+
+
+# Folders
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", moving_square(2)).read_bytes()
+
+
+ODD_FOLDERS = ["clips [v2]", "clips *", "what?", "{a,b}", "train", "test of me", "ümlaut", "a::b", "a#b", "100%"]
+
+
+@pytest.mark.parametrize("name", ODD_FOLDERS)
+@pytest.mark.parametrize("layout", ["classes", "flat", "list", "metadata", "shards"])
+def test_folders_of_any_name(tmp_path, clip, name, layout):
+    folder = tmp_path / name
+    if layout == "classes":
+        for label in ("[x]", "train set", "{y}"):
+            write(folder, f"train/{label}/*.mp4", clip)
+            write(folder, f"val/{label}/?.mp4", clip)
+        assert [label for _, label in load(folder)] == ["[x]", "train set", "{y}"]
+        assert load(folder, "validation")[0] == ("val/[x]/?.mp4", "[x]")
+        assert split_names(str(folder)) == ["train", "validation"]
+    elif layout == "flat":
+        write(folder, "x [1].mp4", clip)
+        assert load(folder, target=None) == [("x [1].mp4", None)]
+    elif layout == "list":
+        write(folder, "train.csv", "x [1].mp4,a\n")
+        assert load(folder) == [("x [1].mp4", "a")]
+    elif layout == "metadata":
+        write(folder, "train/x [1].mp4", clip)
+        write(folder, "train/metadata.csv", "file_name,label\nx [1].mp4,NA\n")
+        assert load(folder) == [("train/x [1].mp4", "NA")]
+    elif "::" not in name:  # which `datasets` reads as a chain of addresses
+        for split in ("train", "test"):
+            write(folder, "x", "")
+            with tarfile.open(folder / f"{split}-0.tar", "w") as archive:
+                for suffix, content in (("mp4", clip), ("cls", b"1")):
+                    archive.add(write(tmp_path, f"x.{suffix}", content), f"x.{suffix}")
+        split = load_split(str(folder), "train", label_names=["a", "b"])
+        assert [example["label"] for example in split] == [1] and len(split[0]["video"]["bytes"]) == len(clip)
+        assert find_evaluation_split(str(folder)) == "test"
+
+
+def test_folders_of_classes(tmp_path, clip):
+    for name in (
+        "train/a/1.mp4",
+        "train/None/1.MP4",
+        "train/test drive/1.mkv",
+        "train/.hidden/1.mp4",
+        "train/a/._1.mp4",
+    ):
+        write(tmp_path, name, clip)
+    write(tmp_path, "train/a/1.jpg", "a thumbnail")
+    assert load(tmp_path) == [
+        ("train/None/1.MP4", "None"),
+        ("train/a/1.mp4", "a"),
+        ("train/test drive/1.mkv", "test drive"),
+    ]
+    assert split_names(str(tmp_path)) == ["train"]
+    with pytest.raises(ValueError, match="must have a split validation or test, got train"):
+        find_evaluation_split(str(tmp_path))
+    write(tmp_path, "train/b/deeper/1.mp4", clip)
+    refuses(tmp_path, "each file must be in the folder of its class")
+    assert len(load(tmp_path, target=None)) == 4
+    refuses(tmp_path, "must have captions", target="captions")
+    refuses(tmp_path, f"{tmp_path} has no split test, it has train", "test")
+
+
+def test_files_without_the_folder_of_a_class(tmp_path, clip):
+    write(tmp_path, "train/1.mp4", clip)
+    refuses(tmp_path, f"each file must be in the folder of its class, {tmp_path / 'train/1.mp4'} is in none")
+
+
+@pytest.mark.parametrize("label", ["a\nb", "a\tb", "a\rb"])
+def test_a_class_with_a_line_break_is_refused(tmp_path, clip, label):
+    write(tmp_path, "train/x/1.mp4", clip)
+    write(tmp_path, f"train/{label}/1.mp4", clip)
+    refuses(tmp_path, "must be one line without control characters")
+
+
+@pytest.mark.parametrize("name", ["../x.mp4", "/etc/x.mp4", "http://example.org/x.mp4", "a/../../x.mp4"])
+def test_metadata_stays_in_its_folder(tmp_path, clip, name):
+    write(tmp_path, "train/x.mp4", clip)
+    path = write(tmp_path, "train/metadata.csv", f"file_name,label\nx.mp4,a\n{name},b\n")
+    refuses(tmp_path, f"{path}: line 3: `file_name` must be a file below {path.parent}, got {name!r}")
+
+
+# Accents: composed (NFC) as editors write them, decomposed (NFD) as some file systems have them
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+def test_names_match_files_whatever_the_form_of_their_accents(tmp_path, clip, listed, stored):
+    path = write(tmp_path, unicodedata.normalize(stored, "dossier é/ä ö.mp4"), clip)
+    write(tmp_path, "train.csv", unicodedata.normalize(listed, "path,label\ndossier é/ä ö.mp4,é\nnöne.mp4,é\n"))
+    assert load_split(str(tmp_path), "train")[0]["video"]["path"] == str(path)
+    assert load(tmp_path)[0][1] == unicodedata.normalize("NFC", "é")
+
+
+def test_a_name_that_matches_two_files_is_refused(tmp_path, clip):
+    """Neither of which is the name itself: the accents of one letter are composed, of the other not."""
+    for first, second in (("NFC", "NFD"), ("NFD", "NFC")):
+        name = unicodedata.normalize(first, "é") + unicodedata.normalize(second, "ä") + ".mp4"
+        write(tmp_path, name, clip)
+    write(tmp_path, "train.csv", unicodedata.normalize("NFC", "éä.mp4,a\n"))
+    refuses(tmp_path, "train.csv: line 1: 'éä.mp4' must be one file, and 2 have this name")
+
+
+def test_classes_match_whatever_the_form_of_their_accents(tmp_path, clip):
+    write(tmp_path, unicodedata.normalize("NFD", "train/é/1.mp4"), clip)
+    write(tmp_path, "train/a/1.mp4", clip)
+    names = load_split(str(tmp_path), "train").features["label"].names
+    assert names == ["a", unicodedata.normalize("NFC", "é")]
+    write(tmp_path, unicodedata.normalize("NFC", "test/é/1.mp4"), clip)
+    split = load_split(str(tmp_path), "test", label_names=[unicodedata.normalize("NFD", name) for name in names])
+    assert split["label"] == [1]
+
+
+# Shards
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([{"label": "a"}, {"label": None}], "the label None is not one of the 1 classes"),
+        ([{"label": 2}, {"label": 3}], None),
+        ([{"label": 0.5}, {"label": None}], "the label must be a number, got None"),
+        ([{"label": "a"}, {"label": 1}], "can't be read"),
+        ([{"label": True}, {"label": False}], "must be text or numbers, got Value('bool')"),
+        ([{"label": ["a"]}, {"label": ["b"]}], "must be text or numbers, got List"),
+    ],
+)
+def test_labels_in_shards(tmp_path, clip, labels, message):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        for index, label in enumerate(labels):
+            for suffix, content in (("mp4", clip), ("json", json.dumps(label))):
+                archive.add(write(tmp_path, f"x.{suffix}", content), f"{index}.{suffix}")
+    (tmp_path / "x.mp4").unlink()
+    (tmp_path / "x.json").unlink()
+    if message is None:
+        assert [example["label"] for example in load_split(str(tmp_path), "train")] == [2, 3]
+    else:
+        with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            load_split(str(tmp_path), "train", label_names=["a"] if "1 classes" in message else None)
+
+
+# Any table
+
+
+texts = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=12).map(str.strip)
+cells = texts.filter(bool)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(cells, cells), min_size=1, max_size=6), suffix=st.sampled_from(LIST_SUFFIXES))
+def test_any_table_comes_back(tmp_path, rows, suffix):
+    if suffix in (".json", ".jsonl"):
+        content = as_lines(rows, "label")
+    else:
+        separator = "\t" if suffix == ".tsv" else ","
+        quote = lambda cell: '"' + cell.replace('"', '""') + '"'  # noqa: E731
+        content = "".join(separator.join(map(quote, row)) + "\n" for row in [("path", "label"), *rows])
+    found = read_list(write(tmp_path, f"x{suffix}", content), "label")
+    assert [(row.path, row.value, row.where) for row in found] == [
+        (path, label, f"{tmp_path / 'x'}{suffix}: line {number}")
+        for number, (path, label) in enumerate(rows, start=1 + (suffix in (".csv", ".tsv")))
+    ]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=40) | st.text('path,label.mp40 1\t\n"é{}[]:;', max_size=40).map(str.encode),
+    suffix=st.sampled_from(LIST_SUFFIXES),
+)
+def test_any_file_is_read_or_refused(tmp_path, content, suffix):
+    path = write(tmp_path, f"x{suffix}", content)
+    for target in ("label", "captions", None):
+        try:
+            assert read_list(path, target)
+        except ValueError as error:
+            assert str(path) in str(error)
