@@ -3,7 +3,9 @@
 import argparse
 import base64
 import io
+import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -17,11 +19,13 @@ from torchvision.transforms.v2.functional import to_pil_image
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor, VideoClassificationPipeline, logging
 
 from modeling_videomamba import VideoMambaVideoProcessor
+from modeling_videomamba.training.data import BROKEN
 from modeling_videomamba.training.guarded_video import GuardedVideo
 from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.plots import restore_pixels
-from modeling_videomamba.training.search import Hit, Search, Text, find, load_search
-from modeling_videomamba.training.windows import prepare_frames
+from modeling_videomamba.training.previews import clock_time, write_preview
+from modeling_videomamba.training.search import Hit, Search, Text, find, load_search, warn_of
+from modeling_videomamba.training.windows import Window, open_video, prepare_frames, read_media
 from modeling_videomamba.video_processing_videomamba import sample_frame_indices
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +77,7 @@ def check_video(video: GuardedVideo) -> None:
     """Raises `ValueError` for a video that is too long or whose frames are too large."""
     minutes = video.seconds / 60
     if minutes > MAX_MINUTES:
-        raise ValueError(f"{video.name}: too long, {minutes:.1f} minutes. {LIMITS}")
+        raise ValueError(f"{video.name}: too long, {clock_time(video.seconds)}. {LIMITS}")
     check_sides(video.name, video.width, video.height)
 
 
@@ -169,7 +173,7 @@ def classify(
         what the video is, how long it took and the frames.
     """
     if file is None:
-        return show_message(f"There is no video yet: upload or record one, or pick an example. {LIMITS}"), None, ""
+        return show_message(f"There is no video: upload or record one, or pick an example. {LIMITS}"), None, ""
     name = file.get("orig_name") or Path(file["path"]).name
     began = time.perf_counter()
     try:
@@ -190,19 +194,41 @@ def classify(
 
 
 @torch.inference_mode()
-def search_videos(search: Search, model: Any, processor: Any, text: str) -> str:
-    """What is found for a text, or a message."""
+def search_videos(search: Search, model: Any, processor: Any, text: str) -> tuple[str, list[Hit]]:
+    """What is found for a text, or a message, and the hits."""
     if len(text) > MAX_CHARACTERS:
-        return show_message(f"The text has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read.")
+        return show_message(f"The text has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read."), []
     began = time.perf_counter()
     try:
         hits, _ = find(search, Text(text, model, processor), TOP_HITS, with_pixels=True)
     except ValueError as error:
-        return show_message(str(error))
+        return show_message(str(error)), []
     lines = [f"<p>{len(search.rows)} clips searched in {1000 * (time.perf_counter() - began):.0f} ms</p>"]
     if search.left_out:
         lines.append(f"<p>Left out, as changed or unreadable since they were indexed: {len(search.left_out)}</p>")
-    return "".join(lines + [show_hit(hit, processor.video_processor) for hit in hits])
+    if warning := warn_of(hits):
+        lines.append(show_message(f"{warning[0].upper()}{warning[1:]}."))
+    return "".join(lines + [show_hit(hit, processor.video_processor) for hit in hits]), hits
+
+
+def offer(search: Search, model: Any, processor: Any, text: str) -> tuple[str, gr.Radio, None, list[Window]]:
+    """What is found for a text, which hits can be played, an empty player, and the windows of the hits."""
+    shown, hits = search_videos(search, model, processor, text)
+    choices = [(f"{rank}. {hit.window.path} {hit.time}", rank - 1) for rank, hit in enumerate(hits, 1)]
+    return shown, gr.Radio(choices, value=None, visible=bool(hits)), None, [hit.window for hit in hits]
+
+
+def play(search: Search, windows: list[Window], chosen: int) -> Iterator[gr.Video]:
+    """A hit for the player. Raises `gr.Error`, which the page shows, for a file that can't be read any more."""
+    window = windows[chosen]
+    with tempfile.TemporaryDirectory() as folder:  # until Gradio has taken the file from it
+        path = Path(folder, "hit.mp4")
+        try:
+            with open_video(read_media(search.root, window.path)) as reader:
+                write_preview(reader, window.start, window.end, path)
+        except BROKEN as error:
+            raise gr.Error(str(error)) from error
+        yield gr.Video(str(path), visible=True)
 
 
 # The page
@@ -246,7 +272,7 @@ def build_classify_tab(name: str, classifier: VideoClassificationPipeline) -> No
             if examples := find_examples(name):
                 gr.Examples([[str(path)] for path in examples], [video], cache_examples=False)
         with gr.Column():
-            labels = gr.Label(label=f"Labels by {Path(name).name}", num_top_classes=TOP_LABELS, elem_id="labels")
+            labels = gr.Label(label=f"Labels by {shown_name(name)}", num_top_classes=TOP_LABELS, elem_id="labels")
             details = gr.HTML(elem_id="details")
     # without `preprocess` the name that the user knows the file by is kept
     button.click(
@@ -261,6 +287,12 @@ def build_classify_tab(name: str, classifier: VideoClassificationPipeline) -> No
     )
 
 
+def shown_name(model: str) -> str:
+    """A model's name for people: of what a run leaves, `best` says less than the folder of the run."""
+    path = Path(model).resolve()
+    return f"{path.parent.name}/{path.name}" if path.is_dir() and path.name in ("best", "last") else path.name
+
+
 def find_examples(model: str) -> list[Path]:
     return sorted((Path(model) if Path(model).is_dir() else HERE).glob("*.mp4"))
 
@@ -268,16 +300,19 @@ def find_examples(model: str) -> list[Path]:
 def build_search_tab(search: Search, model: Any, processor: Any) -> None:
     text = gr.Textbox(label="What the videos show", max_lines=1, elem_id="text")
     button = gr.Button("Search", variant="primary")
-    hits = gr.HTML(elem_id="hits")
+    choice = gr.Radio(label="Play a hit (without sound)", visible=False, elem_id="choice")
+    player = gr.Video(label="Hit", visible=False, autoplay=True, elem_id="player")
+    hits, windows = gr.HTML(elem_id="hits"), gr.State([])
     gr.on(
         [button.click, text.submit],
-        partial(search_videos, search, model, processor),
+        partial(offer, search, model, processor),
         text,
-        hits,
+        [hits, choice, player, windows],
         concurrency_limit=1,
         concurrency_id="model",
         api_name="search",
     )
+    choice.input(partial(play, search), [windows, choice], player, concurrency_limit=1, api_visibility="private")
 
 
 def load_classifier(name: str) -> VideoClassificationPipeline:

@@ -32,6 +32,7 @@ from modeling_videomamba.training.search import (
     embed_clip,
     find,
     load_search,
+    warn_of,
 )
 from modeling_videomamba.training.settings import check_settings
 from modeling_videomamba.training.video_text_models import fingerprint, load_retrieval_model
@@ -197,6 +198,8 @@ def print_table(hits: list[Hit], search: Search, times: dict[str, float]) -> Non
     if "rerank_ms" in times:
         took += f", re-ranking {times['rerank_ms']:.0f} ms"
     print(f"{len(search.rows)} clips; {took}")
+    if warning := warn_of(hits):
+        print(warning)
 
 
 def print_json(hits: list[Hit], search: Search, times: dict[str, float]) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import av
+import gradio
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ import page as page_module
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
 from modeling_videomamba.training import windows
 from modeling_videomamba.training.search import load_search
+from modeling_videomamba.training.windows import Window
 from tests.conftest import NANO, NANO_VIDEO_TEXT, ROOT, write_video
 from tests.launching import ENVIRONMENT, SCRIPTS, assert_finished, run, start, wait_until, write_broken_videos
 from tests.models import build
@@ -227,7 +229,7 @@ def test_what_is_beyond_the_limits_is_told(page, tmp_path):
     write_video(tmp_path / "long.mp4", np.zeros((7200, 16, 16, 3), np.uint8), "mpeg4")
     write_video(tmp_path / "wide.mp4", np.zeros((2, 16, 5000, 3), np.uint8), "mpeg4")
     expect(page.locator("body")).to_contain_text(page_module.LIMITS)
-    for name, reason in (("long", "too long, 12.0 minutes"), ("wide", "too large, 5000 x 16 pixels")):
+    for name, reason in (("long", "too long, 12:00"), ("wide", "too large, 5000 x 16 pixels")):
         classify(page, tmp_path / f"{name}.mp4")
         expect(page.get_by_role("alert")).to_have_text(f"{name}.mp4: {reason}. {page_module.LIMITS}")
         assert page.locator("#labels h2").count() == 0 and sizes_of_images(page, "#details") == []
@@ -244,7 +246,7 @@ def test_what_need_not_be_uploaded_is_refused_before(page, tmp_path):
     upload(page, tmp_path / "notes.txt")
     expect(page.locator("body")).to_contain_text("Invalid file type: notes.txt. Only")
     button(page, "Classify").click()
-    expect(page.get_by_role("alert")).to_contain_text("There is no video yet")
+    expect(page.get_by_role("alert")).to_contain_text("There is no video: upload or record one")
     assert page.locator("#video video").count() == 0 and page.locator("#labels h2").count() == 0
 
 
@@ -264,8 +266,17 @@ def test_a_text_finds_its_clip(page, clips):
         expect(hits.first).to_contain_text(re.compile(rf"{path} 0:00.0:02, similarity 0\.\d+, match 0\.[5-9]\d*"))
         assert hits.count() == NUM_CLIPS and sizes_of_images(page, "#hits") == [32] * 8 * NUM_CLIPS
         expect(page.locator("#hits")).to_contain_text(re.compile(rf"{NUM_CLIPS} clips searched in \d+ ms"))
+    page.locator("#choice input").first.check()
+    player = page.locator("#player video")
+    expect(player).to_be_visible()
+    page.wait_for_function("document.querySelector('#player video').readyState >= 2")
+    assert player.evaluate("video => [video.videoWidth, video.videoHeight, video.duration]") == [64, 64, 2]
+    search(page, "a horse jumps over a fence in the rain")
+    expect(page.get_by_role("alert")).to_contain_text("Nothing fits well: the best match has a probability of 0.")
+    expect(player).to_have_count(0)
     search(page, " ")
     expect(page.get_by_role("alert")).to_have_text("the text is empty")
+    expect(page.locator("#choice")).to_have_count(0)
 
 
 @needs_browser
@@ -343,10 +354,25 @@ def test_playlists_do_not_occupy_the_page(address, tmp_path):
         assert answer.startswith("event: complete") and f"{name}: not a video" in answer
 
 
+def test_what_a_run_leaves_is_named_by_the_run(tmp_path):
+    (tmp_path / "digits" / "best").mkdir(parents=True)
+    assert page_module.shown_name(str(tmp_path / "digits" / "best")) == "digits/best"
+    assert [page_module.shown_name(name) for name in (str(NANO), "org/my-model")] == ["videomamba-nano", "my-model"]
+
+
+def test_a_hit_whose_file_is_gone_is_told(clips, index, tmp_path):
+    search, _, _ = load_search(index, "embedding")
+    search.root = str(tmp_path)
+    name = search.rows[0]["path"]
+    window = Window(**search.rows[0])
+    with pytest.raises(gradio.Error, match=f"{name}: no such video file"):
+        next(page_module.play(search, [window], 0))
+
+
 def test_a_text_without_end_is_not_read(index):
     model_and_more = load_search(index, "embedding")
-    answer = page_module.search_videos(*model_and_more, "word " * 10**6)
-    assert answer == page_module.show_message("The text has 5,000,000 characters, at most 1,000 are read.")
+    answer, hits = page_module.search_videos(*model_and_more, "word " * 10**6)
+    assert not hits and answer == page_module.show_message("The text has 5,000,000 characters, at most 1,000 are read.")
 
 
 def test_files_that_are_too_large_are_not_opened(tmp_path):

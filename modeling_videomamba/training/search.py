@@ -16,9 +16,11 @@ from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .collection import SETTINGS, Collection, check_faiss, embed, load_table
 from .data import BROKEN
+from .previews import clock_time
 from .video_text_models import fingerprint, load_retrieval_model
 from .windows import ShardError, Window, find_remote, locate, open_video, read_media, window_pixels
 
+MIN_MATCH = 0.5  # probability that a video matches a text, of one that fits
 RERANKED = 32  # candidates, if no other number is asked for
 FUSED_TOGETHER = 8  # windows of a batch
 
@@ -43,14 +45,15 @@ class Hit:
 
     @property
     def time(self) -> str:
-        """From when to when, in minutes and seconds."""
-        end = "end" if self.window.end is None else _minutes(self.window.end)
-        return f"{_minutes(self.window.start)}\N{EN DASH}{end}"
+        """From when to when."""
+        end = "end" if self.window.end is None else clock_time(self.window.end)
+        return f"{clock_time(self.window.start)}\N{EN DASH}{end}"
 
 
-def _minutes(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 60}:{whole % 60:02}"
+def warn_of(hits: list[Hit]) -> str:
+    """What to tell where the fusion layers find that no hit matches; else, or where they were not asked, nothing."""
+    best = max((hit.probability for hit in hits if hit.probability is not None), default=1.0)
+    return "" if best >= MIN_MATCH else f"nothing fits well: the best match has a probability of {best:.3f}"
 
 
 class Search:
