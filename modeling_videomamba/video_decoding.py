@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # processes that only decode do without them: their import ta
     import torch
 
     from .video_metadata import TimedVideoMetadata
+
+Frame = tuple[Any, "np.ndarray | None"]  # `av.video.frame.VideoFrame` and its display matrix
 
 
 def is_video_source(video: Any) -> bool:
@@ -103,7 +106,8 @@ class VideoFile:
         self.name, self.file = name, file
         self.video = OpenedVideo(name, file, max_pixels=max_pixels, num_threads=num_threads)
         self.reformatter = self.video.av.video.reformatter.VideoReformatter()  # one for all: each is costly to set up
-        self._is_recounted = False
+        self._is_recounted, self._position = False, -1
+        self._decoded: Iterator[tuple[int, Frame]] = iter(())
         try:
             self.index = index or read_index(self.video)
         except BaseException:
@@ -127,6 +131,12 @@ class VideoFile:
 
         return TimedVideoMetadata.of(self.index, "pyav")
 
+    def is_turned(self) -> bool:
+        """Whether the frames are shown in another orientation than they are stored in."""
+        self._position = -1
+        _, matrix = self._frame(0)
+        return matrix is not None and not np.array_equal(np.sign(matrix), np.eye(2))
+
     def frames(self, indices: Sequence[int]) -> torch.Tensor:
         """RGB frames `(len(indices), 3, height, width)`, uint8, upright. Raises `ValueError` for no indices."""
         if len(indices) == 0:
@@ -146,22 +156,21 @@ class VideoFile:
         RGB frames `(height, width, 3)`, uint8, upright, one after the other, so that not all of a large video have to
         be held. `indices` must not decrease. Raises `BrokenVideoError` at a frame that can't be decoded.
         """
-        self._decoded: Iterator[tuple[int, Any]] = iter(())
         self._position, shape = -1, None
         for index, repeats in itertools.groupby(indices):
-            image = self._to_rgb(self._frame(index))
+            image = self._to_rgb(*self._frame(index))
             shape = shape or image.shape
             if image.shape != shape:
                 sizes = sorted({shape[:2], image.shape[:2]})
                 raise BrokenVideoError(self.name, f"its frames have several sizes: {sizes}")
             yield from (image for _ in repeats)
 
-    def _to_rgb(self, frame: Any) -> np.ndarray:
-        """`(height, width, 3)`, uint8, turned upright as the file asks (videos of phones are stored lying)."""
+    def _to_rgb(self, frame: Any, matrix: np.ndarray | None) -> np.ndarray:
+        """`(height, width, 3)`, uint8, as the file asks (videos of phones are stored lying, or mirrored)."""
         rgb = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(rgb, k=round(frame.rotation / 90)))
+        return rgb if matrix is None else np.ascontiguousarray(_turn(rgb, matrix))
 
-    def _frame(self, index: int) -> Any:
+    def _frame(self, index: int) -> Frame:
         while True:
             try:
                 if self._position < 0 or self.index.keyframe_before(index) > self._position + 1:
@@ -191,10 +200,11 @@ class VideoFile:
             if keyframe <= 0:
                 break
             try:
+                matrix = self._first_matrix
                 self.video.seek(self.index.seek_to(keyframe))
             except BrokenVideoError:  # not every container can
                 break
-            decoded = self._numbered(keyframe)
+            decoded = self._numbered(keyframe, matrix)
             first = next(decoded, None)
             if first is not None and first[0] <= index and first[0] == self.index.keyframe_before(first[0]):
                 self._decoded = itertools.chain([first], decoded)
@@ -206,14 +216,14 @@ class VideoFile:
         self.video.restart()
         self._decoded = self._numbered(0)
 
-    def _numbered(self, first: int) -> Iterator[tuple[int, Any]]:
+    def _numbered(self, first: int, matrix: np.ndarray | None = None) -> Iterator[tuple[int, Frame]]:
         """
         Numbers and frames from where the file stands, without those before frame `first`; ends where the file can't be
         decoded further. Raises [`_MisnumberedError`] if the numbers are not consecutive.
         """
-        held: list[tuple[int, Any]] = []  # a frame is in doubt until the next one has come
+        held: list[tuple[int, Frame]] = []  # a frame is in doubt until the next one has come
         expected = None
-        for number, frame in self._known_frames():
+        for number, frame in self._known_frames(matrix):
             if number < first:
                 continue
             if number != expected and expected is not None:
@@ -222,22 +232,48 @@ class VideoFile:
             held.append((number, frame))
             if self.index.is_certain or len(held) > 1:
                 yield held.pop(0)
-        if expected not in (None, self.index.num_frames) and self.video.failure is None:
+        is_short = expected not in (None, self.index.num_frames) and self.video.failure is None
+        if is_short and self.index.label:
             raise _MisnumberedError
         yield from held
 
-    def _known_frames(self) -> Iterator[tuple[int, Any]]:
-        if self.index.label is None:
-            return enumerate(frame for _, frame in self.video.decoded(lambda _: None))
-        decoded = self.video.decoded(operator.attrgetter(self.index.label))
-        return ((self.index.number(label), frame) for label, frame in decoded)
+    def _known_frames(self, matrix: np.ndarray | None) -> Iterator[tuple[int, Frame]]:
+        """Numbers and frames; a display matrix holds until a frame has another one."""
+        label = self.index.label
+        decoded = self.video.decoded(operator.attrgetter(label) if label else lambda _: None)
+        for count, (value, frame) in enumerate(decoded):
+            matrix = matrix if (own := _display_matrix(frame)) is None else own
+            yield self.index.number(value) if label else count, (frame, matrix)
+
+    @cached_property
+    def _first_matrix(self) -> np.ndarray | None:
+        """Display matrix of the first frame, where the codec may say it once for all frames."""
+        if self.video.codec not in ("h264", "hevc", "vvc"):
+            return None
+        self.video.seek(int(self.index.seeks[0]))
+        _, frame = next(self.video.decoded(lambda _: None), (None, None))
+        return None if frame is None else _display_matrix(frame)
+
+
+def _display_matrix(frame: Any) -> np.ndarray | None:
+    """Where a point of a frame is shown: `(x, y) @ matrix`, `(2, 2)`."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2]
+
+
+def _turn(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """A picture `(height, width, 3)` mirrored and turned by multiples of 90 degrees."""
+    sizes = np.abs(matrix.astype(np.int64))
+    if np.trace(sizes) < sizes.sum() / 2:
+        image, matrix = image.swapaxes(0, 1), matrix[::-1]
+    return image[:: -1 if matrix[1, 1] < 0 else 1, :: -1 if matrix[0, 0] < 0 else 1]
 
 
 class _MisnumberedError(Exception):
     """Frames come in another order than the index has them."""
 
 
-def _find(decoded: Iterator[tuple[int, Any]], index: int) -> Any | None:
+def _find(decoded: Iterator[tuple[int, Frame]], index: int) -> Frame | None:
     """The frame of this number, if it comes before any later one."""
     number, frame = next((item for item in decoded if item[0] >= index), (-1, None))
     return frame if number == index else None
@@ -285,8 +321,8 @@ def _decode_with_torchcodec(reader: VideoFile, indices: Sequence[int]) -> torch.
     # from other containers (AVI with B-frames, MPEG-TS) it returns wrong frames without an error
     if decoder_class is None or not reader.video.container.format.name.startswith(("mov,", "matroska,")):
         return None
-    # it goes by the timestamps, and always seeks
-    if not (index.is_certain and index.label == "pts" and len(index.keyframes)):
+    # it goes by the timestamps, always seeks, and knows no mirrors
+    if not (index.is_certain and index.label == "pts" and len(index.keyframes)) or reader.is_turned():
         return None
     try:
         source = reader.file if isinstance(reader.file, str) else reader.file.getvalue()

@@ -1,0 +1,65 @@
+"""Frames are turned and mirrored as the file asks."""
+
+import struct
+
+import av
+import numpy as np
+import pytest
+
+from modeling_videomamba.video_decoding import VideoFile
+from tests.test_video_order import CASES, decode_in_order, encode, pictures
+
+# a, b, c, d of the display matrix; (x, y) is shown at (ax + cy, bx + dy), as FFmpeg shows it
+ORIENTATIONS = {
+    (1, 0, 0, 1): lambda frame: frame,
+    (-1, 0, 0, 1): lambda frame: frame[:, ::-1],
+    (1, 0, 0, -1): lambda frame: frame[::-1],
+    (-1, 0, 0, -1): lambda frame: frame[::-1, ::-1],
+    (0, 1, 1, 0): lambda frame: frame.swapaxes(0, 1),
+    (0, 1, -1, 0): lambda frame: np.rot90(frame, -1),
+    (0, -1, 1, 0): lambda frame: np.rot90(frame),
+    (0, -1, -1, 0): lambda frame: frame[::-1, ::-1].swapaxes(0, 1),
+}
+
+
+@pytest.mark.parametrize("matrix", ORIENTATIONS)
+def test_display_matrices(tmp_path, matrix):
+    path = encode(tmp_path / "video.mp4", "h264 with B-frames")
+    data, (a, b, c, d) = bytearray(path.read_bytes()), (65536 * value for value in matrix)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    expected = [ORIENTATIONS[matrix](frame) for frame in decode_in_order(path)]
+    with VideoFile("video", str(path)) as reader:
+        assert reader.is_turned() == (matrix != (1, 0, 0, 1))
+        assert np.array_equal(list(reader.decode(range(30))), expected)
+        for index in (0, 17, 29):
+            assert np.array_equal(next(reader.decode([index])), expected[index])
+
+
+def test_an_orientation_that_is_said_once_holds_for_all_frames(tmp_path):
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "8", "keyint_min": "8"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures(30)]
+        packets = [packet for frame in [*frames, None] for packet in stream.encode(frame)]
+        # a message in front of the first frame: a quarter turn against the clock
+        first = av.Packet(bytes.fromhex("00000001 062f03 080009 80") + bytes(packets[0]))
+        first.pts, first.dts, first.time_base = packets[0].pts, packets[0].dts, packets[0].time_base
+        first.stream, first.is_keyframe = stream, True
+        container.mux([first, *packets[1:]])
+    expected = [np.rot90(frame) for frame in decode_in_order(path)]
+    with VideoFile("video", str(path)) as reader:
+        assert len(reader.index.keyframes) == 4 and reader.is_turned()
+    for index in (29, 8, 0, 13):
+        with VideoFile("video", str(path)) as reader:
+            assert np.array_equal(next(reader.decode([index])), expected[index])
+            assert np.array_equal(list(reader.decode(range(index, 30))), expected[index:])
+
+
+def test_a_file_of_ffmpeg():
+    path = CASES / "rot_sei.mp4"
+    expected = [np.rot90(frame) for frame in decode_in_order(path)]
+    with VideoFile("video", str(path)) as reader:
+        assert np.array_equal(list(reader.decode(range(20))), expected)
+        assert np.array_equal(next(reader.decode([19])), expected[19])
