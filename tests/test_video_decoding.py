@@ -6,7 +6,9 @@ import shutil
 import struct
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,16 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from modeling_videomamba import BrokenVideoError, video_decoding
+from modeling_videomamba import BrokenVideoError, __version__, video_decoding
 from modeling_videomamba.video_decoding import VideoFile, read_frames
 from modeling_videomamba.video_opening import OpenedVideo
 from tests.conftest import moving_square, write_video
+from tests.test_video_order import CASES
 
 
 def all_frames(path):
     """Every frame, decoded from the first to the last."""
-    import av
-
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
@@ -81,6 +82,72 @@ def test_a_url_is_downloaded(video, server):
         read_frames(f"{server}/nowhere.mp4")
     with pytest.raises(OSError, match="http://: can't be downloaded"):
         read_frames("http://")
+
+
+def test_servers_see_who_asks(video):
+    agents = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            agents.append(self.headers["User-Agent"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(video.read_bytes())
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.handle_request, daemon=True).start()
+        read_frames(f"http://127.0.0.1:{running.server_port}/video.mp4", sampler(0))
+    assert agents == [f"modeling-videomamba/{__version__}"]
+
+
+def write_streams(path, *sizes, default=None):
+    """One of 8 frames for each size, those with the numbers `default` marked as the default."""
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=10) for _ in sizes]
+        for number, (stream, size) in enumerate(zip(streams, sizes, strict=True)):
+            (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+            if default is not None:
+                stream.disposition = av.stream.Disposition.default if number in default else 0
+        for stream, (width, height) in zip(streams, sizes, strict=True):
+            for frame in (*moving_square(8, 64)[:, :height, :width], None):
+                frame = frame if frame is None else av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))
+                container.mux(stream.encode(frame))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "sizes", "default", "expected"),
+    [
+        ("mkv", [(32, 16), (64, 48), (48, 48)], [2], (48, 48)),
+        ("mkv", [(64, 48), (32, 16)], [1], (32, 16)),
+        ("mkv", [(32, 16), (64, 48)], [0], (32, 16)),
+        ("mp4", [(32, 16), (64, 48), (48, 48)], [0, 1, 2], (64, 48)),
+        ("ts", [(32, 16), (64, 48), (48, 48)], None, (64, 48)),
+        ("avi", [(64, 48), (32, 16)], None, (64, 48)),
+    ],
+)
+def test_of_several_streams_the_default_or_largest_is_read(tmp_path, suffix, sizes, default, expected):
+    path = write_streams(tmp_path / f"video.{suffix}", *sizes, default=default)
+    frames, metadata = read_frames(path)
+    assert (*frames.shape, metadata.total_num_frames) == (8, 3, expected[1], expected[0], 8)
+
+
+def test_a_file_of_ffmpeg_with_two_streams():
+    assert read_frames(CASES / "two.mkv")[0].shape == (20, 3, 48, 64)
+
+
+def test_an_animated_avif_has_all_its_frames(tmp_path):
+    """Its first stream is a still picture."""
+    path = tmp_path / "video.avif"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libsvtav1", rate=10, options={"preset": "12", "svtav1-params": "lp=1"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for frame in (*moving_square(8, 64), None):
+            container.mux(stream.encode(frame if frame is None else av.VideoFrame.from_ndarray(frame)))
+    frames, metadata = read_frames(path)
+    assert len(frames) == metadata.total_num_frames == 8
+    assert (frames.float().mean((1, 2, 3)).diff() > 10).all()
 
 
 def test_few_frames_of_a_long_video_are_sought(tmp_path, without_torchcodec, monkeypatch):
@@ -195,6 +262,86 @@ def test_a_decoder_from_datasets_is_read_anew_from_its_file(video):
 # What can't be read
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec", "known", "unknown"),
+    [
+        ("mp4", "libx264", "avc1", "xyz1"),
+        ("avi", "mpeg4", "FMP4", "xyz1"),
+        ("mkv", "mpeg4", "V_MPEG4/ISO/ASP", "V_NOBODY/KNOWS1"),
+    ],
+)
+def test_a_codec_without_a_decoder(tmp_path, suffix, codec, known, unknown):
+    path = write_video(tmp_path / f"video.{suffix}", moving_square(8), codec)
+    path.write_bytes(path.read_bytes().replace(known.encode(), unknown.encode()))
+    with pytest.raises(
+        BrokenVideoError, match=rf"video\.{suffix}: there is no decoder for its video codec '{unknown}'"
+    ):
+        read_frames(path)
+
+
+def test_a_file_cut_within_its_header(tmp_path):
+    path = write_video(tmp_path / "video.mp4", moving_square(45))
+    front = tmp_path / "front.mp4"
+    with av.open(str(path)) as source, av.open(str(front), "w", options={"movflags": "faststart"}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in (packet for packet in source.demux(video=0) if packet.size):
+            packet.stream = stream
+            target.mux(packet)
+    data = front.read_bytes()
+    for end in range(data.index(b"moov") + 4, data.index(b"mdat"), 16):
+        with pytest.raises(BrokenVideoError, match="video from bytes: truncated so that no frame can be read"):
+            read_frames(data[:end])
+
+
+def test_files_of_ffmpeg_that_cannot_be_read():
+    with pytest.raises(BrokenVideoError, match=r"unknown_fourcc\.mp4: there is no decoder for its video codec 'xyz1'"):
+        read_frames(CASES / "unknown_fourcc.mp4")
+    with pytest.raises(BrokenVideoError, match=r"h264-ts-225-flips\.ts: "):
+        read_frames(CASES / "h264-ts-225-flips.ts")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [IndexError("list index out of range"), AttributeError("no"), ValueError("no"), OSError(5, "no"), EOFError()],
+)
+@pytest.mark.parametrize("where", ["open", "demux", "decode"])
+def test_whatever_pyav_raises_is_a_broken_file(video, monkeypatch, where, error):
+    def fail(*_, **__):
+        raise error
+
+    if where == "open":
+        monkeypatch.setattr(av, "open", fail)
+    else:
+        restart = OpenedVideo.restart
+
+        def restart_with_failure(self):
+            restart(self)
+            parts = {"demux": self.container.demux, "decode": self.stream.codec_context.decode, where: fail}
+            self.container = SimpleNamespace(**parts, format=self.container.format, close=self.container.close)
+            self.stream = SimpleNamespace(
+                codec_context=SimpleNamespace(**parts, codec=self.stream.codec_context.codec, has_b_frames=True),
+                frames=45,
+                index_entries=[],
+            )
+
+        monkeypatch.setattr(OpenedVideo, "restart", restart_with_failure)
+    with pytest.raises(BrokenVideoError, match=r"square\.mp4: "):
+        read_frames(video)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_other_errors_are_not_those_of_the_file(video, monkeypatch, error):
+    monkeypatch.setattr(av, "open", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(error):
+        read_frames(video)
+
+
+def test_a_file_that_may_not_be_read(video, monkeypatch):
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(PermissionError):
+        read_frames(video)
+
+
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.mp4"):
         read_frames(tmp_path / "nowhere.mp4")
@@ -221,8 +368,6 @@ def test_not_a_video(tmp_path, name):
 
 
 def write_sound(path, codec="aac"):
-    import av
-
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -238,8 +383,6 @@ def test_no_video_stream(tmp_path):
 
 
 def test_no_frame(tmp_path):
-    import av
-
     path = tmp_path / "nothing.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)
@@ -251,8 +394,6 @@ def test_no_frame(tmp_path):
 
 
 def test_a_truncated_file_says_how_many_frames_can_be_read(tmp_path):
-    import av
-
     whole = write_video(tmp_path / "whole.mp4", moving_square(45))
     # with its index at the front, as on the web, a truncated file still opens
     path = tmp_path / "truncated.mp4"

@@ -101,3 +101,18 @@ def test_cut_files_of_ffmpeg(name, share):
 def test_half_a_file_of_windows_media():
     with pytest.raises(BrokenVideoError, match=r"half_wmv\.wmv: truncated: 2\d of more frames can be read"):
         read_frames(CASES / "half_wmv.wmv")
+
+
+@pytest.mark.parametrize("name", [*FILES, *OPEN_ENDED])
+def test_mutated_files_raise_no_other_error(tmp_path, name):
+    data = write(tmp_path / f"video.{name}", *(FILES | OPEN_ENDED)[name], num_frames=12).read_bytes()
+    rng = np.random.default_rng(list(name.encode()))
+    for _ in range(20):
+        mutated = np.frombuffer(data, np.uint8).copy()
+        places = rng.integers(0, rng.integers(1, len(data)), rng.integers(1, 20))
+        mutated[places] = rng.integers(0, 256, len(places), np.uint8)
+        try:
+            frames, metadata = read_frames(mutated.tobytes())
+            assert len(frames) == metadata.total_num_frames > 0
+        except BrokenVideoError as error:
+            assert str(error).startswith("video from bytes: ")
