@@ -169,7 +169,7 @@ def upload(args: argparse.Namespace, folder: Path, files: list[StagedFile], repo
             commit_message=message,
             revision=args.revision,
             create_pr=args.pull_request,
-            parent_commit=before.sha,  # nobody has committed since the card was read
+            parent_commit=before.sha,  # the Hub refuses it if the card was edited since
         )
     except RuntimeError as error:  # of the upload of one file, with its reason
         raise OSError(f"{error} {error.__cause__ or ''}") from error

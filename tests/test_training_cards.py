@@ -96,7 +96,7 @@ FORMS = [
 
 
 def parts(secret):
-    """Of a secret, what would tell somebody something: its runs of letters and digits, but for the shortest."""
+    """The runs of three and more letters and digits of a secret."""
     return re.findall(r"[A-Za-z0-9]{3,}", secret)
 
 

@@ -1,4 +1,4 @@
-"""What a run may publish: commands without folders and secrets, and cards that were not edited where they would go."""
+"""What may be published: words without folders and secrets, files of a model, and cards that replace no edited ones."""
 
 import hashlib
 import re
@@ -40,7 +40,7 @@ def public_command(words: list[str]) -> str:
 def public_word(word: str) -> str:
     """A word of a command line: an option, `option=value` or a value."""
     option, equals, value = word.partition("=") if word.startswith("-") and "=" in word else ("", "", word)
-    while (plain := unquote(value)) != value:  # what is escaped says the same to a server
+    while (plain := unquote(value)) != value:  # an escaped signature gives access too
         value = plain
     shown = option + equals + _public_value(value)
     return SECRET.sub(rf"\1{HIDDEN}", TOKEN.sub(HIDDEN, shown))
@@ -62,7 +62,7 @@ def _public_value(value: str) -> str:
     if is_on_hub(value):
         return value
     parts = re.split(r"[/\\]+", value.rstrip("/\\"))
-    if re.search(r"[?#]", "/".join(parts[:-1])):  # a folder, or what gives access: no way to tell
+    if re.search(r"[?#]", "/".join(parts[:-1])):  # the last part may be the end of a signature
         return HIDDEN
     return re.split(r"[?#]", parts[-1])[0].rsplit("@", 1)[-1]
 
@@ -96,7 +96,7 @@ def seal(text: str) -> str:
 
 
 def was_edited(published: str, text: str) -> bool:
-    """Whether a published card says something that neither [`seal`] has sealed nor `text`, the new one, says."""
+    """Whether a published card was not sealed by [`seal`] or was changed since, and differs from `text`, the new one."""
     match = SEAL.search(published)
     is_ours = match is not None and match[1] == _digest(_unsealed(published))
     return not is_ours and _unsealed(published) != _unsealed(text)
@@ -112,7 +112,7 @@ def _digest(text: str) -> str:
 
 def check_card(api: HfApi, repo_id: str, text: str, revision: str | None = None) -> None:
     """
-    Raises `ValueError` if a repository has a card that somebody else wrote or edited, which `text` would overwrite, and
+    Raises `ValueError` if `text` would overwrite a card that was written or edited in another way than by [`seal`], and
     `OSError` if the Hub can't be asked.
     """
     try:

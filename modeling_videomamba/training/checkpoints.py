@@ -26,8 +26,8 @@ def save_checkpoint(
     accelerator: Accelerator, folder: Path, step: int, save: Callable[[Path], None], state: Any
 ) -> None:
     r"""
-    Writes `folder/step-N`, which appears under that name once it is whole, and then removes all other states but the
-    one before it.
+    Writes a state and renames it to `folder/step-N` once it is whole. Then removes all other states but the one before
+    it.
 
     Args:
         accelerator (`Accelerator`): All processes take part.
@@ -131,7 +131,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     The newest state in a folder that is as it was written.
 
     Returns:
-        `tuple`: the state, `None` where there is none, and a line for each newer one, which is damaged.
+        `tuple`: the state, or `None` where there is none; and a line for each newer state, all of which are damaged.
 
     Raises:
         [`RunError`]: if all states are damaged.

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from .diagnosis import RunError
 
 LOCK_FILE = "lock"
-LOCK_SECONDS = 1  # longer than another run needs to find out whether the folder is in use
+LOCK_SECONDS = 1  # `check_folder` of another run holds the lock for a moment
 WRITING = ".writing-"
-# what torch.save says where a file ends before its data
+# messages of torch.save where the disk takes less than it writes
 CUT_FILES = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 
@@ -28,7 +28,7 @@ class FolderInUseError(RunError, ValueError):
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps others from writing to a folder, which is made. Raises [`FolderInUseError`] where another run writes."""
+    """Makes a folder and keeps other runs from writing to it. Raises [`FolderInUseError`] where another run writes."""
     folder.mkdir(parents=True, exist_ok=True)
     file_lock = FileLock(folder / LOCK_FILE, timeout=LOCK_SECONDS)
     try:
@@ -82,7 +82,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str | None:
-    """Why a file could not be written, or `None` where that is not what the error says."""
+    """Why a file could not be written, `None` for an error with another cause."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError | SafetensorError):

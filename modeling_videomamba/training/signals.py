@@ -1,17 +1,17 @@
-"""Signals that end a run: they let the step at hand and its state come to an end first."""
+"""Signals that end a run after the step at hand, with its state saved."""
 
 import os
 import signal
 import time
 from typing import Any
 
-REPEATS_SECONDS = 1.0  # a launcher passes on what the terminal may have sent already
+REPEATS_SECONDS = 1.0  # one Ctrl-C may arrive twice, from the terminal and from a launcher
 
 
 class StopSignals:
     """
-    A context in which SIGTERM, which clusters send, and SIGINT, which Ctrl-C sends, are only recorded, as `received`. A
-    further SIGINT ends the process at once, with status 130. Must be entered in the main thread.
+    A context in which SIGTERM (sent by clusters) and SIGINT (sent by Ctrl-C) are only recorded, as `received`. A further
+    SIGINT ends the process at once, with status 130. Must be entered in the main thread.
     """
 
     received: signal.Signals | None = None
@@ -28,7 +28,7 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._since = signal.Signals(signum), now
-            if signum == signal.SIGINT:  # os.write, because a print that was interrupted can't be entered again
+            if signum == signal.SIGINT:  # os.write, because the signal may have interrupted a print
                 os.write(2, b"\nends after this step and saves its state; Ctrl-C again ends at once\n")
         elif signum == signal.SIGINT and now - self._since > REPEATS_SECONDS:
             os._exit(128 + signum)
