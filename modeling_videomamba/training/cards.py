@@ -96,7 +96,7 @@ def seal(text: str) -> str:
 
 
 def was_edited(published: str, text: str) -> bool:
-    """Whether a published card was not sealed by [`seal`] or was changed since, and differs from `text`, the new one."""
+    """Whether a published card was not sealed by [`seal`] or changed since, and differs from `text`, the new one."""
     match = SEAL.search(published)
     is_ours = match is not None and match[1] == _digest(_unsealed(published))
     return not is_ours and _unsealed(published) != _unsealed(text)

@@ -10,7 +10,7 @@ REPEATS_SECONDS = 1.0  # one Ctrl-C may arrive twice, from the terminal and from
 
 class StopSignals:
     """
-    A context in which SIGTERM (sent by clusters) and SIGINT (sent by Ctrl-C) are only recorded, as `received`. A further
+    A context in which SIGTERM (sent by clusters) and SIGINT (sent by Ctrl-C) are only recorded, as `received`. Another
     SIGINT ends the process at once, with status 130. Must be entered in the main thread.
     """
 
