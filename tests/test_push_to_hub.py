@@ -138,6 +138,16 @@ def test_a_dry_run_stages_what_is_published_then(client, folder, tmp_path):
     assert again.returncode == 1 and f"{there} must be empty" in again.stderr
 
 
+def test_a_dry_run_leaves_nothing_that_git_sees(monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(NANO), "--dry-run", "org/name"])
+    push_to_hub.main()
+    assert (tmp_path / "staged" / "name" / "model.safetensors").is_file()
+    seen = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    assert seen == ""
+
+
 def test_an_upload_that_fails_in_the_middle_goes_on(client, folder):
     client.hub.failing_uploads = {1: 403}
     options = (folder / "image.pth", "org/image", "--card", folder / "card.md", "--max-shard-size", "20KB")

@@ -120,6 +120,9 @@ class ClassificationRun(TrainingRun):
             draw_confusion_matrix(self.predictions, self.label_names or [], path)
         return {}
 
+    def classes(self) -> list[str]:
+        return self.label_names or []
+
     def pipeline_tag(self) -> str:
         return f"{self.kind}-classification"
 

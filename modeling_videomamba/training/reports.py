@@ -1,12 +1,17 @@
 """What a run leaves for its reader: pictures and a model card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
 
+from .cards import CARD as CARD_FILE
 from .evaluation import Predictions
+from .names import SECONDS
 from .plots import pyplot
 
 METRICS = {
@@ -31,6 +36,7 @@ METRICS = {
 }
 LOSSES = ("loss", "evaluation_loss", "mean_feature_loss")
 MAX_NAMED_CLASSES = 40
+UNKNOWN_LICENCE = "unknown"
 
 CARD = """---
 {{ card_data }}
@@ -44,12 +50,18 @@ A [VideoMamba](https://huggingface.co/papers/2403.06977) model, trained on `{{ d
 |---|---|
 {% for name, value in results.items() %}| {{ name }} | {{ "%.4f" | format(value) }} |
 {% endfor %}
-## Use
+{% if licence == "unknown" %}Its licence is not stated: set `license` in the first lines before you publish it.
+
+{% endif %}## Use
 
 ```python
 {{ use }}
 ```
+{% if classes %}
+## Classes
 
+{{ classes | length }}: {{ classes | join(", ") }}
+{% endif %}
 ## Training
 
 {{ steps }} steps of {{ views_per_step }} views on {{ processes }} process(es), seed {{ seed }}{{ broken }}.
@@ -71,10 +83,12 @@ def draw_curves(records: list[dict[str, Any]], path: Path) -> None:
     }
     figure, axes = plots.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained")
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
-        for name in names:
+        for number, name in enumerate(names):
             points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            # wider and further behind from line to line, so that none hides another of the same values
+            style = {"linewidth": 1.5 + 2 * number, "zorder": 3 - number / len(names), "label": name}
             if points:
-                axis.plot(*zip(*points, strict=True), marker="." if title == "evaluation" else None, label=name)
+                axis.plot(*zip(*points, strict=True), marker="." if title == "evaluation" else None, **style)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -104,6 +118,25 @@ def draw_confusion_matrix(predictions: Predictions, names: list[str], path: Path
     plots.close(figure)
 
 
+def origin_of(start: str | None) -> dict[str, Any]:
+    """
+    `base_model` and `licence` of what is trained from a directory or a Hub id: for a directory what its card says, for
+    a Hub id the id itself and the licence that the Hub tells, if it can be reached.
+    """
+    if start is None:
+        return {}
+    card = Path(start, CARD_FILE)
+    try:
+        if Path(start).is_dir():
+            data = ModelCard.load(card).data if card.is_file() else ModelCardData()
+            base_model = data.base_model
+        else:
+            data, base_model = HfApi().model_info(start, timeout=SECONDS).card_data or ModelCardData(), start
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):
+        return {"base_model": None if Path(start).is_dir() else start}
+    return {"base_model": base_model, "licence": data.license or UNKNOWN_LICENCE}
+
+
 def model_card(
     *,
     model_name: str,
@@ -112,7 +145,9 @@ def model_card(
     split: str,
     results: dict[str, float],
     use: str,
-    base_model: str | None = None,
+    classes: Sequence[str] = (),
+    base_model: str | list[str] | None = None,
+    licence: str = UNKNOWN_LICENCE,
     **facts: Any,
 ) -> ModelCard:
     r"""
@@ -124,7 +159,9 @@ def model_card(
         dataset_name, split (`str`): What `results` were measured on.
         results (`dict[str, float]`): Metrics.
         use (`str`): Python code.
-        base_model (`str`, *optional*): Id on the Hub of the model that training started from.
+        classes (`Sequence[str]`): Names of the classes, in order.
+        base_model (`str` or `list[str]`, *optional*): Id on the Hub of the model that training started from.
+        licence (`str`, defaults to `"unknown"`): As the Hub names it.
         facts: What else the template shows.
 
     Returns:
@@ -147,9 +184,11 @@ def model_card(
         library_name="transformers",
         pipeline_tag=pipeline_tag,
         base_model=base_model,
+        license=licence,
         tags=["videomamba", "mamba"],
         eval_results=evaluations or None,
     )
     shown = {METRICS[name]: value for name, value in results.items()}
-    template = {"model_name": model_name, "dataset_name": dataset_name, "split": split, "results": shown, **facts}
+    template = {"model_name": model_name, "dataset_name": dataset_name, "split": split, "results": shown}
+    template |= {"licence": licence, "classes": [f"`{name}`" for name in classes], **facts}
     return ModelCard.from_template(data, template_str=CARD, use=use.strip(), **template)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ from videomamba_arguments import (
 )
 
 from .augmentation import training_transform
-from .cards import CARD, check_card, is_on_hub, public_command, public_name, reason_to_keep, seal, without_signatures
+from .cards import CARD, check_card, public_command, public_name, reason_to_keep, seal, without_signatures
 from .checkpoints import list_checkpoints
 from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, test_batches
 from .diagnosis import NothingReadError, RunError
 from .loop import STATES, Batch, Trainer, make_accelerator
 from .models import load_processor
 from .output import check_folder, lock, read_object, remove_unfinished, replace_files, writing
-from .reports import draw_curves, model_card
+from .reports import draw_curves, model_card, origin_of
 from .settings import differences
 from .sources import Split
 from .workers import iterate
@@ -158,6 +159,10 @@ class TrainingRun(ABC):
     def start(self) -> str | None:
         """Directory or Hub id that the model started from."""
         return self.args.model.model
+
+    def classes(self) -> list[str]:
+        """Names of the classes that the model tells apart, for its card."""
+        return []
 
     def report(self) -> dict[str, Any]:
         """Draws and prints what the run leaves besides its curves, and returns what its summary says besides."""
@@ -347,7 +352,8 @@ class TrainingRun(ABC):
             results=metrics,
             use=self.card_use(model_name),
             start=f"from `{public_name(start)}`" if start is not None else "from scratch",
-            base_model=start if start is not None and is_on_hub(start) else None,
+            classes=self.classes(),
+            **self._origin,
             steps=progress.step,
             views_per_step=self.views_per_step,
             processes=self.accelerator.num_processes,
@@ -355,6 +361,10 @@ class TrainingRun(ABC):
             broken=f"; {broken} broken files were left out" if broken else "",
             command=public_command(sys.argv),
         )
+
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        return origin_of(self.start())
 
     def _report(self) -> None:
         output_dir, trainer = self.args.run.output_dir, self.trainer
