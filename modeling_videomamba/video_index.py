@@ -167,7 +167,8 @@ def decode_index(video: OpenedVideo) -> FrameIndex:
 
 def _scan(video: OpenedVideo) -> _Packets:
     """Reads all packets that give a frame. Raises `BrokenVideoError` for a truncated or empty file."""
-    rows, num_packets, is_cut, format_name = [], 0, False, video.container.format.name
+    rows, num_packets, is_cut, is_damaged = [], 0, False, False
+    format_name = video.container.format.name
     try:
         for packet in video.packets():
             is_cut = packet.is_corrupt and format_name != "mpegts"  # recordings end anywhere
@@ -175,13 +176,14 @@ def _scan(video: OpenedVideo) -> _Packets:
             if _gives_frame(video, packet):
                 size_and_kind = packet.size, packet.duration, packet.is_keyframe
                 rows.append((packet.pts, packet.dts, packet.pos, *size_and_kind))
-    except BrokenVideoError:
-        is_cut = True
+    except BrokenVideoError as error:
+        is_cut, is_damaged = True, not video.is_end(error.__cause__)
     values = [[MISSING if value is None else int(value) for value in row] for row in rows]
     packets = _Packets(*np.array(values, np.int64).reshape(-1, 6).T)
     num_expected = 0 if format_name == "gxf" else len(video.stream.index_entries)  # GXF has one for each field
-    if is_cut or num_packets < num_expected or is_truncated(video.file):
-        reason = f"truncated: {len(packets)} of {video.stream.frames or 'more'} frames can be read"
+    if (is_short := is_truncated(video.file)) or is_cut or num_packets < num_expected:
+        state = "damaged" if is_damaged and not is_short else "truncated"
+        reason = f"{state}: {len(packets)} of {video.stream.frames or 'more'} frames can be read"
         raise BrokenVideoError(video.name, reason, len(packets))
     if len(packets) == 0:
         raise BrokenVideoError(video.name, "it has no frame, or is truncated before the first one")

@@ -162,9 +162,12 @@ class OpenedVideo:
         except Exception as error:
             if isinstance(error, MemoryError) and not isinstance(error, self.av.error.FFmpegError):
                 raise
-            is_end = isinstance(error, self.av.error.EOFError) or getattr(error, "errno", None) == errno.EIO
-            detail = "" if is_end else getattr(error, "strerror", None) or str(error)
+            detail = "" if self.is_end(error) else getattr(error, "strerror", None) or str(error)
             raise BrokenVideoError(self.name, f"{reason} ({detail})" if detail else reason) from error
+
+    def is_end(self, error: BaseException | None) -> bool:
+        """Whether an error of PyAV says no more than that the file is at its end."""
+        return isinstance(error, self.av.error.EOFError) or getattr(error, "errno", None) == errno.EIO
 
     def packets(self) -> Iterator[Any]:
         """Packets from where the file stands. Raises `BrokenVideoError` where it can't be read further."""

@@ -289,14 +289,14 @@ def test_a_file_cut_within_its_header(tmp_path):
             target.mux(packet)
     data = front.read_bytes()
     for end in range(data.index(b"moov") + 4, data.index(b"mdat"), 16):
-        with pytest.raises(BrokenVideoError, match="video from bytes: truncated so that no frame can be read"):
+        with pytest.raises(BrokenVideoError, match="video from bytes: truncated"):
             read_frames(data[:end])
 
 
 def test_files_of_ffmpeg_that_cannot_be_read():
     with pytest.raises(BrokenVideoError, match=r"unknown_fourcc\.mp4: there is no decoder for its video codec 'xyz1'"):
         read_frames(CASES / "unknown_fourcc.mp4")
-    with pytest.raises(BrokenVideoError, match=r"h264-ts-225-flips\.ts: "):
+    with pytest.raises(BrokenVideoError, match=r"h264-ts-225-flips\.ts: damaged: 26 of more frames"):
         read_frames(CASES / "h264-ts-225-flips.ts")
 
 
