@@ -69,6 +69,8 @@ def load(args: Any, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
     """Model, processor and split, which has the labels of the model."""
     if data.streaming:
         raise ValueError("--streaming is for training: which videos have been tested must be known")
+    if data.validation_share is not None:
+        raise ValueError("--validation-share is for training: pass --split train to test on all of it")
     split_name = args.split or find_evaluation_split(data.data)
     model = load_model(VideoMambaForVideoClassification, args.model)
     names = None

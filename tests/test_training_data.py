@@ -25,6 +25,7 @@ from modeling_videomamba.training.data import (
     collate,
     cut_into_windows,
     decode_clips,
+    hold_back,
     media_id,
     test_batches,
 )
@@ -365,3 +366,25 @@ def test_targets_without_mixing():
 def test_wrong_augmentation_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LabelledAugmentationArguments(**wrong)
+
+
+# What is held back of the training data
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
+def test_each_class_is_held_back_alike(share):
+    labels = [0] * 100 + [1] * 10 + [2] * 2 + [3]
+    np.random.default_rng(0).shuffle(labels)
+    held_back = hold_back(labels, share, 7, by_class=True)
+    assert held_back == sorted(set(held_back)) == hold_back(labels, share, 7, by_class=True)
+    counts = [sum(labels[index] == label for index in held_back) for label in range(4)]
+    assert counts == [{0.01: 1, 0.2: 20, 0.5: 50, 0.99: 99}[share], {0.01: 1, 0.2: 2, 0.5: 5, 0.99: 9}[share], 1, 0]
+    others = [hold_back(labels, share, seed, by_class=True) for seed in range(5)]
+    assert len(set(map(tuple, others))) > 1
+
+
+def test_values_are_held_back_at_random():
+    values = [float(value) for value in range(50)]
+    held_back = hold_back(values, 0.3, 0, by_class=False)
+    assert len(held_back) == 15 and held_back != list(range(15))
+    assert hold_back([1.0], 0.3, 0, by_class=False) == []

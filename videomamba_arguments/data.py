@@ -53,6 +53,19 @@ class LabelledDataArguments(DataArguments):
     )
     regression: bool = field(default=False, metadata={"help": "whole numbers are values to predict, not classes"})
 
+    validation_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of each class of the split train to evaluate on, 0 to 1, where there is no other split "
+            "(default: there must be a split validation or test)"
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.validation_share is not None and not 0 < self.validation_share < 1:
+            raise ValueError(f"--validation-share must be above 0 and below 1, got {self.validation_share}")
+
     def label_names(self) -> list[str] | None:
         """Names of `label_file`. Raises `OSError` or `ValueError` as `load_labels` of the package."""
         if self.label_file is None:

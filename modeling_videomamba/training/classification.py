@@ -15,14 +15,14 @@ from videomamba_arguments import (
 )
 
 from .augmentation import Mixing
-from .data import TestViews, cut_into_windows
+from .data import TestViews, cut_into_windows, hold_back
 from .evaluation import Predictions, class_scores, compute_metrics, predict
 from .loop import Batch
 from .losses import classification_loss, regression_loss
 from .models import load_classifier
 from .reports import draw_confusion_matrix
 from .run import Arguments, TrainingRun
-from .sources import find_evaluation_split, load_split, media_kind
+from .sources import EVALUATION_SPLITS, Split, find_evaluation_split, load_split, media_kind, split_names
 
 CARD_USE = """
 from transformers import pipeline
@@ -75,9 +75,8 @@ class ClassificationRun(TrainingRun):
         mixing = self.args.augmentation
         if self.regression and (mixing.mixup or mixing.cutmix or mixing.label_smoothing):
             raise ValueError("--mixup, --cutmix and --label-smoothing are for classes, the labels are numbers")
-        self.evaluation_name = find_evaluation_split(data.data)
         options |= {"regression": self.regression, "label_names": self.label_names, "indices": names is not None}
-        self.test_split = load_split(data.data, self.evaluation_name, **options)
+        self.evaluation_name, self.test_split = self._evaluation_split(options)
         if media_kind(self.test_split) != self.kind:
             raise ValueError(
                 f"{data.data}: the training split has a column {self.kind}, the {self.evaluation_name} split not"
@@ -85,6 +84,34 @@ class ClassificationRun(TrainingRun):
         if data.clip_seconds is not None:
             self.train_split = cut_into_windows(self.train_split, data.clip_seconds, data.clip_stride_seconds)
             self.test_split = cut_into_windows(self.test_split, data.clip_seconds, data.clip_stride_seconds)
+
+    def _evaluation_split(self, options: dict[str, Any]) -> tuple[str, Split]:
+        """Name and data of the split to evaluate on, or what is held back of the split train."""
+        data = self.args.data
+        has_split = set(EVALUATION_SPLITS) & set(split_names(data.data))
+        if data.validation_share is None:
+            if not has_split:
+                raise ValueError(
+                    f"{data.data} has no split validation or test: "
+                    "--validation-share 0.2 evaluates on a fifth of the split train"
+                )
+            name = find_evaluation_split(data.data)
+            return name, load_split(data.data, name, **options)
+        share = f"--validation-share {data.validation_share:g}"
+        if has_split:
+            raise ValueError(f"{share}: {data.data} has a split {min(has_split)} to evaluate on")
+        if data.streaming:
+            raise ValueError(f"{share}: --streaming doesn't tell beforehand what there is to hold back")
+        seed, examples = self.args.run.seed, len(self.train_split)
+        held_back = hold_back(self.train_split["label"], data.validation_share, seed, by_class=not self.regression)
+        if not held_back:
+            raise ValueError(f"{share} of {examples} training examples holds none back: there must be more of a class")
+        kept = sorted(set(range(examples)) - set(held_back))
+        test_split, self.train_split = self.train_split.select(held_back), self.train_split.select(kept)
+        if self.accelerator.is_main_process:
+            way = "at random" if self.regression else "of each class alike"
+            print(f"evaluates on {len(held_back)} of {examples} training examples, drawn {way} ({share}, seed {seed})")
+        return "validation", test_split
 
     def load_model(self) -> PreTrainedModel:
         return load_classifier(self.args.model, self.kind, self.label_names, **self.model_changes)

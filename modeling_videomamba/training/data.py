@@ -6,7 +6,7 @@ seed and the epoch, the random choices of an example from these and its index. S
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -317,6 +317,22 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "names": [item["name"] for item in items],
         "broken": [item["broken"] for item in items if item["broken"] is not None],
     }
+
+
+def hold_back(labels: Sequence[Any], share: float, seed: int, by_class: bool) -> list[int]:
+    """
+    Indices of a share of the examples, sorted, the same for the same labels and seed: of each class alike, or of all
+    at once. A class keeps at least one example, and with two or more at least one is held back.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, label in enumerate(labels):
+        groups.setdefault(label if by_class else None, []).append(index)
+    found: list[int] = []
+    for number, (_, members) in enumerate(sorted(groups.items(), key=lambda group: group[1][0])):
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        order = np.random.default_rng([seed, number]).permutation(len(members))
+        found += [members[place] for place in order[:count]]
+    return sorted(found)
 
 
 def cut_into_windows(split: Split, seconds: float, stride_seconds: float) -> Split:
