@@ -5,7 +5,7 @@ import shlex
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_videomamba.training.cards import (
@@ -100,6 +100,7 @@ def parts(secret):
     return re.findall(r"[A-Za-z0-9]{3,}", secret)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(FORMS), SECRETS, PLAIN, st.sampled_from(["{}", "--data={}", "--more-data={}"]))
 def test_no_form_of_a_secret_is_published(form, secret, name, option):
     if form == "hf_{0}":

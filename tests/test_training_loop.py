@@ -430,6 +430,9 @@ def test_damage_is_found(two_states, tmp_path, file, damage):
     found, (line,) = find_checkpoint(tmp_path / "states")
     assert found == before
     assert line.startswith("the state of step 4 is damaged: ") and "\n" not in line
+    assert ("bytes instead of" in line) == (
+        file != "checksums.json" and damage in ("empty", "cut", "other JSON", "no checksums")
+    )
     # what the checksums say first where they are damaged themselves, is about another file
     assert str(newest / file) in line or (file == "checksums.json" and str(newest) in line)
     DAMAGE[damage](before / file)

@@ -15,6 +15,7 @@ import safetensors
 import torch
 from accelerate.utils import other as accelerate_saving
 from PIL import Image
+from torch._utils import ExceptionWrapper
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import finetune
@@ -23,6 +24,7 @@ import pretrain_video_text
 from modeling_videomamba.training import checkpoints, classification, output, run
 from modeling_videomamba.training.cards import was_edited
 from modeling_videomamba.training.checkpoints import list_checkpoints
+from modeling_videomamba.training.data import BrokenImageError, BrokenVideoError, MissingCaptionError, broken_file
 from modeling_videomamba.training.output import lock, replace_files
 from tests.conftest import forget_accelerator, tiny_config
 
@@ -170,7 +172,8 @@ def test_a_run_that_is_refused_leaves_no_folder(train, tmp_path):
 
 def test_two_runs_do_not_write_one_folder(train, tmp_path, monkeypatch):
     """Whether the other run has begun before this one starts, or while it loads its data."""
-    with lock(tmp_path / "out"):
+    with lock(tmp_path / "out"), monkeypatch.context() as patch:
+        patch.setattr(classification, "load_classifier", lambda *_, **__: pytest.fail("it began to load"))
         for options in ((), ("--resume",)):
             _, code = train(tmp_path / "out", *options)
             assert code == f"error: another run is writing {tmp_path / 'out'}: wait for its end"
@@ -354,6 +357,35 @@ def test_examples_that_can_no_longer_be_read_end_a_run_with_a_line(pictures, tra
         path.write_text("no picture")
     _, code = train(tmp_path / "out", "--data", tmp_path / "data", "--on-broken-video", "skip")
     assert code.startswith("error: no example of the test split can be read: 4 broken files, the first: ")
+
+
+def test_a_broken_file_ends_a_run_with_a_line(pictures, train, tmp_path):
+    shutil.copytree(pictures, tmp_path / "data")
+    path = tmp_path / "data" / "test" / "b" / "7.png"
+    path.write_text("no picture")
+    _, code = train(tmp_path / "out", "--data", tmp_path / "data")
+    assert code.startswith(f"error: {path}: not a picture") and "\n" not in code
+    assert code.endswith(". With --on-broken-video skip a run goes on without broken files")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenVideoError("a: b.mp4", "no video"),
+        BrokenImageError("a: b.mp4: no video"),
+        MissingCaptionError("a: b.mp4: no video"),
+        ValueError("a: b.mp4: no video"),
+    ],
+)
+def test_a_broken_file_is_found_behind_the_traceback_of_a_worker(error):
+    try:
+        raise error
+    except ValueError:
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        wrapper.reraise()
+    expected = None if type(error) is ValueError else "a: b.mp4: no video"
+    assert broken_file(raised.value) == broken_file(error) == expected
 
 
 @pytest.fixture(scope="module")

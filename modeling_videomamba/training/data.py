@@ -6,6 +6,7 @@ seed and the epoch, the random choices of an example from these and its index. S
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,17 @@ class MissingCaptionError(ValueError):
 
 
 BROKEN = (BrokenVideoError, BrokenImageError, MissingCaptionError, OSError)
+
+
+BROKEN_IN_WORKER = re.compile(r"[\w.]*(?:BrokenVideoError|BrokenImageError|MissingCaptionError): (.*)")
+
+
+def broken_file(error: Exception) -> str | None:
+    """The message of an error about a broken file, which a worker of a `DataLoader` hides behind its traceback."""
+    if isinstance(error, BROKEN[:-1]) and "\n" not in str(error):
+        return str(error)
+    match = BROKEN_IN_WORKER.fullmatch(str(error).strip().split("\n")[-1])
+    return match and match[1]
 
 
 def derive_seed(*numbers: int) -> int:

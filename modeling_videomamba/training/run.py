@@ -31,7 +31,7 @@ from videomamba_arguments import (
 from .augmentation import training_transform
 from .cards import CARD, check_card, public_command, public_name, reason_to_keep, seal, without_signatures
 from .checkpoints import list_checkpoints
-from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, test_batches
+from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, broken_file, test_batches
 from .diagnosis import NothingReadError, RunError
 from .loop import STATES, Batch, Trainer, make_accelerator
 from .models import load_processor
@@ -411,6 +411,11 @@ def run_or_exit(make_run: Callable[[], TrainingRun]) -> None:
         run.train()
     except RunError as error:
         sys.exit(f"error: {error}")
+    except (RuntimeError, ValueError) as error:
+        reason = broken_file(error)
+        if reason is None:
+            raise
+        sys.exit(f"error: {reason}. With --on-broken-video skip a run goes on without broken files")
     except KeyboardInterrupt:  # before the first step or after the last one; in between the loop saves a state
         print("interrupted: go on with --resume", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
