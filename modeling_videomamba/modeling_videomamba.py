@@ -321,9 +321,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         )
 
     def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
-        if self.training or hidden_states.device != workspace.pieces[0].x.device:
-            return False
-        return is_plain(self, PLAIN_MODULES)
+        return not self.training and workspace.fits(hidden_states) and is_plain(self, PLAIN_MODULES)
 
     def _forward_in_pieces(self, hidden_states: torch.Tensor, workspace: VideoMambaWorkspace) -> torch.Tensor:
         is_own = hidden_states is workspace.stream and not is_watched(self)

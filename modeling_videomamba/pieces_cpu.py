@@ -217,6 +217,12 @@ class VideoMambaWorkspace:
         self.weights = {name: Memory() for name in ("x_proj", "x", "z", "out")}
         self.queue = Queue()
         self.stream: torch.Tensor | None = None
+        self.shape = (batch, sum(lengths), hidden_size)
+
+    def fits(self, hidden_states: torch.Tensor) -> bool:
+        """Whether it is for these: a hook on the layer before can have put others in their place."""
+        is_as_before = hidden_states.shape == self.shape and hidden_states.dtype == torch.float32
+        return is_as_before and hidden_states.device.type == "cpu" and hidden_states.is_contiguous()
 
 
 class VideoMambaPieces:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_videomamba import VideoMambaModel
+from modeling_videomamba.selective_scan import BACKEND_VARIABLE
 from tests.conftest import needs_kernel
 from tests.models import assert_equal, build, video
 
@@ -178,3 +179,26 @@ def test_long_videos_are_embedded_in_pieces():
     expected = model.embeddings(pixels)[0].detach()
     with torch.no_grad():
         assert_equal(model.embeddings(pixels)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokens: tokens[:, :9],
+        lambda tokens: torch.cat([tokens, tokens], dim=1),
+        lambda tokens: tokens[:1],
+        lambda tokens: tokens.bfloat16(),
+        lambda tokens: tokens.double(),
+        lambda tokens: torch.stack([tokens, tokens], dim=-1)[..., 0],
+        lambda tokens: tokens.mT.contiguous().mT,
+        lambda tokens: tokens[:1].expand_as(tokens),
+    ],
+    ids=["fewer tokens", "more tokens", "fewer samples", "bfloat16", "float64", "apart", "transposed", "expanded"],
+)
+@torch.no_grad()
+def test_a_hook_can_put_other_tokens_in_the_place_of_those_of_a_layer(change, monkeypatch):
+    model = build(VideoMambaModel)
+    model.layers[0].register_forward_hook(lambda module, inputs, tokens: change(tokens))
+    actual = model(video()).last_hidden_state
+    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+    torch.testing.assert_close(actual, model(video()).last_hidden_state, rtol=1e-4, atol=1e-4)
