@@ -171,8 +171,8 @@ def _scan(video: OpenedVideo) -> _Packets:
     format_name = video.container.format.name
     try:
         for packet in video.packets():
-            is_cut = packet.is_corrupt and format_name != "mpegts"  # recordings end anywhere
-            num_packets += not packet.is_corrupt
+            is_cut = packet.is_corrupt and format_name != "mpegts"  # where it is one after a gap
+            num_packets += 1
             if _gives_frame(video, packet):
                 size_and_kind = packet.size, packet.duration, packet.is_keyframe
                 rows.append((packet.pts, packet.dts, packet.pos, *size_and_kind))
@@ -191,7 +191,7 @@ def _scan(video: OpenedVideo) -> _Packets:
 
 
 def _gives_frame(video: OpenedVideo, packet: Any) -> bool:
-    if packet.is_corrupt or packet.is_discard:
+    if packet.is_discard:
         return False
     return video.codec != "vp8" or bool(memoryview(packet)[0] & 0x10)  # VP8 has frames that are not shown
 

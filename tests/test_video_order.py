@@ -170,6 +170,42 @@ def test_an_order_that_only_reading_shows(tmp_path, monkeypatch, suffix):
         assert np.array_equal(list(reader.decode(range(30))), expected)
 
 
+def test_packed_b_frames(tmp_path):
+    """XviD and DivX put a B-frame into the packet of the frame before it, and nothing into its own."""
+    source, path = tmp_path / "source.avi", tmp_path / "packed.avi"
+    with av.open(str(source), "w") as writer:
+        output = writer.add_stream("mpeg4", rate=25, options={"g": "8", "bf": "1"})
+        output.width, output.height, output.pix_fmt = 64, 48, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in pictures(30)]
+        for frame in [*frames, None]:
+            writer.mux(output.encode(frame))
+    start, mark = b"\0\0\1\xb6", b"\0\0\1\xb2DivX503b1393p"
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        parts = [bytes(packet) for packet in reader.demux(video=0) if packet.size]
+        kinds = [part[part.index(start) + 4] >> 6 for part in parts]  # 0: keyframe, 2: B-frame
+        assert kinds.count(2) > 5
+        output = writer.add_stream_from_template(reader.streams.video[0])
+        for number, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
+            part = part.replace(start, mark + start) if kind == 0 else part
+            part = part + parts[number + 1] if kinds[number + 1 : number + 2] == [2] else part
+            packet = av.Packet(start + b"\x50\x00\x7f" if kind == 2 else part)
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream, packet.is_keyframe = output.time_base, output, kind == 0
+            writer.mux(packet)
+    assert np.array_equal(decode_in_order(path), decode_in_order(source))
+    with VideoFile("video", str(path)) as reader:
+        check_frames(path, reader, 30)
+
+
+@pytest.mark.parametrize("stream", ["h264 with B-frames", "mpeg2 with B-frames"])
+def test_recordings_one_after_the_other(tmp_path, stream):
+    """Where time begins again."""
+    path = encode(tmp_path / "video.ts", stream)
+    path.write_bytes(path.read_bytes() * 2)
+    with VideoFile("video", str(path)) as reader:
+        check_frames(path, reader, 60)
+
+
 def test_an_index_can_be_taken_again(tmp_path, monkeypatch):
     path = encode(tmp_path / "video.avi", "h264 with B-frames and open GOPs")
     with VideoFile("video", str(path)) as reader:
