@@ -1,4 +1,4 @@
-"""Writes the model cards of all released checkpoints: OUTPUT_DIR/NAME/README.md.
+"""Writes the model cards of all released checkpoints, OUTPUT_DIR/NAME/README.md, and tables of them, models.md.
 
     python scripts/make_cards.py OUTPUT_DIR --organization ORG
 
@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from command_line import Parser
+from model_table import model_tables
 from model_zoo import load_zoo, make_card
 
 
@@ -28,6 +29,7 @@ def main() -> None:
             repo_id = f"{args.organization}/{entry.name}"
             validate_repo_id(repo_id)
             make_card(entry, repo_id).save(args.output_dir / entry.name / "README.md")
+        (args.output_dir / "models.md").write_text(model_tables(zoo), "utf-8")
     except (OSError, ValueError, HFValidationError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(zoo)} cards in {args.output_dir}")

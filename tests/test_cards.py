@@ -25,6 +25,7 @@ import pretrain_umt
 import pretrain_video_text
 import search_videos
 from command_line import parse_dataclasses
+from model_table import model_tables
 from model_zoo import RECIPES, TABLE, find_by_filename, load_zoo, make_card, read_recipe, recipe_facts
 from modeling_videomamba import (
     VIDEOMAMBA_SIZES,
@@ -434,6 +435,14 @@ def test_cards_name_where_they_are_published():
     assert card.data.model_name == "my-model"
     with pytest.raises(ValueError, match="`repo_id` must be ORG/NAME, got my-model"):
         make_card(entry, "my-model")
+
+
+def test_the_page_of_models_is_the_table():
+    text = model_tables(load_zoo())
+    assert (ROOT / "docs" / "models.md").read_text("utf-8") == text
+    assert all(text.count(f"`{entry.filename}` |") == 1 for entry in ZOO.values() if entry.filename)
+    assert text.count("| `*` |") == 3
+    assert "| Kinetics-400 | M | MASK | 64 | 384 | 4 x 3 | 85.0 % | `videomamba_m16_k400_mask_ft_f64" in text
 
 
 def test_a_wrong_organization_is_explained(exit_of, tmp_path):
