@@ -1,6 +1,6 @@
 """Trains a classifier that a smaller trained model teaches (self-distillation, section 3.3 of the paper).
 
-    accelerate launch scripts/distill.py --data IMAGES --teacher TEACHER --size middle --output-dir OUTPUT
+    python scripts/distill.py --data IMAGES --teacher TEACHER --size middle --output-dir OUTPUT
 
 TEACHER is a directory or a Hub id; everything else is as in finetune.py. The student's features of all tokens are drawn
 to those of the teacher, which keeps a large model from overfitting. OUTPUT/best and OUTPUT/last are plain classifiers.

@@ -1,7 +1,7 @@
 """Tests a model of videos and texts: how well it finds videos by texts, and texts by videos.
 
-    accelerate launch scripts/evaluate_retrieval.py MODEL --data CLIPS --output-dir OUTPUT
-    accelerate launch scripts/evaluate_retrieval.py MODEL --annotations msrvtt_ret_test1k.json --videos VIDEOS \\
+    python scripts/evaluate_retrieval.py MODEL --data CLIPS --output-dir OUTPUT
+    python scripts/evaluate_retrieval.py MODEL --annotations msrvtt_ret_test1k.json --videos VIDEOS \\
         --output-dir OUTPUT
 
 CLIPS is what pretrain_video_text.py takes. --annotations takes the files of MSR-VTT, DiDeMo, ActivityNet Captions,

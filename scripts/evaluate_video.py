@@ -1,6 +1,6 @@
 """Tests a classifier or regressor of videos or images on labelled data, with several views of each.
 
-    accelerate launch scripts/evaluate_video.py MODEL --data CLIPS --num-clips 4 --num-crops 3 --output-dir OUTPUT
+    python scripts/evaluate_video.py MODEL --data CLIPS --num-clips 4 --num-crops 3 --output-dir OUTPUT
 
 CLIPS is what finetune.py takes. OUTPUT/predictions.jsonl gets a line for each video, OUTPUT/metrics.json the metrics. A
 run may be stopped at any moment and started again: it goes on with the videos that have no line yet, also on another

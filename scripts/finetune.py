@@ -1,6 +1,6 @@
 """Trains a classifier of videos or images, or a regressor, from a pretrained model or from scratch.
 
-    accelerate launch scripts/finetune.py --data CLIPS --model MODEL --output-dir OUTPUT
+    python scripts/finetune.py --data CLIPS --model MODEL --output-dir OUTPUT
 
 CLIPS is a folder in the `videofolder` or `imagefolder` layout of `datasets` (`train/LABEL/*.mp4`,
 `test/LABEL/*.mp4`), a folder with `train.csv` and `val.csv` of `path,label`, a folder of `webdataset` shards, or a data

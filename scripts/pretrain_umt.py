@@ -1,6 +1,6 @@
 """Pretrains VideoMamba on videos or images without labels: masked, against a CLIP teacher (UMT; paper, section 3.3).
 
-    accelerate launch scripts/pretrain_umt.py --data CLIPS --teacher openai/clip-vit-base-patch16 --size middle \\
+    python scripts/pretrain_umt.py --data CLIPS --teacher openai/clip-vit-base-patch16 --size middle \\
         --output-dir OUTPUT
 
 Most tokens of a clip are hidden from the model, which learns to give the others the features that CLIP gives them in

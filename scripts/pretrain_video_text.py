@@ -1,9 +1,9 @@
 """Pretrains VideoMamba and a BERT on videos and images with texts, for retrieval (UMT; paper, section 4.4).
 
-    accelerate launch scripts/pretrain_video_text.py --recipe 5m --data WEBVID --more-data CC3M \\
+    python scripts/pretrain_video_text.py --recipe 5m --data WEBVID --more-data CC3M \\
         --vision VIDEOMAMBA --text google-bert/bert-base-uncased --teacher openai/clip-vit-base-patch16 \\
         --output-dir OUTPUT
-    accelerate launch scripts/pretrain_video_text.py --recipe 5m-unmasked --data WEBVID --more-data CC3M \\
+    python scripts/pretrain_video_text.py --recipe 5m-unmasked --data WEBVID --more-data CC3M \\
         --model OUTPUT/last --output-dir OUTPUT-UNMASKED
 
 Data are what finetune.py takes, with captions instead of labels: lists of `path,caption`, or JSON with several captions

@@ -1,6 +1,6 @@
 """Finds videos, and the moment in them, by a text or by another clip, with a model of videos and texts.
 
-    accelerate launch scripts/search_videos.py index FOLDER OUT --model DIR_OR_ID
+    python scripts/search_videos.py index FOLDER OUT --model DIR_OR_ID
     python scripts/search_videos.py query OUT "a dog runs"
 
 `index` embeds every window of every video of FOLDER, of the videos in its tar shards too; instead of FOLDER it takes

@@ -15,7 +15,7 @@ import evaluate_retrieval
 import evaluate_video
 import push_to_hub
 import search_videos
-from tests.launching import ENVIRONMENT, SCRIPTS
+from tests.launching import ENVIRONMENT, SCRIPTS, run
 
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8"))
 HELP_OF_ALL = """
@@ -162,3 +162,15 @@ def test_what_is_wrong_is_one_line_of_one_process(name, words, message, monkeypa
         else:
             assert shown == 1
         assert capsys.readouterr() == ("", "")
+
+
+def test_a_launcher_adds_nothing_to_the_line():
+    """As docs/training.md says: without a launcher, and with one that is quiet."""
+    options = ("--data", "../nope", "--size", "tiny", "--output-dir", "nowhere")
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1")
+    results = [run(*launcher, SCRIPTS / "finetune.py", *options) for launcher in ((sys.executable,), accelerate)]
+    for result in results:
+        assert result.returncode == 1
+        lines = [line for line in result.stderr.splitlines() if "Warning" not in line]
+        assert "Traceback" not in result.stderr and lines[-1] == "error: ../nope: there is no such folder"
+    assert results[0].stderr == "error: ../nope: there is no such folder\n"
