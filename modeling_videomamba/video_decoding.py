@@ -63,13 +63,26 @@ def read_frames(
     else:
         name, file = open_source(video)
         with VideoFile(name, file) as reader:
-            metadata = reader.metadata
-            indices = _wanted(metadata, sample_indices)
-            decoded = _decode_with_torchcodec(reader, indices)
-            metadata.video_backend = "pyav" if decoded is None else "torchcodec"
-            frames = reader.frames(indices) if decoded is None else decoded
+            frames, metadata = _sample(reader, sample_indices)
     metadata.height, metadata.width = frames.shape[-2:]  # those of a turned video are swapped
     return frames, metadata
+
+
+def _sample(reader: VideoFile, sample_indices) -> tuple[torch.Tensor, TimedVideoMetadata]:
+    """Frames and metadata; once more where reading has shown that the frames have other numbers."""
+    while True:
+        index, metadata = reader.index, reader.metadata
+        indices = _wanted(metadata, sample_indices)
+        frames = _decode_with_torchcodec(reader, indices)
+        metadata.video_backend = "pyav" if frames is None else "torchcodec"
+        try:
+            frames = reader.frames(indices) if frames is None else frames
+        except BrokenVideoError:
+            if reader.index is index:
+                raise
+        else:
+            if reader.index is index:
+                return frames, metadata
 
 
 def read_metadata(video: VideoSource) -> TimedVideoMetadata:
