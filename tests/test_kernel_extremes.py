@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_videomamba.selective_scan import causal_conv1d
+from modeling_videomamba.selective_scan import causal_conv1d, rms_norm
 from tests.conftest import needs_kernel
 from tests.scan_reference import naive_scan
 
@@ -107,3 +107,19 @@ def test_the_gate_and_its_gradient(variant, dtype):
         assert actual[fits].isfinite().all() and fits.any()
         scale = expected[fits].abs() * {torch.float32: 1e-4}.get(dtype, 2e-2) + 1e-6
         assert ((actual.double() - expected)[fits].abs() <= scale).all()
+
+
+@pytest.mark.parametrize("size", [SMALLEST, 1e-20, 1e-3, 1e15, 1.5e19, 1e20, 1e30, 1e38])
+def test_rms_norm_of_any_size(variant, size):
+    """Also where the squares exceed float32."""
+    torch.manual_seed(0)
+    x = torch.rand(3, 40) * size
+    x[1, :30] = 0
+    exact = x.double().requires_grad_()
+    weight, grad = torch.rand(40), torch.randn(3, 40)
+    y, expected = rms_norm(x.requires_grad_(), weight, 1e-5), F.rms_norm(exact, (40,), weight.double(), 1e-5)
+    assert_close(y, expected, smallest=400 * SMALLEST)  # numbers below the smallest are zero, times 1 / sqrt(eps)
+    (slope,) = torch.autograd.grad(y, x, grad)
+    (expected_slope,) = torch.autograd.grad(expected, exact, grad.double())
+    assert ((slope - expected_slope).abs() <= 1e-4 * expected_slope.abs().max() + SMALLEST).all()
+    assert rms_norm(torch.full((1, 40), float("inf")), weight, 1e-5).isnan().all()

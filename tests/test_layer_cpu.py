@@ -227,3 +227,21 @@ def test_the_function_is_for_the_compiled_kernels_alone(calls, monkeypatch):
     monkeypatch.setenv(BACKEND_VARIABLE, "torch")
     torch.testing.assert_close(make_layer()(hidden_states), expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == 1
+
+
+def test_what_exceeds_float16_inside_the_layer_does_not_make_gradients_infinite(calls):
+    """The sum of the scans before the gate is beyond 65504 here; outputs and gradients are not."""
+    layer = make_layer(torch.float16)
+    with torch.no_grad():
+        for scan in layer.mixer.scans:
+            scan.D.fill_(6e4)
+            scan.conv1d.bias.fill_(2.0)
+        layer.mixer.in_proj.weight[64:].mul_(1e-3)  # z, and the gate with it
+        layer.mixer.out_proj.weight.mul_(1e-3)
+    hidden_states, grad = torch.randn(1, 20, 32), torch.randn(1, 20, 32)
+    expected = outputs_and_gradients(copy.deepcopy(layer).double(), hidden_states.double(), grad)
+    actual = outputs_and_gradients(layer, hidden_states, grad)
+    assert len(calls) == 1
+    for name, tensor in expected.items():
+        assert tensor.abs().max() < 65504, name
+        assert (actual[name] - tensor).abs().max() <= 5e-3 * tensor.abs().max(), name
