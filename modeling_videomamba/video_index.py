@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from array import array
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -167,19 +168,19 @@ def decode_index(video: OpenedVideo) -> FrameIndex:
 
 def _scan(video: OpenedVideo) -> _Packets:
     """Reads all packets that give a frame. Raises `BrokenVideoError` for a truncated or empty file."""
-    rows, num_packets, is_cut, is_damaged = [], 0, False, False
+    rows = array("q")  # a list would take ten times the memory
+    num_packets, is_cut, is_damaged = 0, False, False
     format_name = video.container.format.name
     try:
         for packet in video.packets():
             is_cut = packet.is_corrupt and format_name != "mpegts"  # where it is one after a gap
             num_packets += 1
             if _gives_frame(video, packet):
-                size_and_kind = packet.size, packet.duration, packet.is_keyframe
-                rows.append((packet.pts, packet.dts, packet.pos, *size_and_kind))
+                times = (MISSING if time is None else time for time in (packet.pts, packet.dts, packet.pos))
+                rows.extend((*times, packet.size, packet.duration or 0, packet.is_keyframe))
     except BrokenVideoError as error:
         is_cut, is_damaged = True, not video.is_end(error.__cause__)
-    values = [[MISSING if value is None else int(value) for value in row] for row in rows]
-    packets = _Packets(*np.array(values, np.int64).reshape(-1, 6).T)
+    packets = _Packets(*np.array(rows).reshape(-1, 6).T)
     num_expected = 0 if format_name == "gxf" else len(video.stream.index_entries)  # GXF has one for each field
     if (is_short := is_truncated(video.file)) or is_cut or num_packets < num_expected:
         state = "damaged" if is_damaged and not is_short else "truncated"

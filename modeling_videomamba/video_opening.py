@@ -96,6 +96,7 @@ class OpenedVideo:
             self.container = self.av.open(source, options=options, metadata_errors="ignore")
         try:
             self.stream = self._choose_stream()
+            self.codec: str = self.stream.codec_context.codec.name
             self.stream.thread_type = "AUTO"
             self.stream.codec_context.thread_count = self.num_threads or _default_threads()
             if self.max_pixels is not None:
@@ -142,10 +143,6 @@ class OpenedVideo:
                 file.seek(-HEADER, io.SEEK_END)
                 found = CODEC.search(file.read())
         return f" {found[found.lastindex or 0].decode('ascii')!r}" if found else ""
-
-    @property
-    def codec(self) -> str:
-        return self.stream.codec_context.codec.name
 
     @property
     def reorders(self) -> bool:
