@@ -27,6 +27,7 @@ from .conversion_video_text import (
     video_text_config,
 )
 from .conversion_video_text import REQUIRED as VIDEO_TEXT_REQUIRED
+from .conversion_vim import REASON, has_middle_class_token, is_vim_name
 from .image_processing_videomamba import VideoMambaImageProcessor
 from .modeling_videomamba import (
     VideoMambaForImageClassification,
@@ -226,6 +227,8 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     checkpoint = _load_tensors(path)
+    if is_vim_name(checkpoint):
+        raise CheckpointError(f"{path}: a checkpoint of Vim, by the arguments in it: {REASON}")
     while isinstance(checkpoint, dict) and (
         inner := [key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)]
     ):
@@ -235,10 +238,15 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
     strangers = [name for name, tensor in checkpoint.items() if not isinstance(tensor, torch.Tensor)]
     if strangers:
         raise CheckpointError(f"{path}: not only tensors in its state dict: {_listing(strangers)}")
-    state_dict = {re.sub(r"^((module|backbone|encoder)\.)+", "", name): tensor for name, tensor in checkpoint.items()}
+    state_dict = {_without_wrappers(name): tensor for name, tensor in checkpoint.items()}
     if len(state_dict) < len(checkpoint):
         raise CheckpointError(f"{path}: holds tensors that differ only in the prefix of their names")
     return state_dict
+
+
+def _without_wrappers(name: str) -> str:
+    """Without what `torch.compile`, of the model or of parts, and other wrappers add to the name of a tensor."""
+    return re.sub(r"^((module|backbone|encoder)\.)+", "", re.sub(r"(^|(?<=\.))_orig_mod\.", "", name))
 
 
 def _load_tensors(path: str | os.PathLike) -> Any:
@@ -277,6 +285,8 @@ def recognise(state_dict: StateDict) -> str:
     if "distill_head" in prefixes:
         return "student"
     is_video = "temporal_pos_embedding" in state_dict or state_dict["patch_embed.proj.weight"].ndim == 5
+    if not is_video and has_middle_class_token(state_dict["pos_embed"]):
+        raise CheckpointError(f"This is a checkpoint of Vim, by its position embeddings: {REASON}")
     return "video" if is_video else "image"
 
 

@@ -2,8 +2,10 @@
 
 import errno
 import io
+import math
 import os
 import struct
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
     PILImageResampling,
+    SizeDict,
     infer_channel_dimension_format,
     load_image,
 )
@@ -25,6 +28,9 @@ from transformers.utils import TensorType
 from .configuration_videomamba import VideoMambaConfig
 
 WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # PyTorch can hardly compute with them
+COUNTS = {"num_frames": 10**5, "num_clips": 10**3, "num_crops": 10**2}  # the largest numbers that can be meant
+MAX_FRAMES = 10**6
+MAX_SIDE = 2**14
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 GREY_MEAN, GREY_STD = (np.mean(values).round(3).item() for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
@@ -196,15 +202,55 @@ def channel_settings(config: VideoMambaConfig) -> dict[str, Any]:
     return {}
 
 
-def check_statistics(do_grayscale: bool | None, **statistics: Any) -> None:
-    """That there is one value, or one for each channel: others would make channels, of which the model has none."""
-    channels = 1 if do_grayscale else 3
-    for name, values in statistics.items():
-        if isinstance(values, list | tuple) and len(values) not in (1, channels):
+def check_processor_settings(settings: dict[str, Any]) -> None:
+    r"""
+    Checks settings of a processor, those of a call as those of a file.
+
+    Args:
+        settings (`dict[str, Any]`): By name. A setting that is missing or `None` is not checked.
+
+    Raises:
+        `ValueError`: for one that can't be meant; the message names it.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in COUNTS & given.keys():
+        _check_whole(f"`{name}`", given[name], COUNTS[name])
+    frames = math.prod(given.get(name, 1) for name in COUNTS)
+    if frames > MAX_FRAMES:
+        names = " x ".join(f"`{name}`" for name in COUNTS)
+        raise ValueError(f"{names} must be at most {MAX_FRAMES} frames of a video, got {frames}.")
+    for name in {"size", "crop_size"} & given.keys():
+        for side, length in _sides(given[name]).items():
+            _check_whole(f"`{name}` ({side})", length, MAX_SIDE)
+    channels = 1 if given.get("do_grayscale") else 3
+    for name in {"image_mean", "image_std"} & given.keys():
+        values = given[name] if isinstance(given[name], list | tuple) else [given[name]]
+        if len(values) not in (1, channels):
             raise ValueError(
                 f"`{name}` must have 1 or as many values as channels ({channels}) with "
-                f"`do_grayscale={bool(do_grayscale)}`, got {values}."
+                f"`do_grayscale={bool(given.get('do_grayscale'))}`, got {given[name]}."
             )
+        for value in values:
+            _check_number(f"`{name}`", value, positive=name == "image_std")
+    if "rescale_factor" in given:
+        _check_number("`rescale_factor`", given["rescale_factor"], positive=True)
+
+
+def _sides(size: Any) -> dict[str, Any]:
+    if isinstance(size, dict | SizeDict):
+        return dict(size)
+    return dict(zip("01", size, strict=False)) if isinstance(size, list | tuple) else {"side": size}
+
+
+def _check_whole(name: str, value: Any, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
+        raise ValueError(f"{name} must be a whole number from 1 to {most}, got {value!r}.")
+
+
+def _check_number(name: str, value: Any, positive: bool) -> None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (positive and value <= 0):
+        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value!r}.")
 
 
 def is_picture(value: Any) -> bool:
@@ -254,6 +300,10 @@ class VideoMambaImageProcessor(TorchvisionBackend):
     def __init__(self, **kwargs: Unpack[VideoMambaImageProcessorKwargs]):
         super().__init__(**kwargs)
 
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        check_processor_settings(kwargs)
+        return super()._standardize_kwargs(**kwargs)
+
     @classmethod
     def for_model(cls, config: VideoMambaConfig) -> "VideoMambaImageProcessor":
         """
@@ -282,11 +332,12 @@ class VideoMambaImageProcessor(TorchvisionBackend):
             `(batch, frames, channels, height, width)` for videos.
 
         Raises:
-            `ValueError`: if both or none of `images` and `videos` are given, if a file is no picture, or for a wrong
-                number of channels, dtype or range of pixels.
+            `ValueError`: if both or none of `images` and `videos` are given, a file is no picture, a setting can't be
+                meant, or for a wrong number of channels, dtype or range of pixels.
             `FileNotFoundError`: if there is no such file.
             `OSError`: if a file can't be read or downloaded.
         """
+        check_processor_settings({"do_grayscale": self.do_grayscale, **kwargs})
         if (images is None) == (videos is None):
             raise ValueError("Pass either `images` or `videos`.")
         if videos is not None:
@@ -328,7 +379,6 @@ class VideoMambaImageProcessor(TorchvisionBackend):
     def _preprocess(
         self, images: list[Any], return_tensors: str | TensorType | None = None, **kwargs: Any
     ) -> BatchFeature:
-        check_statistics(kwargs["do_grayscale"], image_mean=kwargs["image_mean"], image_std=kwargs["image_std"])
         if not images or not isinstance(images[0], list):
             return super()._preprocess(images, return_tensors=return_tensors, **kwargs)
         frames = super()._preprocess([frame for video in images for frame in video], return_tensors=None, **kwargs)

@@ -4,7 +4,8 @@ import codecs
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ ENCODINGS = {
 NOT_IN_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+def marked_encoding(data: bytes) -> str | None:
+    """The encoding that a byte-order mark tells, if there is one."""
+    return next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), None)
+
+
 def read_text(path: Path) -> str:
     r"""
     The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, without the mark,
@@ -30,7 +36,7 @@ def read_text(path: Path) -> str:
         `ValueError`: if it is in another encoding; the message names the line and the byte.
     """
     data = path.read_bytes()
-    encoding = next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), "utf-8")
+    encoding = marked_encoding(data) or "utf-8"
     if encoding.startswith("utf-8") and b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
         raise ValueError(f"{path}: line {line} must be text in UTF-8, got a null character: save the file as UTF-8")
@@ -58,6 +64,12 @@ def check_line(text: str, what: str) -> None:
     """Raises `ValueError` for control characters, such as line breaks, and for what is no Unicode."""
     if NOT_IN_LINE.search(text):
         raise ValueError(f"{what} must be one line without control characters, got {text!r}.")
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """The names, with its index after each that occurs more than once: ImageNet has two pairs of such classes."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({index})" for index, name in enumerate(names)]
 
 
 def load_labels(source: str | Path) -> list[str]:

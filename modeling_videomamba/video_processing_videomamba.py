@@ -1,7 +1,7 @@
 """Video processor of VideoMamba: decoding, frame sampling, views, normalisation."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from .image_processing_videomamba import (
     as_tensor,
     channel_settings,
     check_pixels,
-    check_statistics,
+    check_processor_settings,
     is_picture,
     rgb_tensor,
     to_grey,
@@ -94,11 +94,6 @@ def spatial_crop_offsets(
     return [(step, left) if along_height else (top, step) for step in steps]
 
 
-def _at_least_one(value: int | None = None) -> None:
-    if isinstance(value, int) and value < 1:  # of what is not given it is an object
-        raise ValueError(f"must be at least 1, got {value}")
-
-
 class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call-arg] # a TypedDict
     """
     Arguments beyond those of every video processor.
@@ -109,8 +104,8 @@ class VideoMambaVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore
         do_grayscale (`bool`): Whether to make one channel, grey, for a model of one.
     """
 
-    num_clips: Annotated[int | None, _at_least_one]
-    num_crops: Annotated[int | None, _at_least_one]
+    num_clips: int | None
+    num_crops: int | None
     do_grayscale: bool | None
 
 
@@ -149,6 +144,10 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
     def __init__(self, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]):
         super().__init__(**kwargs)
 
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        check_processor_settings(kwargs)
+        return super()._standardize_kwargs(**kwargs)
+
     @classmethod
     def for_model(cls, config: VideoMambaConfig) -> "VideoMambaVideoProcessor":
         """
@@ -181,7 +180,7 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         Raises:
             `FileNotFoundError`: if there is no such file.
             `BrokenVideoError`: if a file is no video, has no video stream or no frame, or is truncated.
-            `ValueError`: for a wrong number of channels, dtype or range of pixels.
+            `ValueError`: for a wrong number of channels, dtype or range of pixels, or a setting that can't be meant.
         """
         return self.preprocess(videos, **kwargs)
 
@@ -194,6 +193,8 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
         for name in ("num_clips", "num_crops", "do_sample_frames"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self, name)
+        defaults = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
+        check_processor_settings(defaults | {name: value for name, value in kwargs.items() if value is not None})
         if kwargs["num_clips"] > 1 and not kwargs["do_sample_frames"]:
             raise ValueError(f"`num_clips` {kwargs['num_clips']} needs `do_sample_frames=True`.")
         return super().preprocess(videos, **kwargs)
@@ -255,7 +256,6 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
     ) -> BatchFeature:
         if num_crops > 1 and not do_center_crop:
             raise ValueError(f"`num_crops` {num_crops} needs `do_center_crop=True`.")
-        check_statistics(do_grayscale, image_mean=image_mean, image_std=image_std)
         views: list[torch.Tensor] = []
         for video in videos:
             video = check_pixels("Pixels of `videos`", video, do_rescale)

@@ -16,6 +16,8 @@ from rich.table import Table
 from transformers import AutoImageProcessor, AutoVideoProcessor
 
 from modeling_videomamba import VideoMambaForVideoClassification
+from modeling_videomamba.image_processing_videomamba import check_processor_settings
+from modeling_videomamba.labels import distinct_names
 from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, test_batches
 from modeling_videomamba.training.diagnosis import NothingReadError
 from modeling_videomamba.training.evaluation import (
@@ -75,7 +77,10 @@ def load(args: Any, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
     model = load_model(VideoMambaForVideoClassification, args.model)
     names = None
     if not is_regression(model):
-        names = data.label_names() or [model.config.id2label[index] for index in range(model.num_labels)]
+        own = [model.config.id2label[index] for index in range(model.num_labels)]
+        names = data.label_names() or distinct_names(own)
+        if len(names) != len(own):
+            raise ValueError(f"--label-file has {len(names)} names, {args.model} has {len(own)} classes")
     options: dict[str, Any] = {"data_root": data.data_root, "regression": is_regression(model), "label_names": names}
     split = load_split(data.data, split_name, **options)
     if media_kind(split) == "image":
@@ -84,7 +89,10 @@ def load(args: Any, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
         return model, load_pretrained(AutoImageProcessor, args.model), split
     if data.clip_seconds is not None:
         split = cut_into_windows(split, data.clip_seconds, data.clip_stride_seconds)
-    return model, load_pretrained(AutoVideoProcessor, args.model), split
+    processor = load_pretrained(AutoVideoProcessor, args.model)
+    views = {name: getattr(args, name) for name in ("num_clips", "num_crops")}
+    check_processor_settings({"num_frames": processor.num_frames, **views})
+    return model, processor, split
 
 
 def predict_split(

@@ -2,12 +2,14 @@ import argparse
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoProcessor, BertTokenizer, CLIPVisionModelWithProjection
 
 from modeling_videomamba import (
@@ -18,6 +20,7 @@ from modeling_videomamba import (
     VideoMambaModel,
 )
 from modeling_videomamba.conversion import CheckpointError, convert_checkpoint
+from modeling_videomamba.conversion_vim import has_middle_class_token
 from modeling_videomamba.labels import load_labels
 from tests.conftest import ROOT, load_golden, strip_prefix
 
@@ -65,8 +68,11 @@ def test_kind_and_configuration_come_from_the_tensors(tmp_path, name):
     assert dict(converted.processor.crop_size) == {"height": args["img_size"], "width": args["img_size"]}
 
 
+PREFIXES = ["", "module.", "backbone.", "encoder.", "module.backbone.", "_orig_mod.", "module._orig_mod."]
+
+
 @pytest.mark.parametrize("wrap", ["top", "model", "module", "model in module"])
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "encoder.", "module.backbone."])
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_wrappers_and_prefixes(tmp_path, wrap, prefix):
     state_dict = {prefix + name: tensor for name, tensor in original().items()}
     content = {
@@ -95,6 +101,57 @@ def test_a_checkpoint_without_head_becomes_the_encoder(tmp_path):
 def test_a_tensor_without_a_place_is_named(tmp_path, name):
     with pytest.raises(CheckpointError, match=f"no place for.*{name.split('.')[-1]}"):
         convert_checkpoint(save(tmp_path, {**original(), name: torch.zeros(3)}))
+
+
+def test_names_of_parts_that_were_compiled(tmp_path):
+    """`torch.compile` of each layer leaves its mark in the middle of a name."""
+    tensors = {re.sub(r"^(layers\.\d+)\.", r"\1._orig_mod.", name): tensor for name, tensor in original().items()}
+    assert sum("_orig_mod" in name for name in tensors) > 20
+    converted, expected = (convert_checkpoint(save(tmp_path, content)) for content in (tensors, original()))
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(converted.model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("args", [argparse.Namespace(model="vim_tiny_patch16_224"), {"model": "vim_small_patch16"}])
+def test_a_checkpoint_of_vim_is_refused_by_its_arguments(tmp_path, args):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pth: a checkpoint of Vim, by the arguments.*class token"):
+        convert_checkpoint(save(tmp_path, {"model": original("image_classification"), "args": args}))
+    args = argparse.Namespace(model="videomamba_tiny")
+    convert_checkpoint(save(tmp_path, {"model": original("image_classification"), "args": args}))
+
+
+def trained_positions(side, width, smoothness, seed=0):
+    """The class token's embedding and those of patches, neighbours alike as training makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.randn(1, width, side, side, generator=generator)
+    for _ in range(smoothness):
+        grid = F.avg_pool2d(F.pad(grid, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    patches = 0.02 * F.normalize(grid, dim=1).flatten(2).transpose(1, 2) * width**0.5
+    return torch.cat([0.02 * torch.randn(1, 1, width, generator=generator) + 0.01, patches + 0.01], 1)
+
+
+@pytest.mark.parametrize("smoothness", [0, 1, 2, 4])
+@pytest.mark.parametrize("side", [7, 14, 28])
+@pytest.mark.parametrize("width", [192, 576])
+def test_position_embeddings_tell_vim(side, width, smoothness):
+    for seed in range(5):
+        positions = trained_positions(side, width, smoothness, seed)
+        assert not has_middle_class_token(positions)
+        first, patches = positions[:, :1], positions[:, 1:]
+        middle = side * side // 2
+        vim = torch.cat([patches[:, :middle], first, patches[:, middle:]], 1)
+        assert has_middle_class_token(vim) == (smoothness > 0)  # those of no training can't be told
+
+
+def test_a_checkpoint_of_vim_is_refused_by_its_position_embeddings(tmp_path):
+    tensors = original("image_classification")
+    width = tensors["cls_token"].shape[-1]
+    patches = trained_positions(14, width, 2)
+    tensors["pos_embed"] = torch.cat([patches[:, 1:99], patches[:, :1], patches[:, 99:]], 1)
+    with pytest.raises(CheckpointError, match="of Vim, by its position embeddings.*class token in the middle"):
+        convert_checkpoint(save(tmp_path, tensors))
+    tensors["pos_embed"] = patches
+    assert convert_checkpoint(save(tmp_path, tensors)).kind == "image"
 
 
 def test_names_that_collide_without_their_prefix_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import pickle
+from unicodedata import normalize
 
 import pytest
 from datasets import Video
@@ -133,7 +134,10 @@ def test_splits_of_msr_vtt(write):
         ("", "no known format"),
         ([{"video": "1.mp4", "caption": ["a", " "]}], "caption of 1.mp4 must be text, got ' '"),
         ([{"video": "1.mp4", "caption": []}], "caption of 1.mp4 must be text"),
-        ([{"video": "1.mp4", "caption": "a"}, {"video": "2.mp4"}], "caption of 2.mp4 must be text, got None"),
+        (
+            [{"video": "1.mp4", "caption": "a"}, {"video": "2.mp4"}],
+            "caption 2: the caption of 2.mp4 must be text, got None",
+        ),
         ([{"video": ["1.mp4", "2.mp4"], "caption": "a"}], r"name of a video must be text, got \['1.mp4'"),
         ([{"video": "1.mp4", "caption": ["a", "b"], "answer": 1}], "multiple choice"),
         ({"v_a": {"sentences": []}}, "caption of v_a must be text"),
@@ -221,3 +225,44 @@ def test_a_list_of_names(write, videos):
     names, folder = write("video_id\nvideo7010\n", "MSRVTT_train.9k.csv"), videos("video7010.mp4")
     dataset, _ = load_annotated(write(MSR_VTT), folder, split="all", names=names)
     assert dataset["captions"][:] == [["cooking food"]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("content", [json.dumps(captions_of(["é.mp4"]), ensure_ascii=False), "é_1_2 of é.mp4\r\n"])
+def test_encodings_with_a_mark_are_read(write, content, encoding):
+    assert list(read_annotations(write(content.encode(encoding))).values()) == [["of é.mp4"]]
+
+
+def test_what_only_begins_with_a_mark_is_refused(write):
+    with pytest.raises(ValueError, match="begins as utf-16 and is not: byte 4 can't be read"):
+        read_annotations(write(b"\xff\xfe[\x00\x00"))
+
+
+@pytest.mark.parametrize("word", ["None", "NA", "N/A", "null", "nan"])
+def test_captions_may_be_words_for_nothing(write, word):
+    for content in (
+        f"video_id,sentence\nvideo9,{word}\n",
+        [{"video": "video9", "caption": word}],
+        f"video9_1_2 {word}\n",
+    ):
+        assert list(read_annotations(write(content)).values()) == [[word]]
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+@pytest.mark.parametrize("name", ["é/ä.mp4", "ä.mov", "ä"])
+def test_names_match_files_whatever_the_form_of_their_accents(write, videos, listed, stored, name):
+    folder = videos(normalize(stored, "x/é/ä.mp4"))
+    names = write(normalize(stored, name), "names.txt")
+    dataset, _ = load_annotated(write(captions_of([normalize(listed, name)])), folder, names=names)
+    assert dataset[0]["video"]["path"] == str(folder / normalize(stored, "x/é/ä.mp4"))
+
+
+def test_a_name_with_two_files_that_differ_in_their_accents(write, videos):
+    folder = videos(normalize("NFC", "é.mp4"), normalize("NFD", "é.mp4"))
+    dataset, _ = load_annotated(write(captions_of([normalize("NFD", "é.mp4")])), folder)
+    assert dataset[0]["video"]["path"] == str(folder / normalize("NFD", "é.mp4"))
+    folder = videos(
+        normalize("NFC", "é") + normalize("NFD", "ä.mp4"), normalize("NFD", "é") + normalize("NFC", "ä.mp4")
+    )
+    with pytest.raises(ValueError, match="must match one file, and matches"):
+        load_annotated(write(captions_of([normalize("NFC", "éä.mp4")])), folder)

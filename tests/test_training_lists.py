@@ -432,6 +432,8 @@ def test_classes_match_whatever_the_form_of_their_accents(tmp_path, clip):
     ("labels", "message"),
     [
         ([{"label": "a"}, {"label": None}], "the label None is not one of the 1 classes"),
+        ([{"label": "a"}, {"label": None}], "a label is missing"),
+        ([{"label": 1}, {"label": None}], "a label is missing"),
         ([{"label": 2}, {"label": 3}], None),
         ([{"label": 0.5}, {"label": None}], "the label must be a number, got None"),
         ([{"label": "a"}, {"label": 1}], "can't be read"),

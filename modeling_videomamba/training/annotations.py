@@ -1,9 +1,9 @@
 """Videos with captions, from the annotation files of retrieval benchmarks as they are published."""
 
-import codecs
 import csv
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, Video
 
+from ..labels import marked_encoding
 from .files import VIDEO_SUFFIXES, walk_files
 
 KNOWN_FORMATS = """the known formats are
@@ -127,18 +128,24 @@ def load_annotated(
 
 
 def _read(path: Path) -> bytes:
-    """Without the byte-order mark that some editors put before UTF-8."""
-    return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    """Without a byte-order mark, and in UTF-8 where the mark is one of another encoding of Unicode."""
+    data = path.read_bytes()
+    encoding = marked_encoding(data)
+    try:
+        return data if encoding is None else data.decode(encoding).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} begins as {encoding} and is not: byte {error.start} can't be read.") from error
 
 
 def _grouped(path: Path, pairs: Pairs) -> dict[str, list[str]]:
     """Captions by name. Raises `ValueError` where a name or a caption is empty or no string, or there is none."""
     captions: dict[str, list[str]] = {}
-    for name, caption in pairs:
+    for number, (name, caption) in enumerate(pairs, start=1):
+        where = f"{path}: caption {number}"
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{path}: the name of a video must be text, got {name!r} (caption {caption!r}).")
+            raise ValueError(f"{where}: the name of a video must be text, got {name!r} (caption {caption!r}).")
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"{path}: the caption of {name} must be text, got {caption!r}.")
+            raise ValueError(f"{where}: the caption of {name} must be text, got {caption!r}.")
         captions.setdefault(name.strip(), []).append(caption.strip())
     if not captions:
         raise ValueError(f"{path} has no captions.")
@@ -149,7 +156,7 @@ def _parse_json(path: Path, data: bytes) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error  # which names the line, or the byte
 
 
 def _json_pairs(path: Path, content: Any) -> Pairs:
@@ -266,9 +273,11 @@ def _restricted(captions: dict[str, list[str]], path: Path, names: Path) -> dict
     listed = listed[1:] if listed[:1] == ["video_id"] else listed
     if not listed:
         raise ValueError(f"`names` must list videos, and {names} is empty.")
-    if unknown := [name for name in listed if name not in captions]:
+    known = {_composed(name): name for name in captions} | {name: name for name in captions}
+    found = {name: known.get(name, known.get(_composed(name))) for name in listed}
+    if unknown := [name for name in listed if found[name] is None]:
         raise ValueError(f"{len(unknown)} of the {len(listed)} videos in {names} are not in {path}: {_few(unknown)}")
-    return {name: captions[name] for name in listed}
+    return {name: captions[name] for name in found.values() if name is not None}
 
 
 def _find_files(names: Iterable[str], videos: Path) -> dict[str, Path]:
@@ -278,12 +287,12 @@ def _find_files(names: Iterable[str], videos: Path) -> dict[str, Path]:
     by_stem: dict[str, list[PurePosixPath]] = {}
     for file in walk_files(videos, VIDEO_SUFFIXES):
         relative = PurePosixPath(file.relative_to(videos).as_posix())
-        by_stem.setdefault(_stem(relative.name), []).append(relative)
+        by_stem.setdefault(_composed(_stem(relative.name)), []).append(relative)
     found: dict[str, Path] = {}
     owners: dict[PurePosixPath, str] = {}
     for name in names:
         wanted = PurePosixPath(name)
-        match = _pick(wanted, by_stem.get(_stem(wanted.name), []))
+        match = _pick(wanted, by_stem.get(_composed(_stem(wanted.name)), []))
         if match is None:
             continue
         if owners.setdefault(match, name) != name:
@@ -295,7 +304,15 @@ def _find_files(names: Iterable[str], videos: Path) -> dict[str, Path]:
 def _pick(wanted: PurePosixPath, files: list[PurePosixPath]) -> PurePosixPath | None:
     """Of files with the same stem, that of a name. Raises `ValueError` if several match equally well."""
     near = [file for file in files if _same_folders(file, wanted)]
-    for best in ([file for file in near if file == wanted], [file for file in near if file.name == wanted.name], near):
+    composed = PurePosixPath(_composed(str(wanted)))
+    choices: tuple[list[PurePosixPath], ...] = (
+        [file for file in near if file == wanted],
+        [file for file in near if _composed(str(file)) == str(composed)],
+        [file for file in near if file.name == wanted.name],
+        [file for file in near if _composed(file.name) == composed.name],
+        near,
+    )
+    for best in choices:
         if len(best) > 1:
             raise ValueError(f"{wanted} must match one file, and matches {_few(list(map(str, best)))}")
         if best:
@@ -304,7 +321,13 @@ def _pick(wanted: PurePosixPath, files: list[PurePosixPath]) -> PurePosixPath | 
 
 
 def _same_folders(one: PurePosixPath, other: PurePosixPath) -> bool:
-    return all(a == b for a, b in zip(one.parts[-2::-1], other.parts[-2::-1], strict=False))
+    folders = zip(one.parts[-2::-1], other.parts[-2::-1], strict=False)
+    return all(_composed(a) == _composed(b) for a, b in folders)
+
+
+def _composed(name: str) -> str:
+    """With accents in one form: an editor composes them (NFC), a file system may not (NFD)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _stem(name: str) -> str:

@@ -35,6 +35,8 @@ def labels_of_rows(rows: Sequence[Row], name: str, labels: Labels) -> tuple[list
         `ValueError`: for labels of different types, several labels in one, or a label that is no class; the message
             names the line.
     """
+    if empty := next((row for row in rows if row.value is None), None):
+        raise ValueError(f"{empty.where}: a label is missing.")
     values = [_typed(row) for row in rows]
     if labels.names is not None and not labels.regression:
         lookup = ClassLookup(labels.names, labels.indices)

@@ -28,6 +28,7 @@ from .lists import CAPTION_COLUMNS, LIST_SUFFIXES, Row, Target, read_list
 from .names import check_name, unreachable
 
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+MAX_SHARDS = 64  # of a streamed list, for as many data workers
 EVALUATION_SPLITS = ("validation", "test")
 Split: TypeAlias = Dataset | IterableDataset
 
@@ -89,7 +90,7 @@ def load_split(
         rows = folder_rows(Path(data), splits[split], target)
     if rows is not None:
         loaded = _dataset_of_rows(rows, name, target, Labels(regression, label_names, indices))
-        return loaded.to_iterable_dataset() if streaming else loaded
+        return loaded.to_iterable_dataset(num_shards=min(len(loaded), MAX_SHARDS)) if streaming else loaded
     loaded = _with_media(_known(_load_dataset(data, split, streaming)), name)
     if target == "label":
         return _with_labels(loaded, name, Labels(regression, label_names, indices))
@@ -312,7 +313,7 @@ def _as_number(example: dict[str, Any], name: str) -> dict[str, Any]:
 def _numbered(example: dict[str, Any], names: list[str] | None, lookup: ClassLookup, name: str) -> dict[str, Any]:
     label = example["label"]
     if names is not None and label is not None:
-        label = names[label]
+        label = names[label] if label >= 0 else None  # as data sets without labels have it
     return {"label": lookup(label, f"{_path_of(example)} in the {name}")}
 
 
