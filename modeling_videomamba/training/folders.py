@@ -34,7 +34,7 @@ def image_suffixes() -> set[str]:
 
 
 def is_image(path: str) -> bool:
-    return PurePath(path).suffix.lower() in image_suffixes()
+    return f".{path.rpartition('.')[2].lower()}" in image_suffixes()
 
 
 def find_splits(folder: Path) -> dict[str, list[Path]]:

@@ -1,6 +1,8 @@
 """Where videos and images come from: lists, folders and all that `datasets` loads, under one pair of columns."""
 
 import glob
+import hashlib
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from datasets import (
     List,
     Value,
     Video,
+    config,
     get_dataset_split_names,
     load_dataset,
 )
@@ -28,6 +31,7 @@ from .lists import CAPTION_COLUMNS, LIST_SUFFIXES, Row, Target, read_list
 from .names import check_name, unreachable
 
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+ROWS_TOGETHER = 100_000
 MAX_SHARDS = 64  # of a streamed list, for as many data workers
 EVALUATION_SPLITS = ("validation", "test")
 Split: TypeAlias = Dataset | IterableDataset
@@ -162,12 +166,11 @@ def _folder_splits(data: str) -> dict[str, list[Path]]:
 
 
 def _dataset_of_rows(rows: list[Row], name: str, target: Target | None, labels: Labels) -> Dataset:
-    """On disk, because each data worker would have a copy in memory."""
     kinds = ["image" if is_image(row.path) else "video" for row in rows]
     if len(set(kinds)) > 1:
         first = next(row for row, kind in zip(rows, kinds, strict=True) if kind != kinds[0])
         raise ValueError(f"{first.where}: {first.path} is no {kinds[0]}, as {rows[0].path} is: a split has one kind.")
-    columns: dict[str, list[Any]] = {kinds[0]: [row.path for row in rows]}
+    columns: dict[str, list[Any]] = {kinds[0]: [{"path": row.path, "bytes": None} for row in rows]}
     features = Features({kinds[0]: Video(decode=False) if kinds[0] == "video" else Image(decode=False)})
     if target == "label":
         columns["label"], names = labels_of_rows(rows, name, labels)
@@ -175,13 +178,27 @@ def _dataset_of_rows(rows: list[Row], name: str, target: Target | None, labels: 
     elif target == "captions":
         columns["captions"] = [row.value for row in rows]
         features["captions"] = List(Value("string"))
-    return Dataset.from_generator(_examples, features=features, gen_kwargs={"kind": kinds[0], "columns": columns})
+    return _on_disk(columns, features)
 
 
-def _examples(kind: str, columns: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    for values in zip(*columns.values(), strict=True):
-        example = dict(zip(columns, values, strict=True))
-        yield {**example, kind: {"path": example[kind], "bytes": None}}
+def _on_disk(columns: dict[str, list[Any]], features: Features) -> Dataset:
+    """A table in the cache of `datasets`, by its content, because each data worker would have a copy in memory."""
+    folder = Path(config.HF_DATASETS_CACHE) / "lists"
+    folder.mkdir(parents=True, exist_ok=True)
+    writing = folder / f"{uuid.uuid4().hex}.writing"
+    digest = hashlib.sha256()
+    schema = features.arrow_schema
+    with writing.open("wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        for start in range(0, len(next(iter(columns.values()))), ROWS_TOGETHER):
+            parts = (values[start : start + ROWS_TOGETHER] for values in columns.values())
+            arrays = [pa.array(part, field.type) for part, field in zip(parts, schema, strict=True)]
+            batch = pa.record_batch(arrays, schema=schema)
+            digest.update(batch.serialize())
+            stream.write_batch(batch)
+    digest.update(schema.serialize())
+    path = folder / f"{digest.hexdigest()}.arrow"
+    writing.replace(path)
+    return Dataset.from_file(str(path))
 
 
 # What `datasets` loads
