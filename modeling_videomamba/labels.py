@@ -67,7 +67,7 @@ def check_line(text: str, what: str) -> None:
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """The names, with its index after each that occurs more than once: ImageNet has two pairs of such classes."""
+    """The names, with its index after each that occurs more than once, as in lists of ImageNet's classes."""
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name} ({index})" for index, name in enumerate(names)]
 

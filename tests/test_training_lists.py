@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import pickle
 import tarfile
 import unicodedata
 
@@ -490,3 +491,17 @@ def test_any_file_is_read_or_refused(tmp_path, content, suffix):
             assert read_list(path, target)
         except ValueError as error:
             assert str(path) in str(error)
+
+
+def test_data_workers_get_no_copy_of_a_long_list(tmp_path):
+    rows = "".join(f"folder of a class/video {index}.mp4,{index % 3}\n" for index in range(20_000))
+    write(tmp_path, "train.csv", rows)
+    split = load_split(str(tmp_path), "train")
+    assert len(pickle.dumps(split)) < 10_000
+    assert split[19_999] == {
+        "video": {"path": f"{tmp_path}/folder of a class/video 19999.mp4", "bytes": None},
+        "label": 1,
+    }
+    assert load_split(str(tmp_path), "train").cache_files == split.cache_files  # one file for one content
+    write(tmp_path, "train.csv", rows.replace("19999.mp4,1", "19999.mp4,2"))
+    assert load_split(str(tmp_path), "train")[19_999]["label"] == 2 and split[19_999]["label"] == 1
