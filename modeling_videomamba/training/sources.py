@@ -67,8 +67,8 @@ def load_split(
         regression (`bool`, defaults to `False`): Whether whole numbers are values to predict rather than classes.
         label_names (`list[str]`, *optional*):
             Names of the classes, in order. Without them they are those of the data set, else the labels found in it:
-            whole numbers are indices from 0 to the largest, other labels are names, sorted. A label of white space is
-            none, accents compare as composed (NFC).
+            whole numbers are indices from 0 to the largest, other labels are names, sorted. White space around a label
+            doesn't count, and accents compare as composed (NFC).
         indices (`bool`, defaults to `True`):
             Whether a whole number that is not one of `label_names` is an index into them, as long as no name is a whole
             number.
