@@ -41,7 +41,6 @@ from modeling_videomamba.training.windows import (
     Source,
     Window,
     Windows,
-    complete_videos,
     find_files,
     is_shard,
 )
@@ -105,18 +104,20 @@ def embed_missing(
     known: set[Window],
 ) -> dict[str, str]:
     """Embeds the windows that are not `known`; returns the reason for each file that can't be read."""
-    complete = complete_videos(known)
+    collection = Collection(args.out)
+    complete = collection.frames.complete(known)
     remaining = [file for file in files if is_shard(file.path) or file not in complete]
     if not remaining:
         return {}
     share = Share(accelerator.process_index, accelerator.num_processes)
-    windows = Windows(remaining, root_of(args.data), processor.video_processor, args.clip_seconds, known, share)
+    root, frames = root_of(args.data), collection.frames
+    windows = Windows(remaining, root, processor.video_processor, args.clip_seconds, known, frames, share)
     has_shards = any(is_shard(file.path) for file in remaining)
     most = -(-len(remaining) // accelerator.num_processes)
     batches = iterate(
         windows, args.num_workers if has_shards else min(args.num_workers, most), batch_size=args.batch_size
     )
-    parts, stop = Collection(args.out).parts, args.on_broken_video == "raise"
+    parts, stop = collection.parts, args.on_broken_video == "raise"
     with tqdm(total=None if has_shards else most, unit="video", desc="videos of this process") as bar:
         broken = embed_all(accelerator, model.to(accelerator.device), batches, parts, bar, stop)
     return dict(gather_object(list(broken.items())))

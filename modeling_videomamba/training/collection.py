@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
+from .frame_indexes import FrameIndexes
 from .output import lock
 from .parts import Parts
 from .retrieval import mean_directions
@@ -40,9 +41,10 @@ def embed(model: VideoMambaForVideoTextRetrieval, pixel_values: torch.Tensor) ->
 
 class Collection:
     r"""
-    A folder with a finished table, if there is one, and with `parts`, the embeddings of a run that hasn't ended. A
-    table has a row for each window with `embedding`, `direction` (its unit vector), and a FAISS index of each. Each run
-    that changes it writes another folder, of which the file `current` has the name.
+    A folder with a finished table, if there is one, with `parts`, the embeddings of a run that hasn't ended, and with
+    `frames`, the frame indexes of its long videos. A table has a row for each window with `embedding`, `direction` (its
+    unit vector), and a FAISS index of each. Each run that changes it writes another folder, of which the file `current`
+    has the name.
 
     Args:
         folder (`Path`): May not exist yet.
@@ -50,7 +52,7 @@ class Collection:
 
     def __init__(self, folder: Path):
         self.folder, self.current = folder, folder / "current"
-        self.parts = Parts(folder / "parts")
+        self.parts, self.frames = Parts(folder / "parts"), FrameIndexes(folder / "frames")
 
     @property
     def is_empty(self) -> bool:
@@ -73,9 +75,11 @@ class Collection:
 
     def embedded(self, files: Iterable[Source]) -> set[Window]:
         """The windows that needn't be embedded again, of files that are as they were."""
-        windows = {*self.windows(), *(_window(key) for key in self.parts.places())}
+        fresh = {_window(key) for key in self.parts.places()}
+        cuts = {window.video: window.cut for window in fresh}  # earlier versions cut some videos into other windows
+        kept = {window for window in self.windows() if cuts.get(window.video, window.cut) == window.cut}
         current = set(files)
-        return {window for window in windows if window.file in current}
+        return {window for window in fresh | kept if window.file in current}
 
     def finish(self, files: Iterable[Source]) -> list[Window]:
         """
@@ -92,6 +96,7 @@ class Collection:
             if re.fullmatch("table-[0-9a-f]{32}", path.name) and path != self.table_folder():
                 shutil.rmtree(path, ignore_errors=True)  # it may still be read; the next run tries again
         shutil.rmtree(self.parts.folder, ignore_errors=True)
+        self.frames.keep({window.video for window in windows})
         return windows
 
     def _table(self, windows: list[Window], before: list[Window]) -> Dataset:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -13,12 +14,13 @@ from transformers import BatchEncoding
 
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
+from ..video_decoding import VideoFile
 from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .collection import SETTINGS, Collection, check_faiss, embed, load_table
 from .data import BROKEN
 from .previews import clock_time
 from .video_text_models import fingerprint, load_retrieval_model
-from .windows import ShardError, Window, find_remote, locate, open_video, read_media, window_pixels
+from .windows import ShardError, Source, Window, find_remote, locate, open_video, read_media, window_pixels
 
 MIN_MATCH = 0.5  # probability that a video matches a text, of one that fits
 RERANKED = 32  # candidates, if no other number is asked for
@@ -61,7 +63,7 @@ class Search:
     A search in a table of windows.
 
     Args:
-        folder (`Path`): Of a table of a [`Collection`].
+        collection ([`Collection`]): Has a finished table.
         column (`str`): What is compared: `"embedding"` with texts, `"direction"` with clips.
         root (`str`): What the paths of its videos are relative to.
         processor ([`VideoMambaVideoProcessor`]): Of the model.
@@ -69,9 +71,9 @@ class Search:
     `left_out` gets the reason for each file that isn't as it was when it was indexed, which is not among the hits.
     """
 
-    def __init__(self, folder: Path, column: str, root: str, processor: VideoMambaVideoProcessor):
+    def __init__(self, collection: Collection, column: str, root: str, processor: VideoMambaVideoProcessor):
         self.column, self.root, self.processor = column, root, processor
-        self.table = load_table(folder, column)
+        self.table, self.frames = load_table(collection.table_folder(), column), collection.frames
         self.rows = self.table.select_columns(list(Window._fields))
         self.left_out: dict[str, str] = {}
         self._unchanged: set[str] = set()
@@ -121,20 +123,40 @@ class Search:
 
     def with_pixels(self, hits: Iterable[Hit]) -> Iterator[Hit]:
         """Those of which the frames can be read. Of a shard that can't be, the rest is not tried."""
-        for hit in hits:
-            if hit.window.file.path in self.left_out:
-                continue
-            try:
-                if hit.pixels is None:
-                    with open_video(read_media(self.root, hit.window.path)) as reader:
+        with OpenVideo(self) as opened:
+            for hit in hits:
+                if hit.window.file.path in self.left_out:
+                    continue
+                try:
+                    if hit.pixels is None:
+                        reader = opened.of(hit.window)
                         hit.pixels = window_pixels(reader, hit.window.start, hit.window.end, self.processor)
-            except ShardError as error:
-                self.left_out[hit.window.file.path] = str(error)
-                self._unchanged.discard(hit.window.file.path)
-            except BROKEN as error:
-                self.left_out[hit.window.path] = str(error)
-            else:
-                yield hit
+                except ShardError as error:
+                    self.left_out[hit.window.file.path] = str(error)
+                    self._unchanged.discard(hit.window.file.path)
+                except BROKEN as error:
+                    self.left_out[hit.window.path] = str(error)
+                else:
+                    yield hit
+
+
+class OpenVideo(ExitStack):
+    """The video of the last window stays open for the next one: to open a video of hours takes as long as a window."""
+
+    def __init__(self, search: Search):
+        super().__init__()
+        self.search = search
+        self.video: Source | None = None
+        self.reader: VideoFile | None = None
+
+    def of(self, window: Window) -> VideoFile:
+        """Raises [`ShardError`] or as [`open_video`]."""
+        if self.reader is None or self.video != window.video:
+            self.close()
+            self.reader = None
+            media, index = read_media(self.search.root, window.path), self.search.frames.read(window.video)
+            self.video, self.reader = window.video, self.enter_context(open_video(media, index))
+        return self.reader
 
 
 def load_search(folder: Path, column: str) -> tuple[Search, VideoMambaForVideoTextRetrieval, VideoMambaProcessor]:
@@ -157,7 +179,7 @@ def load_search(folder: Path, column: str) -> tuple[Search, VideoMambaForVideoTe
     if fingerprint(model, processor) != settings["weights"]:
         raise ValueError(f"{settings['model']} has other weights, or another processor, than when {folder} was made")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Search(collection.table_folder(), column, settings["folder"], processor.video_processor), model, processor
+    return Search(collection, column, settings["folder"], processor.video_processor), model, processor
 
 
 def find(

@@ -11,7 +11,6 @@ import os
 import re
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -25,9 +24,11 @@ from fsspec.core import url_to_fs
 from torch.utils.data import get_worker_info
 
 from ..video_decoding import VideoFile, VideoSource, open_source
+from ..video_index import FrameIndex
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .data import BROKEN, Examples, TestViews, process_clips
 from .files import VIDEO_SUFFIXES, walk_files
+from .frame_indexes import FrameIndexes
 
 SHARD_SUFFIX = ".tar"
 # what servers and stores say of the version of a file, and that there is none
@@ -64,6 +65,11 @@ class Window(NamedTuple):
         return Source(self.path, self.size, self.mtime)
 
     @property
+    def cut(self) -> tuple[int, float | None]:
+        """Number and length of the windows of the video."""
+        return self.windows, None if self.end is None else round(self.end - self.start, 6)
+
+    @property
     def file(self) -> Source:
         return Source(split_path(self.path)[0], self.size, self.mtime)
 
@@ -93,12 +99,6 @@ class Share(NamedTuple):
     def split(self, worker: int, workers: int) -> "Share":
         """Of one of the workers of the reader."""
         return Share(self.reader * workers + worker, self.readers * workers)
-
-
-def complete_videos(windows: set[Window]) -> frozenset[Source]:
-    """The videos of which all windows are there."""
-    counts = Counter(window.video for window in windows)
-    return frozenset(window.video for window in windows if counts[window.video] == window.windows)
 
 
 def is_shard(path: str) -> bool:
@@ -295,9 +295,12 @@ def read_media(root: str, path: str) -> Media:
     raise FileNotFoundError(f"{location}: has no {wanted}")
 
 
-def open_video(video: VideoSource) -> VideoFile:
-    """A video of [`read_media`], or any other. Raises `BrokenVideoError` or `OSError` for what can't be read."""
-    return VideoFile(*open_source(video))
+def open_video(video: VideoSource, index: FrameIndex | None = None) -> VideoFile:
+    """
+    A video of [`read_media`], or any other; it is not scanned where its `index` is known. Raises `BrokenVideoError` or
+    `OSError` for what can't be read.
+    """
+    return VideoFile(*open_source(video), index=index)
 
 
 def cut_video(video: Source, duration: float, clip_seconds: float) -> list[Window]:
@@ -344,6 +347,7 @@ class Windows(torch.utils.data.IterableDataset):
         processor ([`VideoMambaVideoProcessor`]): Of the model.
         clip_seconds (`float`): As in [`cut_video`].
         known (`set[Window]`): Left out.
+        frames ([`FrameIndexes`]): Gets the frame index of each video with several windows.
         share ([`Share`]): Of this process, whose workers share it.
     """
 
@@ -354,10 +358,11 @@ class Windows(torch.utils.data.IterableDataset):
         processor: VideoMambaVideoProcessor,
         clip_seconds: float,
         known: set[Window],
+        frames: FrameIndexes,
         share: Share,
     ):
         self.files, self.root, self.processor, self.clip_seconds = files, root, processor, clip_seconds
-        self.complete, self.share = complete_videos(known), share
+        self.complete, self.frames, self.share = frames.complete(known), frames, share
         self.known = {window for window in known if window.video not in self.complete}
         self.blank = Examples([], TestViews(processor), skip_broken=True).item(None, 0, -1)
 
@@ -369,12 +374,16 @@ class Windows(torch.utils.data.IterableDataset):
                 yield self._broken(video, str(error))
                 continue
             try:
-                with open_video(media) as reader:
-                    for window in cut_video(video, reader.index.duration, self.clip_seconds):
+                with open_video(media, self.frames.read(video)) as reader:
+                    windows = cut_video(video, reader.index.duration, self.clip_seconds)
+                    for window in windows:
                         if window not in self.known:
                             yield self._item(window, reader)
             except BROKEN as broken:
                 yield self._broken(video, str(broken))
+                continue
+            if len(windows) > 1:
+                self.frames.write(video, reader.index)
 
     def _item(self, window: Window, reader: VideoFile) -> dict[str, Any]:
         try:

@@ -52,7 +52,7 @@ def test_two_processes_index_as_one_does_and_as_the_model_says(search, model_fol
         expected = oracle.frame_embeds(oracle.pixels(path, *window_of(row))).mean(1)[0]
         np.testing.assert_allclose(row["embedding"], expected, atol=1e-5)
         np.testing.assert_allclose(row["direction"], F.normalize(expected, dim=0), atol=1e-5)
-    assert files_of(tmp_path / "2") == {"current", "lock", "settings.json", "table-*"}
+    assert files_of(tmp_path / "2") == {"current", "frames", "lock", "settings.json", "table-*"}
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_kill_while_a_table_is_written_harms_nothing(search, model_folder, col
     assert Collection(out).table_folder() == before
     write_mp4(folder / "more.mp4", draw(30))
     assert counts(search("index", folder, out, "--model", model_folder, *OPTIONS))[:3] == [1, 1, 8]
-    assert files_of(out) == {"current", "lock", "settings.json", "table-*"}
+    assert files_of(out) == {"current", "frames", "lock", "settings.json", "table-*"}
     assert {path.name for path in out.glob("table-*")} == {Collection(out).table_folder().name, "table-notes"}
 
 

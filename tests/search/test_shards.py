@@ -23,6 +23,7 @@ import search_videos
 from modeling_videomamba import VideoMambaProcessor
 from modeling_videomamba.training import windows as windows_module
 from modeling_videomamba.training.collection import Collection
+from modeling_videomamba.training.frame_indexes import FrameIndexes
 from modeling_videomamba.training.windows import Share, Source, Windows, find_files, read_videos
 from modeling_videomamba.training.workers import iterate
 from tests.search.helpers import OPTIONS, TEXT, ask, counts, paths, rows, window_of, write_shard
@@ -202,13 +203,13 @@ def test_what_one_reader_cannot_read_is_not_lost(shards, monkeypatch):
     assert sorted(video.path for video in [*done, *later]) == sorted(whole) and not done & set(later)
 
 
-def test_workers_share_what_a_process_has(model_folder, shards, clips):
+def test_workers_share_what_a_process_has(model_folder, shards, clips, tmp_path):
     shutil.copytree(clips / "sub", shards / "sub")
     files = find_files([str(shards)])
     processor = VideoMambaProcessor.from_pretrained(model_folder).video_processor
 
     def names(share, num_workers):
-        windows = Windows(files, str(shards), processor, 2.0, set(), share)
+        windows = Windows(files, str(shards), processor, 2.0, set(), FrameIndexes(tmp_path / "frames"), share)
         return [name for batch in iterate(windows, num_workers, batch_size=2) for name in batch["names"] if name]
 
     whole = names(Share(0, 1), 0)
