@@ -145,7 +145,7 @@ def _shorten_usage(parser: argparse.ArgumentParser) -> None:
 def _add_recipes(parser: Parser, recipes: Path, classes: Any) -> None:
     """`--recipe`; the values of the recipe that the command line names become the defaults."""
     names = sorted(path.stem for path in recipes.glob("*.yaml"))
-    where = recipes.relative_to(Path(__file__).parents[1])
+    where = recipes.resolve().relative_to(Path(__file__).resolve().parents[1])
     parser.add_argument(
         "--recipe",
         metavar="NAME",

@@ -181,7 +181,10 @@ def write_labels(
             else:
                 read.append(result)
                 labels.append(top_labels(result, model.config.id2label, args.top_k))
-                rows = [(result.video, n, item["label"], item["score"], "") for n, item in enumerate(labels[-1], 1)]
+                rows = [
+                    (result.video, n, item["label"], round(item["score"], 6), "")
+                    for n, item in enumerate(labels[-1], 1)
+                ]
             if table:
                 table.writerows(rows)
     if args.json:

@@ -10,12 +10,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from command_line import Parser
-from model_table import model_tables
-from model_zoo import load_zoo, make_card
 
 
 def main() -> None:
@@ -23,6 +18,12 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder for the cards")
     parser.add_argument("--organization", default="ORG", help="on the Hub, where the models are published")
     args = parser.parse_args()
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from model_table import model_tables
+    from model_zoo import load_zoo, make_card
+
     try:
         zoo = load_zoo()
         for entry in zoo:

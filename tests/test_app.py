@@ -28,6 +28,7 @@ from playwright.sync_api import expect, sync_playwright
 import app
 import make_space
 import page as page_module
+import space as space_module
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
 from modeling_videomamba.training import windows
 from modeling_videomamba.training.search import load_search
@@ -472,7 +473,7 @@ def test_a_space_starts_by_itself(monkeypatch, tmp_path):
     space, site, port = tmp_path / "space", tmp_path / "site", free_port()
     monkeypatch.setattr(sys, "argv", ["make_space.py", "org/nano", str(space)])
     make_space.main()
-    files = {"Dockerfile", "README.md", *make_space.PAGE}
+    files = {"Dockerfile", "README.md", *space_module.PAGE}
     assert {path.name for path in space.iterdir()} == {*files, "package"}
     dockerfile = (space / "Dockerfile").read_text("utf-8")
     (requirement,) = re.findall(r'^RUN pip install --no-cache-dir "(.+)"$', dockerfile, re.MULTILINE)

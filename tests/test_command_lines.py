@@ -20,7 +20,8 @@ from tests.launching import ENVIRONMENT, SCRIPTS, run
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8"))
 HELP_OF_ALL = """
 import contextlib, io, runpy, sys
-heavy = ("torch", "transformers", "datasets", "accelerate", "gradio", "sklearn", "matplotlib", "modeling_videomamba")
+heavy = ("torch", "transformers", "datasets", "accelerate", "gradio", "sklearn", "matplotlib", "huggingface_hub")
+heavy += ("modeling_videomamba",)
 sys.path.insert(0, sys.argv[1])
 for name in sys.argv[2:]:
     sys.argv = [name, "--help"]
@@ -80,6 +81,12 @@ def test_help_says_the_values_of_a_recipe(monkeypatch, capsys):
         runpy.run_path(str(SCRIPTS / "finetune.py"), run_name="__main__")
     text = " ".join(capsys.readouterr().out.split())
     assert "times that the run sees the training data (default: 70" in text
+
+
+def test_scripts_run_through_links(tmp_path):
+    (tmp_path / "scripts").symlink_to(SCRIPTS)
+    result = run(sys.executable, "scripts/finetune.py", "--help", folder=tmp_path)
+    assert result.returncode == 0 and "a name in scripts/recipes, or a YAML file" in " ".join(result.stdout.split())
 
 
 # Orders
