@@ -14,7 +14,7 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from ._version import __version__
-from .video_truncation import is_truncated
+from .video_truncation import is_truncated, open_binary
 
 VideoSource = str | os.PathLike | bytes | bytearray | memoryview | dict
 
@@ -110,7 +110,7 @@ class OpenedVideo:
             container.close()
 
     def _choose_stream(self) -> Any:
-        """Of several the one that moves, that is marked as the default, that is the largest."""
+        """Of several the one that moves, then the one that is marked as the default, then the largest one."""
         flag = self.av.stream.Disposition
         streams = [
             stream
@@ -133,11 +133,7 @@ class OpenedVideo:
 
     def _codec_in_header(self) -> str:
         """Name of an unknown codec, which PyAV doesn't tell, from mp4, AVI or Matroska; empty where it isn't found."""
-        with (
-            io.BytesIO(self.file.getvalue())
-            if isinstance(self.file, io.BytesIO)
-            else Path(self.file).open("rb") as file
-        ):
+        with open_binary(self.file) as file:
             found = CODEC.search(file.read(HEADER))
             if found is None and file.seek(0, io.SEEK_END) > HEADER:
                 file.seek(-HEADER, io.SEEK_END)

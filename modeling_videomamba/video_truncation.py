@@ -12,11 +12,14 @@ TAIL = 2**17  # bytes, more than an Ogg page has
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot", b"uuid")
 
 
+def open_binary(file: str | io.BytesIO) -> BinaryIO:
+    """A path, or bytes, to be read from their start."""
+    return io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else Path(file).open("rb")
+
+
 def is_truncated(file: str | io.BytesIO) -> bool:
     """Whether a file ends before its container does. False where the container doesn't tell, or isn't known."""
-    if isinstance(file, io.BytesIO):
-        return _is_cut(io.BytesIO(file.getvalue()))
-    with Path(file).open("rb") as opened:
+    with open_binary(file) as opened:
         return _is_cut(opened)
 
 
