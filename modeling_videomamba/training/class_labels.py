@@ -109,14 +109,15 @@ def _numbered_names(rows: Sequence[Row], values: Sequence[Any]) -> list[str]:
 
 
 def _check_single(rows: Sequence[Row], texts: Sequence[str], names: Sequence[str]) -> None:
-    """Raises `ValueError` for a label that seems to be several: all parts of it occur in other labels too."""
+    """Raises `ValueError` for a label that seems to be several: of numbers, or of parts that other labels have too."""
     parts = {name: {part.strip() for part in BETWEEN_LABELS.split(name)} for name in names}
     owners: dict[str, int] = {}
     for own in parts.values():
         for part in own:
             owners[part] = owners.get(part, 0) + 1
     for row, text in zip(rows, texts, strict=True):
-        if len(parts[text]) > 1 and all(owners[part] > 1 for part in parts[text]):
+        known = all(owners[part] > 1 for part in parts[text]) or all(map(WHOLE.fullmatch, parts[text]))
+        if len(parts[text]) > 1 and known:
             raise ValueError(
                 f"{row.where}: {text!r} seems to be several labels, and a video has one. If it is the name of a "
                 "class, pass the names of the classes (--label-file)."

@@ -18,8 +18,8 @@ JSON_SUFFIXES = (".json", ".jsonl")
 LIST_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES)
 SEPARATORS = (",", "\t", ";", " ")
 FILE_NAME = re.compile(r".*\.\w{1,5}|\S+://\S+")
-WHOLE = re.compile(r"[+-]?\d+")
-DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+WHOLE = re.compile(r"[+-]?[0-9]+")
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MAX_SHOWN = 80
 Target = Literal["label", "captions"]
 
@@ -68,9 +68,9 @@ class Text(str):
 
     def number(self) -> int | float | None:
         """What it is written as, if that is a number."""
-        if WHOLE.fullmatch(self):
-            return int(self)
-        return float(self) if DECIMAL.fullmatch(self) and math.isfinite(float(self)) else None
+        if not DECIMAL.fullmatch(self) or not math.isfinite(float(self)):
+            return None
+        return int(self) if WHOLE.fullmatch(self) else float(self)
 
 
 def _csv_rows(path: Path, text: str, target: Target | None, path_columns: tuple[str, ...]) -> Iterator[Row]:
@@ -233,6 +233,8 @@ def _json_label(value: Any, where: str) -> Any:
         raise ValueError(f"{where}: `label` must be one text or number, got {_shown(value)}: a video has one label.")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{where}: `label` must be text or a number, got {_shown(value)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: `label` must be a number that fits 64 bits, got {_shown(value)}.")
     return _label(value, where) if isinstance(value, str) else value
 
 
