@@ -78,6 +78,10 @@ FORMATS = {
     "json": ("train.json", as_json),
     "json lines": ("train.jsonl", as_lines),
     "json lines in json": ("train.json", as_lines),
+    "metadata with tabs": (
+        "train/metadata.csv",
+        lambda rows, column: as_csv(rows, column, "\t").replace("path", "file_name", 1),
+    ),
     "metadata": ("train/metadata.csv", lambda rows, column: as_csv(rows, column).replace("path", "file_name", 1)),
     "metadata lines": (
         "train/metadata.jsonl",
@@ -216,6 +220,7 @@ def test_numbers_with_a_point_are_values(tmp_path, text, values):
         ("path,label\nx.mp4,0\ny.mp4,1000000000\n", "train.csv: line 3: a class must be a number from 0 to 99999"),
         ("path,label\nx.mp4,0\ny.jpg,1\n", "train.csv: line 3: "),
         ("path label\nx.mp4 riding a bike\n", "train.csv: line 2 must have 2 words, got 'x.mp4 riding a bike'"),
+        ("a" * 140_000 + ".mp4,0\n", "train.csv: line 1 is not valid CSV: field larger than"),
         ("path,label\nx.mp4," + "a" * 140_000, "train.csv: line 2 is not valid CSV: field larger than"),
     ],
 )

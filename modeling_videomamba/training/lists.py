@@ -74,7 +74,7 @@ class Text(str):
 
 
 def _csv_rows(path: Path, text: str, target: Target | None, path_columns: tuple[str, ...]) -> Iterator[Row]:
-    cells = _cells(path, text)
+    cells = _cells(path, text, path_columns)
     first, names = next(cells, (0, []))
     if not names:
         return
@@ -82,7 +82,7 @@ def _csv_rows(path: Path, text: str, target: Target | None, path_columns: tuple[
     rows = [] if has_header else [(first, names)]
     if not has_header:
         names = [path_columns[0], "label"][: len(names)] if len(names) <= 2 else []
-    path_name, value_name = _columns(path, names, target, path_columns, f"{path}: line {first}")
+    path_name, value_name = _columns(names, target, path_columns, f"{path}: line {first}")
     for number, row in (*rows, *cells):
         where = f"{path}: line {number}"
         if len(row) != len(names):
@@ -97,11 +97,11 @@ def _csv_rows(path: Path, text: str, target: Target | None, path_columns: tuple[
         yield Row(where, _path(values[path_name], where), Text(_label(value, where)) if target == "label" else value)
 
 
-def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+def _cells(path: Path, text: str, path_columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and cells, without white space around, of the lines that aren't blank."""
     lines = text.split("\n")
     first = next((line for line in lines if line.strip()), "")
-    separator = _separator(first)
+    separator = _separator(first, path_columns)
     if separator == " ":
         count = len(first.split()) if not FILE_NAME.fullmatch(first.rsplit(None, 1)[0]) else 2
         for number, line in enumerate(lines, start=1):
@@ -123,16 +123,24 @@ def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             raise ValueError(f"{path}: line {number} has empty cells alone.")
 
 
-def _separator(line: str) -> str:
+def _separator(line: str, path_columns: tuple[str, ...]) -> str:
     """The first separator that makes the first line a header, or a path and what goes with it."""
     for separator in SEPARATORS:
-        if separator == " ":
-            cells = line.split() if set(line.split()) & set(PATH_COLUMNS) else line.rsplit(None, 1)
-        else:
-            cells = [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])]
-        if cells and (set(cells) & set(PATH_COLUMNS) or FILE_NAME.fullmatch(cells[0].strip('"'))):
+        cells = _split(line, separator, path_columns)
+        if set(cells) & set(path_columns) or FILE_NAME.fullmatch(cells[0].strip('"')):
             return separator
     return SEPARATORS[0]
+
+
+def _split(line: str, separator: str, path_columns: tuple[str, ...]) -> list[str]:
+    if separator == " ":
+        return line.split() if set(line.split()) & set(path_columns) else line.rsplit(None, 1) or [""]
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])] or [
+            ""
+        ]
+    except csv.Error:  # told with its line when the rows are read
+        return [""]
 
 
 def _words(where: str, line: str, count: int) -> list[str]:
@@ -147,7 +155,7 @@ def _words(where: str, line: str, count: int) -> list[str]:
 
 
 def _columns(
-    path: Path, names: list[str], target: Target | None, path_columns: tuple[str, ...], where: str
+    names: list[str], target: Target | None, path_columns: tuple[str, ...], where: str
 ) -> tuple[str, str | None]:
     """The columns of the path and of what is wanted. Raises `ValueError` where one lacks, or is there twice."""
     path_name = next((name for name in path_columns if name in names), None)
@@ -156,10 +164,10 @@ def _columns(
     got = ", ".join(names) or "more than two columns without a header"
     if path_name is None or (target == "label" and value_name is None):
         columns = " and ".join(f"`{name}`" for name in (path_columns[0], *wanted[:1] * (target == "label")))
-        raise ValueError(f"{path} must have the columns {columns}, got {got}.")
+        raise ValueError(f"{where} must have the columns {columns}, got {got}.")
     if target == "captions" and value_name is None:
         known = ", ".join(f"`{name}`" for name in CAPTION_COLUMNS)
-        raise ValueError(f"{path} must have one of the columns {known}, got {got}.")
+        raise ValueError(f"{where} must have one of the columns {known}, got {got}.")
     for name in (path_name, value_name):
         if names.count(name or "") > 1:
             raise ValueError(f"{where} has the column `{name}` twice.")
@@ -177,7 +185,7 @@ def _json_rows(path: Path, text: str, target: Target | None, path_columns: tuple
         names = list(entry)
         if target == "captions" and not set(names) & set(CAPTION_COLUMNS):
             names.append(CAPTION_COLUMNS[0])  # a video without captions
-        path_name, value_name = _columns(Path(where), names, target, path_columns, where)
+        path_name, value_name = _columns(names, target, path_columns, where)
         if not isinstance(entry[path_name], str):
             raise ValueError(f"{where}: `{path_name}` must be text, got {_shown(entry[path_name])}.")
         value = None if value_name is None else entry.get(value_name)
