@@ -71,14 +71,14 @@ class ClassificationRun(TrainingRun):
         self.kind = media_kind(self.train_split)
         self.label_names: list[str] | None = getattr(self.train_split.features["label"], "names", None)
         self.regression = self.label_names is None
-        if self.label_names is not None and len(self.label_names) < 2:
-            raise ValueError(f"{data.data} must have labels of at least two classes, got {self.label_names[0]!r} alone")
         self.metric, self.minimize = ("mse", True) if self.regression else ("accuracy", False)
         mixing = self.args.augmentation
         if self.regression and (mixing.mixup or mixing.cutmix or mixing.label_smoothing):
             raise ValueError("--mixup, --cutmix and --label-smoothing are for classes, the labels are numbers")
         options |= {"regression": self.regression, "label_names": self.label_names, "indices": names is not None}
         self.evaluation_name, self.test_split = self._evaluation_split(options)
+        if self.label_names is not None and len(self.label_names) < 2:
+            raise ValueError(f"{data.data} must have labels of at least two classes, got {self.label_names[0]!r} alone")
         if media_kind(self.test_split) != self.kind:
             raise ValueError(
                 f"{data.data}: the training split has a column {self.kind}, the {self.evaluation_name} split not"
