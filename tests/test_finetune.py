@@ -323,7 +323,7 @@ def test_finetuning_explains_what_it_lacks(digits, tmp_path, exit_of):
     fails("error: ", "--data", data, "--model", tmp_path / "nowhere")
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "train.csv").write_text("x.mp4,0\n")
-    fails("must have a split validation or test, got train", "--data", tmp_path / "lists", *TINY_CONFIG)
+    fails("has no split validation or test", "--data", tmp_path / "lists", *TINY_CONFIG)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "arguments.json").write_text(json.dumps({"epochs": 3}))
     fails("has a run in it: pass --resume or another folder", "--data", data, *TINY_CONFIG)
