@@ -181,7 +181,7 @@ class VideoFile:
     def _to_rgb(self, frame: Any, matrix: np.ndarray | None) -> np.ndarray:
         """`(height, width, 3)`, uint8, as the file asks (videos of phones are stored lying, or mirrored)."""
         rgb = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
-        return rgb if matrix is None else np.ascontiguousarray(_turn(rgb, matrix))
+        return np.ascontiguousarray(rgb if matrix is None else _turn(rgb, matrix))  # its rows may have padding
 
     def _frame(self, index: int) -> Frame:
         while True:
