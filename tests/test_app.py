@@ -218,7 +218,8 @@ def test_what_is_no_video_is_told(page, tmp_path):
             continue  # which a browser doesn't send
         classify(page, tmp_path / name)
         expect(page.get_by_role("alert")).to_contain_text(f"{name}: ")
-        assert re.search(": (not a video, or truncated|truncated|it has no video stream)", page.get_by_role("alert").inner_text())
+        said = page.get_by_role("alert").inner_text()
+        assert re.search(": (not a video, or truncated|truncated|it has no video stream)", said)
         assert str(tmp_path) not in page.content() and "Traceback" not in page.content()
         page.reload()
     classify(page, NANO / "example.mp4")
