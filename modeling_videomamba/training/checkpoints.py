@@ -113,6 +113,8 @@ def find_damage(checkpoint: Path) -> str | None:
         expected = read_object(checkpoint / CHECKSUMS)
         for name in (STATE, *expected):
             path, size, digest = checkpoint / name, expected[name]["bytes"], expected[name]["sha256"]
+            if path.is_dir():
+                return f"{path} is a folder"
             if path.stat().st_size != size:
                 return f"{path} has {path.stat().st_size} bytes instead of {size}"
             if _digest(path) != digest:
