@@ -37,6 +37,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="measurements whose names contain one of these (default: all)"
     )
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="measure instead how VideoMamba-Ti, VideoMAE-Ti and a step of training slow down beside busy processes",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the measurements and stop")
     parser.add_argument("--threads", type=int, help="threads of a measurement (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls, at least")
@@ -86,6 +91,8 @@ def main() -> None:
     try:
         benchmark_runs.main(args)
     except (ImportError, ValueError) as error:
+        if args.worker:  # the report quotes the last line, with the type of the error
+            raise
         sys.exit(f"error: {error}")
 
 

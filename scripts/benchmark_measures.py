@@ -10,11 +10,12 @@ import math
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ MATRIX_SECONDS = 0.1  # for each shape, each time that the rate is measured
 ROUNDS_SECONDS = 0.5  # of timed calls between two measurements of that rate
 SLOW_SECONDS = 10.0  # a first call as slow as this counts as a timed one
 MAX_SECONDS = 60.0  # of timed calls, after which no further one starts
+NEIGHBOURS = (1, 4)  # busy processes beside a measurement
+TRAINING_STEP = "VideoMamba-Ti training"
 
 Result = dict[str, Any]
 
@@ -376,7 +379,45 @@ def measure_masked_training(frames: int, image_size: int, batch: int, mask_ratio
     return compare(steps, **timing)
 
 
+# Beside other processes
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """So many processes that take all the time that the system gives them."""
+    command = [sys.executable, "-S", "-c", "print(flush=True)\nwhile True: pass"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has started
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def measure_busy(model: str, frames: int, image_size: int, batch: int = 1, **timing: Any) -> Result:
+    """Inference of a model, or a step of training, on the machine as it is and beside busy processes."""
+    if model == TRAINING_STEP:
+        _, call, _ = prepare_training(frames, image_size, batch)
+    else:
+        network = build_model(model, frames, image_size).eval()
+        clip = torch.randn(batch, frames, 3, image_size, image_size)
+        call = torch.no_grad()(functools.partial(network, clip))
+    first = first_call(call)
+    result = {**first}
+    for count in (0, *NEIGHBOURS):
+        with busy_processes(count):
+            [times] = time_rounds([call], [first["first_seconds"]], **timing)
+        result |= {f"beside_{count}_{key}": value for key, value in times.items()}
+    quiet = result["beside_0_median_seconds"]
+    return result | {f"ratio_beside_{count}": result[f"beside_{count}_median_seconds"] / quiet for count in NEIGHBOURS}
+
+
 MEASURES: dict[str, Callable[..., Result]] = {
+    "busy": measure_busy,
     "scan": measure_scan,
     "model": measure_model,
     "profile": measure_profile,
@@ -388,6 +429,10 @@ MEASURES: dict[str, Callable[..., Result]] = {
 
 def scan_name(implementation: str, shape: list[int], direction: str) -> str:
     return f"scan {'x'.join(map(str, shape))} {direction} {implementation}"
+
+
+def busy_name(model: str, frames: int) -> str:
+    return f"busy {model} {frames} frames"
 
 
 def model_name(model: str, frames: int) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmark_measures import COMPARED, Result, model_name, scan_name
+from benchmark_measures import COMPARED, TRAINING_STEP, Result, busy_name, model_name, scan_name
 from modeling_videomamba import selective_scan_backends
 from modeling_videomamba.matrix_product_cpu import unusable as matrix_units_unusable
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
@@ -51,6 +51,11 @@ def claims(results: dict[str, Result]) -> list[Result]:
         ("Ti, 1024 frames: GB of the process", value(ti_1024, "process_peak_bytes") / 1e9, "<", 2.5),
         ("Ti: training step / inference", value("training VideoMamba-Ti", "ratio_of_min"), "<=", 4.0),
         ("Ti: masked pretraining step / unmasked", value("masked training VideoMamba-Ti", "ratio_of_min"), "<", 0.5),
+        *(
+            (f"{model}, beside {count} busy: time / quiet time", value(busy_name(model, 8), key), "<=", target)
+            for model in ("VideoMamba-Ti", TRAINING_STEP)
+            for count, key, target in ((1, "ratio_beside_1", 2.2), (4, "ratio_beside_4", 6.0))
+        ),
     ]
     holds: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
     return [
@@ -108,6 +113,15 @@ TABLES = {
         ("model", "frames"),
         ("min_seconds", *(f"{part}_seconds" for part in ("products", "scan", "convolution", "norm", "sum", "rest"))),
         "Of the fastest call, kernel by kernel; products of the embeddings and of dt_proj are in the rest.",
+    ),
+    "busy": (
+        "Beside processes that take all the time they get",
+        ("model", "frames", "batch"),
+        (
+            *("beside_0_median_seconds", "beside_1_median_seconds", "beside_4_median_seconds"),
+            *("ratio_beside_1", "ratio_beside_4"),
+        ),
+        "Beside none, one and four of them; the ratio is to beside none.",
     ),
     "training": (
         "Training of VideoMamba-Ti",

@@ -11,7 +11,17 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmark_measures import COMPARED, MEASURES, WITHOUT_AMX, Result, matrix_units_unusable, model_name, scan_name
+from benchmark_measures import (
+    COMPARED,
+    MEASURES,
+    TRAINING_STEP,
+    WITHOUT_AMX,
+    Result,
+    busy_name,
+    matrix_units_unusable,
+    model_name,
+    scan_name,
+)
 from benchmark_report import draw_picture, make_report, print_report
 from modeling_videomamba.training.plots import pyplot
 
@@ -21,6 +31,17 @@ MASK_RATIO = 0.8  # of masked pretraining, as published
 
 
 # One process for each measurement
+
+
+def list_busy_measurements(args: argparse.Namespace) -> dict[str, Result]:
+    """The measurements of --busy, as in [`list_measurements`]."""
+    clip = {"frames": args.frames[0], "image_size": args.image_size}
+    timing = {"repeats": args.repeats, "min_seconds": args.min_seconds}
+    batches = {"VideoMamba-Ti": 1, "VideoMAE-Ti": 1, TRAINING_STEP: TRAINING_BATCH}
+    return {
+        busy_name(model, args.frames[0]): {"measure": "busy", "model": model, **clip, "batch": batch, **timing}
+        for model, batch in batches.items()
+    }
 
 
 def list_measurements(args: argparse.Namespace) -> dict[str, Result]:
@@ -53,9 +74,7 @@ def list_measurements(args: argparse.Namespace) -> dict[str, Result]:
     masked = {**spec, "mask_ratio": MASK_RATIO}
     listed["masked training VideoMamba-Ti"] = {"measure": "masked training", **masked, **timing}
     listed["profile training VideoMamba-Ti"] = {"measure": "training profile", **spec, **timing}
-    if not args.only:
-        return listed
-    return {name: spec for name, spec in listed.items() if any(part in name for part in args.only)}
+    return listed
 
 
 def work(request: Result) -> Result:
@@ -117,9 +136,11 @@ def main(args: argparse.Namespace) -> None:
 
 def find_measurements(args: argparse.Namespace) -> dict[str, Result]:
     """Those that --only names, or all. Raises `ValueError` where there is none, or none for the picture."""
-    found = list_measurements(args)
+    found = list_busy_measurements(args) if args.busy else list_measurements(args)
+    if args.only:
+        found = {name: spec for name, spec in found.items() if any(part in name for part in args.only)}
     if not found:
         raise ValueError(f"--only {' '.join(args.only)}: there is no such measurement, see --list")
     if args.picture and not any(spec["measure"] == "model" for spec in found.values()):
-        raise ValueError("--picture shows the models, --only leaves none of them")
+        raise ValueError("--picture shows the models: --busy measures none of them alone, and --only must leave one")
     return found

@@ -109,6 +109,30 @@ def test_claims_that_were_not_measured_say_so(folder, report):
     assert (folder / "stdout").read_text("utf-8").count("not measured") == len(report["claims"]) - 2
 
 
+def test_beside_busy_processes(tmp_path):
+    result = run(
+        *("--busy", "--only", "busy VideoMamba", "--frames", 2, "--image-size", 32, "--threads", 1),
+        *("--repeats", 2, "--min-seconds", 0, "--json", tmp_path / "busy.json"),
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "busy.json").read_text("utf-8"))["measurements"]
+    assert set(found) == {"busy VideoMamba-Ti 2 frames", "busy VideoMamba-Ti training 2 frames"}
+    for measured in found.values():
+        assert [len(measured[f"beside_{count}_seconds"]) for count in (0, *measures.NEIGHBOURS)] == [2, 2, 2]
+        for count in measures.NEIGHBOURS:
+            ratio = measured[f"beside_{count}_median_seconds"] / measured["beside_0_median_seconds"]
+            assert measured[f"ratio_beside_{count}"] == pytest.approx(ratio)
+    assert "Beside processes that take all the time they get" in result.stdout
+
+
+def test_busy_processes_end(monkeypatch):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(measures.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with measures.busy_processes(2):
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.returncode is not None for process in started) and len(started) == 2
+
+
 def test_the_picture_is_a_picture(folder):
     with Image.open(folder / "picture.png") as picture:
         assert picture.format == "PNG" and picture.size[0] >= 1200 and len(picture.getcolors(10**6)) > 100
