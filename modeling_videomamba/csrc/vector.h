@@ -201,7 +201,7 @@ inline Vector exp2_bounded(Vector v) {
     p = p * f + 0.24022242426872253f;
     p = p * f + 0.6931470036506653f;
     p = p * f + 1.0f;
-    return (Vector)((Integers)p + ((Integers)shifted << 23));
+    return (Vector)((Bits)p + ((Bits)shifted << 23));  // unsigned, because the sum wraps where v is NaN
 }
 #endif
 
