@@ -263,7 +263,7 @@ def test_all_that_is_there_of_the_zoo(client, released):
     result = client.push("--all", released, "org")
     assert result.returncode == 1 and "error: 1 models, 3 failed" in result.stderr
     assert "videomamba_s16_in1k_res224.pth is not what the zoo has under this name: hidden_size 192" in result.stderr
-    assert "videomamba_b16_in1k_res224.pth: damaged, or not a checkpoint of PyTorch" in result.stderr
+    assert "videomamba_b16_in1k_res224.pth: not a checkpoint of plain tensors" in result.stderr
     assert "left out: mine.pth, which is not in the zoo" in result.stdout
     assert "`labels` has 400 names, the checkpoint has 1000 classes" in result.stderr
     assert result.stdout.count("there is no ") == 56 and result.stdout.count("under the name of another file") == 3
