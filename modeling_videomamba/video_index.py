@@ -296,8 +296,9 @@ def _can_be_sought(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The keyframes and what to seek to for each, none where a seek would not lead to the frames that belong there."""
     codec = video.stream.codec_context
+    has_palette = codec.format is not None and codec.format.name == "pal8"  # `pix_fmt` can crash PyAV 17.1
     # in program streams the packets have other times after a seek, and palettes are not sent again
-    if video.container.format.name == "mpeg" or codec.pix_fmt == "pal8":
+    if video.container.format.name == "mpeg" or has_palette:
         return NO_FRAMES, NO_FRAMES
     if video.codec in DELTA_CODECS and len(keyframes) == num_frames:
         return NO_FRAMES, NO_FRAMES
