@@ -107,7 +107,7 @@ def _computed(parameter):
 
 
 def _by_scan(parameters):
-    """`in_proj, out_proj` and those of the scans, in the dtype in which they are computed."""
+    """`in_proj`, `out_proj` and the parameters of the scans, in the dtype in which they are computed."""
     parameters = list(map(_computed, parameters))
     scans = [ScanParameters(*parameters[i : i + NUM_PARAMETERS]) for i in range(2, len(parameters), NUM_PARAMETERS)]
     return *parameters[:2], scans
