@@ -450,5 +450,5 @@ def test_a_card_says_nothing_of_this_machine(pictures, train, tmp_path):
     for path in (folder / "best").rglob("*"):
         assert b"alice" not in path.read_bytes() and bytes(pictures.parent) not in path.read_bytes(), path
     card = (folder / "best" / "README.md").read_text()
-    assert "finetune.py --data pictures0 --config config.json" in card and "--label-file=labels.txt" in card
+    assert f"finetune.py --data {pictures.name} --config config.json" in card and "--label-file=labels.txt" in card
     assert not was_edited(card, "") and was_edited(card.replace("finetune", "Finetune"), "")
