@@ -179,18 +179,21 @@ def print_report(console: Console, report: Result) -> None:
     facts, results = report["environment"], report["measurements"].values()
     versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
     machine = f"threads: {facts['threads']}, logical cores: {facts['logical_cores']}, {facts['cpu_capability']}"
-    rate = f"best rate of matrix products: {number(facts['best_matrix_product_rate'], 'rate')} G multiply-adds / s"
     units = f"matrix units: {facts['matrix_units']}"
-    lines = (versions, f"{machine}, {facts['dtype']}, backend {facts['backend']}", rate, units)
+    lines = [versions, f"{machine}, {facts['dtype']}, backend {facts['backend']}", units]
+    if rate := facts["best_matrix_product_rate"]:
+        lines.append(f"best rate of matrix products: {number(rate, 'rate')} G multiply-adds / s")
     console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
     for kind in TABLES:
         rows = [r for r in results if ("ratio_to_limit" in r if kind == "limit" else r["measure"] == kind)]
         if rows:
             console.print(make_table(kind, rows))
     table = Table("claim", "target", "measured", "holds", title="Claims, by the shortest times", title_justify="left")
-    for claim in report["claims"]:
-        measured = "not measured" if claim["value"] is None else number(claim["value"])
-        table.add_row(claim["claim"], claim["target"], measured, {None: "", True: "yes", False: "no"}[claim["holds"]])
+    measured = [claim for claim in report["claims"] if claim["value"] is not None]
+    for claim in measured:
+        table.add_row(claim["claim"], claim["target"], number(claim["value"]), "yes" if claim["holds"] else "no")
+    if others := len(report["claims"]) - len(measured):
+        table.caption, table.caption_justify = f"Claims that were not measured: {others}.", "left"
     console.print(table)
 
 

@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-# Of GNU's OpenMP: turns before a waiting thread sleeps, some 20 us. Of LLVM's and Intel's: milliseconds.
-WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+# Of GNU's OpenMP: turns before a waiting thread sleeps, some 40 us. Of LLVM's and Intel's: milliseconds.
+WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 CHOSEN_BY_USER = ("OMP_WAIT_POLICY", *WAITING)
 
 

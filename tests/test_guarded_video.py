@@ -153,8 +153,8 @@ def test_a_child_that_fails_is_a_broken_file(child, tmp_path, code):
 def test_frames_are_checked(child, tmp_path, size):
     sizes = [dict(zip(("height", "width"), both, strict=True)) for both in ((8, 8), size)]
     write = "sys.stdout.flush(); sys.stdout.buffer.write(bytes(192)); sys.stdout.buffer.flush()"
-    code = f"print('{INFO}', flush=True)\nsys.stdin.readline()\nfor size in {sizes}:\n  print(json.dumps(size)); {write}"
-    child(code)
+    answer = f"for size in {sizes}:\n  print(json.dumps(size)); {write}"
+    child(f"print('{INFO}', flush=True)\nsys.stdin.readline()\n{answer}")
     with open_guarded(tmp_path / "any.mp4") as guarded:
         frames = guarded.decode([0, 1])
         assert next(frames).shape == (8, 8, 3)

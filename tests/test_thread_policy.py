@@ -13,7 +13,7 @@ import pytest
 
 from tests.launching import SCRIPTS
 
-WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 
 
 def groups(root, files):
