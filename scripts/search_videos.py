@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
         "data", nargs="+", metavar="FOLDER", help="folder with videos or tar shards; or paths or URLs of shards"
     )
     index.add_argument("out", type=Path, metavar="OUT", help="folder of the index")
-    index.add_argument("--model", required=True, metavar="DIR_OR_ID", help="model of videos and texts (required)")
+    index.add_argument("--model", required=True, metavar="DIR_OR_ID", help="model of videos and texts")
     index.add_argument("--clip-seconds", type=float, default=10.0, help="longest window of a video, in seconds")
     index.add_argument("--batch-size", type=int, default=8, help="windows of a batch on each process")
     index.add_argument("--num-workers", type=int, default=4, help="decoding processes of each process")
