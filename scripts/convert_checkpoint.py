@@ -63,17 +63,19 @@ def main() -> None:
         if args.tokenizer is not None:
             check_name(args.tokenizer)
             converted.add_tokenizer(args.tokenizer)
+        save(converted, args.input, args.output_dir)
+        if args.clip_teacher is not None and teacher is not None:
+            save(teacher, args.input, args.clip_teacher)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    save(converted, args.input, args.output_dir)
-    if args.clip_teacher is not None and teacher is not None:
-        save(teacher, args.input, args.clip_teacher)
-    elif teacher is not None:
+    if args.clip_teacher is None and teacher is not None:
         print("its CLIP teacher is left out; --clip-teacher saves it")
 
 
 def save(converted: Any, source: Path, directory: Path) -> None:
-    converted.save_pretrained(directory)
+    from modeling_videomamba.training.output import replace_files
+
+    replace_files(directory, converted.save_pretrained)
     tensors = converted.model.state_dict()
     parameters = sum(parameter.numel() for parameter in converted.model.parameters())
     print(f"{source}: {converted.kind} checkpoint, {parameters:,} parameters, all {len(tensors)} tensors used")

@@ -6,10 +6,10 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from command_line import MAX_PICTURE_ROWS
 from filmstrips import draw_filmstrip
 from modeling_videomamba.training.files import VIDEO_SUFFIXES, walk_files
 from modeling_videomamba.training.loading import load_model, load_pretrained
+from modeling_videomamba.training.output import writing
 from modeling_videomamba.training.plots import pyplot
 
 COLUMNS = ("video", "rank", "label", "score", "error")
@@ -97,7 +98,8 @@ def draw_picture(path: Path, results: list[Result], labels: list[list[dict[str, 
         if all(0 <= item["score"] <= 1 for item in best):
             bars.set_xlim(0, 1)
         bars.tick_params(labelsize=8)
-    figure.savefig(path, dpi=100)
+    with writing(path):
+        figure.savefig(path, dpi=100)
     plots.close(figure)
 
 
@@ -154,7 +156,8 @@ def write_features(args: argparse.Namespace, results: Iterable[Result | Failure]
         features[result.video] = result.values
         report.append({"video": result.video, "features": len(result.values)})
     if features:
-        save_file(features, args.features)
+        with writing(args.features):
+            save_file(features, args.features)
     if args.json:
         print_json(report, failed)
     elif features:
@@ -169,8 +172,7 @@ def write_labels(
     read: list[Result] = []
     labels: list[list[dict[str, Any]]] = []
     failed: list[Failure] = []
-    opened = args.csv.open("w", newline="", encoding="utf-8", buffering=1) if args.csv else nullcontext()
-    with opened as file:  # a row is written at once, so that a run that is stopped leaves what it has
+    with _open_csv(args.csv) if args.csv else nullcontext() as file:
         table = csv.writer(file) if file else None
         if table:
             table.writerow(COLUMNS)
@@ -196,6 +198,13 @@ def write_labels(
     if read and args.picture:
         draw_picture(args.picture, read, labels, processor)
     return failed
+
+
+@contextmanager
+def _open_csv(path: Path) -> Iterator[TextIO]:
+    """A row is written at once, so that a run that is stopped leaves what it has."""
+    with writing(path), path.open("w", newline="", encoding="utf-8", buffering=1) as file:
+        yield file
 
 
 def print_json(report: list[dict[str, Any]], failed: list[Failure]) -> None:

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_videomamba.training.annotations import load_annotated
-from modeling_videomamba.training.data import Examples, TestViews, media_id, test_batches
+from modeling_videomamba.training.data import Examples, TestViews, broken_file, media_id, test_batches
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.metrics import retrieval_metrics
-from modeling_videomamba.training.output import check_folder
+from modeling_videomamba.training.output import check_folder, replace_files
 from modeling_videomamba.training.parts import Parts, Place
 from modeling_videomamba.training.reports import METRICS
 from modeling_videomamba.training.reranking import (
@@ -32,7 +32,6 @@ from modeling_videomamba.training.settings import check_settings
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
 from modeling_videomamba.training.video_text_models import fingerprint, image_processor_of, load_retrieval_model
 from modeling_videomamba.training.workers import iterate
-from modeling_videomamba.video_decoding import BrokenVideoError
 
 
 def load_videos(args: Any) -> tuple[Split, dict[str, str]]:
@@ -193,7 +192,8 @@ class Evaluation:
 
 def report(summary: dict[str, Any], folder: Path) -> None:
     """A table, and JSON."""
-    (folder / "metrics.json").write_text(json.dumps(summary, indent=2), "utf-8")
+    text = json.dumps(summary, indent=2)
+    replace_files(folder, lambda folder: (folder / "metrics.json").write_text(text, "utf-8"))
     ways = [name for name, value in summary.items() if isinstance(value, dict) and name != "broken"]
     table = Table("metric", *(name.replace("_", " ") for name in ways))
     table.title = f"{summary['videos']} videos, {summary['texts']} texts"
@@ -217,13 +217,14 @@ def run(args: Any) -> None:
             check_folder(args.output_dir)
         evaluation = Evaluation(args, accelerator)
         summary = evaluation.run()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            report(summary, args.output_dir)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        if BrokenVideoError.__name__ not in str(error):  # which PyTorch can't pass on from a worker as it is
+        reason = broken_file(error)
+        if reason is None:
             raise
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        report(summary, args.output_dir)
+        sys.exit(f"error: {reason}")
     accelerator.end_training()

@@ -22,6 +22,7 @@ from transformers import logging
 from filmstrips import draw_filmstrip
 from modeling_videomamba.training.collection import SETTINGS, Collection, check_faiss, describe_changes, embed
 from modeling_videomamba.training.loop import start_accelerator
+from modeling_videomamba.training.output import writing
 from modeling_videomamba.training.parts import Parts
 from modeling_videomamba.training.plots import pyplot
 from modeling_videomamba.training.search import (
@@ -182,7 +183,8 @@ def draw_picture(hits: list[Hit], processor: Any, path: Path) -> None:
         match = "" if hit.probability is None else f", match {hit.probability:.3f}"
         title = f"{hit.window.path}  {hit.time}  similarity {hit.similarity:.3f}{match}"
         draw_filmstrip(axis, hit.read_pixels()[0], processor, title)
-    figure.savefig(path, dpi=100)
+    with writing(path):
+        figure.savefig(path, dpi=100)
     plots.close(figure)
 
 

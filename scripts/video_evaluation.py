@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from transformers import AutoImageProcessor, AutoVideoProcessor
 from modeling_videomamba import VideoMambaForVideoClassification
 from modeling_videomamba.image_processing_videomamba import check_processor_settings
 from modeling_videomamba.labels import distinct_names
-from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, test_batches
-from modeling_videomamba.training.diagnosis import NothingReadError
+from modeling_videomamba.training.data import Examples, TestViews, broken_file, cut_into_windows, test_batches
+from modeling_videomamba.training.diagnosis import RunError
 from modeling_videomamba.training.evaluation import (
     Predictions,
     class_scores,
@@ -29,7 +29,7 @@ from modeling_videomamba.training.evaluation import (
 )
 from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.loop import start_accelerator
-from modeling_videomamba.training.output import check_folder
+from modeling_videomamba.training.output import check_folder, replace_files, writing
 from modeling_videomamba.training.reports import METRICS, draw_confusion_matrix
 from modeling_videomamba.training.settings import check_settings
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
@@ -51,17 +51,27 @@ class PredictionLines:
         return self.folder / f"predictions-{rank:04}.jsonl"
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """All lines by the index of the example."""
-        texts = (path.read_text("utf-8") for path in sorted(self.folder.glob("predictions*.jsonl")))
-        lines = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
-        return {line["index"]: line for line in lines}
+        """All lines by the index of the example. Raises `ValueError` for a line that others have broken."""
+        found = {}
+        for path in sorted(self.folder.glob("predictions*.jsonl")):
+            for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+                try:
+                    line = json.loads(text)
+                    found[int(line["index"])] = line
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"{path}, line {number} is no prediction: remove the line") from None
+        return found
+
+    def append(self, rank: int, lines: Sequence[dict[str, Any]]) -> None:
+        """Raises [`WriteError`] where the disk refuses."""
+        with writing(self.folder), self.part(rank).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def merge(self) -> dict[int, dict[str, Any]]:
         """Moves all lines to one file, sorted."""
         lines = self.read()
-        writing = self.folder / ".predictions.writing"
-        writing.write_text("".join(json.dumps(lines[index]) + "\n" for index in sorted(lines)), "utf-8")
-        writing.replace(self.whole)
+        text = "".join(json.dumps(lines[index]) + "\n" for index in sorted(lines))
+        replace_files(self.folder, lambda folder: (folder / self.whole.name).write_text(text, "utf-8"))
         for path in self.folder.glob("predictions-*.jsonl"):
             path.unlink()
         return lines
@@ -96,25 +106,23 @@ def load(args: Any, data: LabelledDataArguments) -> tuple[Any, Any, Split]:
 
 
 def predict_split(
-    accelerator: Accelerator, model: Any, batches: Iterator[dict[str, Any]], part: Path, bar: Any
+    accelerator: Accelerator, model: Any, batches: Iterator[dict[str, Any]], lines: PredictionLines, bar: Any
 ) -> None:
     """Appends a line for each example of this process."""
     score = partial(class_scores, model, regression=is_regression(model))
-    with part.open("a", encoding="utf-8") as file:
-        for batch in batches:
-            found = {i: (scores, label) for i, scores, label in predict_batch(accelerator, score, batch)}
-            reasons = dict(batch["broken"])
-            for index, name in zip(batch["indices"].tolist(), batch["names"], strict=False):  # once for all views
-                line: dict[str, Any] = {"index": index, "video": name}
-                if index in found:
-                    scores, label = found[index]
-                    line |= {"label": label, "scores": [round(score, 6) for score in scores.tolist()]}
-                elif index >= 0:
-                    line["error"] = reasons[name]
-                if index >= 0:
-                    file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update(min(len(batch["names"]) * accelerator.num_processes, bar.total - bar.n))
+    for batch in batches:
+        found = {i: (scores, label) for i, scores, label in predict_batch(accelerator, score, batch)}
+        reasons, fresh = dict(batch["broken"]), []
+        for index, name in zip(batch["indices"].tolist(), batch["names"], strict=False):  # once for all views
+            line: dict[str, Any] = {"index": index, "video": name}
+            if index in found:
+                scores, label = found[index]
+                line |= {"label": label, "scores": [round(score, 6) for score in scores.tolist()]}
+            elif index >= 0:
+                line["error"] = reasons[name]
+            fresh += [line] if index >= 0 else []
+        lines.append(accelerator.process_index, fresh)
+        bar.update(min(len(batch["names"]) * accelerator.num_processes, bar.total - bar.n))
 
 
 def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: Path) -> None:
@@ -129,7 +137,8 @@ def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: P
         predictions = predictions.grouped(dict(enumerate(split["source"])))
     metrics = compute_metrics(predictions, is_regression(model))
     summary = {**metrics, "videos": len(predictions.scores), "broken": predictions.broken}
-    (folder / "metrics.json").write_text(json.dumps(summary, indent=2), "utf-8")
+    text = json.dumps(summary, indent=2)
+    replace_files(folder, lambda folder: (folder / "metrics.json").write_text(text, "utf-8"))
     table = Table("metric", "value", title=f"{len(predictions.scores)} videos")
     for name, value in metrics.items():
         table.add_row(METRICS[name], f"{value:.4f}")
@@ -138,13 +147,14 @@ def report(lines: dict[int, dict[str, Any]], split: Split, model: Any, folder: P
         print(f"broken: {reason}")
     if not is_regression(model):
         names = [model.config.id2label[index] for index in range(model.num_labels)]
-        draw_confusion_matrix(predictions, names, folder / "confusion_matrix.png")
+        picture = "confusion_matrix.png"
+        replace_files(folder, lambda folder: draw_confusion_matrix(predictions, names, folder / picture))
 
 
 def run(args: Any, data: LabelledDataArguments) -> None:
     """
-    Tests a model. `args` are the arguments of evaluate_video.py. What is wrong with them ends the process with a
-    message.
+    Tests a model. `args` are the arguments of evaluate_video.py. What is wrong with them, with the folder or with a
+    video ends the process with a message.
     """
     lines = PredictionLines(args.output_dir)
     try:
@@ -162,10 +172,31 @@ def run(args: Any, data: LabelledDataArguments) -> None:
             lines.merge()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    try:
+        test(accelerator, model, processor, split, lines, args, data)
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    except (RuntimeError, ValueError) as error:
+        reason = broken_file(error)
+        if reason is None:
+            raise
+        sys.exit(f"error: {reason}. With --on-broken-video skip a run goes on without broken files")
+    accelerator.end_training()
+
+
+def test(
+    accelerator: Accelerator,
+    model: Any,
+    processor: Any,
+    split: Split,
+    lines: PredictionLines,
+    args: Any,
+    data: LabelledDataArguments,
+) -> None:
+    """Tests a model on what has no line yet, and reports on all."""
     accelerator.wait_for_everyone()
     done = lines.read()
     accelerator.wait_for_everyone()
-
     model = model.to(accelerator.device).eval()
     remaining = [index for index in range(len(split)) if index not in done]
     views = TestViews(processor, args.num_clips, args.num_crops)
@@ -173,11 +204,7 @@ def run(args: Any, data: LabelledDataArguments) -> None:
     keys = test_batches(remaining, args.batch_size, accelerator.process_index, accelerator.num_processes)
     batches = iterate(examples, data.num_workers, batch_sampler=keys)
     with tqdm(total=len(split), initial=len(done), unit="video", desc="all processes") as bar:
-        predict_split(accelerator, model, batches, lines.part(accelerator.process_index), bar)
+        predict_split(accelerator, model, batches, lines, bar)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        try:
-            report(lines.merge(), split, model, args.output_dir)
-        except NothingReadError as error:
-            sys.exit(f"error: {error}")
-    accelerator.end_training()
+        report(lines.merge(), split, model, args.output_dir)

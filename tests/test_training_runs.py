@@ -26,7 +26,7 @@ from modeling_videomamba.training.cards import was_edited
 from modeling_videomamba.training.checkpoints import list_checkpoints
 from modeling_videomamba.training.data import BrokenImageError, BrokenVideoError, MissingCaptionError, broken_file
 from modeling_videomamba.training.output import lock, replace_files
-from tests.conftest import forget_accelerator, tiny_config
+from tests.conftest import forget_accelerator, limited_files, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -309,22 +309,14 @@ def test_a_full_disk_ends_a_run_with_a_line(train, tmp_path, monkeypatch, owner,
     assert code is None and "resumed after step" in text and "warning" not in text
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
 @pytest.mark.parametrize("limit", [3_000, 10_000, 40_000, 90_000])
 def test_writes_that_really_fail(train, tmp_path, limit):
-    """The files of a process can't be larger than this, of which the libraries say what they say of a full disk."""
-    import resource
-
     folder = tmp_path / "out"
     assert train(folder, "--epochs", 1)[1] is None
     before = {name: (folder / name).read_bytes() for name in files(folder) if name != "metrics.jsonl"}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
+    with limited_files(limit):
         _, code = train(tmp_path / "more")
         _, again = train(folder, "--epochs", 1, "--resume")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert refusal(tmp_path / "more", code, "") and "\n" not in code, code
     assert refusal(folder, again, ""), again
     assert {name: (folder / name).read_bytes() for name in before} == before

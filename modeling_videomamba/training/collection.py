@@ -16,7 +16,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from .frame_indexes import FrameIndexes
-from .output import lock
+from .output import lock, writing
 from .parts import Parts
 from .retrieval import mean_directions
 from .windows import Source, Window, split_path
@@ -119,18 +119,19 @@ class Collection:
         return Dataset.from_dict(columns, features=features)
 
     def _replace(self, table: Dataset) -> None:
-        """The table and its indexes appear at once."""
+        """The table and its indexes appear at once. Raises [`WriteError`] where the disk refuses."""
         import faiss
 
         name = f"table-{uuid.uuid4().hex}"
-        table.save_to_disk(str(self.folder / name))
-        for column in VECTORS:
-            table.add_faiss_index(column, metric_type=faiss.METRIC_INNER_PRODUCT)
-            table.save_faiss_index(column, str(self.folder / name / f"{column}.faiss"))
-            table.drop_index(column)
-        writing = self.folder / "current.writing"
-        writing.write_text(name, "utf-8")
-        writing.replace(self.current)
+        unfinished = self.folder / "current.writing"
+        with writing(self.folder):
+            table.save_to_disk(str(self.folder / name))
+            for column in VECTORS:
+                table.add_faiss_index(column, metric_type=faiss.METRIC_INNER_PRODUCT)
+                table.save_faiss_index(column, str(self.folder / name / f"{column}.faiss"))
+                table.drop_index(column)
+            unfinished.write_text(name, "utf-8")
+            unfinished.replace(self.current)
 
 
 def load_table(folder: Path, column: str) -> Dataset:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..video_index import FrameIndex
+from .output import writing
 
 if TYPE_CHECKING:
     from .windows import Source, Window
@@ -53,14 +54,16 @@ class FrameIndexes:
         return self._read.get(path)
 
     def write(self, video: Source, index: FrameIndex) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        writing = self.folder / f".{uuid.uuid4().hex}.writing"
+        """Raises [`WriteError`] where the disk refuses."""
+        unfinished = self.folder / f".{uuid.uuid4().hex}.writing"
         numbers = {name: getattr(index, name) for name in NUMBERS}
         numbers |= {"time_base": str(index.time_base), "rate": None if index.rate is None else str(index.rate)}
         arrays = {name: np.diff(array, prepend=0) for name in ARRAYS if (array := getattr(index, name)) is not None}
-        with writing.open("wb") as file:
-            np.savez_compressed(file, numbers=np.array(json.dumps(numbers)), **arrays)
-        writing.replace(self.path(video))
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                np.savez_compressed(file, numbers=np.array(json.dumps(numbers)), **arrays)
+            unfinished.replace(self.path(video))
 
     def complete(self, windows: Iterable[Window]) -> frozenset[Source]:
         """The videos of which all windows are there, and the frame index if it is kept."""

@@ -18,8 +18,13 @@ from .diagnosis import RunError
 LOCK_FILE = "lock"
 LOCK_SECONDS = 1  # `check_folder` of another run holds the lock for a moment
 WRITING = ".writing-"
+FULL = os.strerror(errno.ENOSPC)
 # messages of torch.save where the disk takes less than it writes
 CUT_FILES = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+
+
+class WriteError(RunError, OSError):
+    """A file can't be written; the message names the folder, the reason and the room on the disk."""
 
 
 class FolderInUseError(RunError, ValueError):
@@ -68,8 +73,8 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raises [`RunError`] with the folder, the reason and the room on the disk where a file can't be written."""
+def writing(path: Path) -> Iterator[None]:
+    """Raises [`WriteError`] where a file, or what is to be in a folder, can't be written."""
     try:
         yield
     except RunError:
@@ -78,7 +83,7 @@ def writing(folder: Path) -> Iterator[None]:
         reason = _reason(error)
         if reason is None:
             raise
-        raise RunError(f"{_refusal(folder, reason)}. What was saved before is still there") from error
+        raise WriteError(f"{_refusal(path, reason)}. What was saved before is still there") from error
 
 
 def _reason(error: BaseException) -> str | None:
@@ -88,20 +93,22 @@ def _reason(error: BaseException) -> str | None:
         if isinstance(cause, OSError | SafetensorError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
+    if FULL in str(error):  # of FAISS
+        return str(error).splitlines()[0]
     if any(words in str(error) for words in CUT_FILES):
-        return f"{os.strerror(errno.ENOSPC)}, probably ({str(error).splitlines()[0]})"
+        return f"{FULL}, probably ({str(error).splitlines()[0]})"
     return None
 
 
-def _refusal(folder: Path, reason: str) -> str:
-    return f"{folder} can't be written: {reason}; {_room(folder)}"
+def _refusal(path: Path, reason: str) -> str:
+    return f"{path} can't be written: {reason}; {_room(path)}"
 
 
-def _room(folder: Path) -> str:
-    for path in (folder, *folder.absolute().parents):
+def _room(path: Path) -> str:
+    for place in (path, *path.absolute().parents):
         with suppress(OSError):  # a folder that does not exist
-            usage = shutil.disk_usage(path)
-            return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free on the disk of {path}"
+            usage = shutil.disk_usage(place)
+            return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free on the disk of {place}"
     return "its disk is unknown"
 
 

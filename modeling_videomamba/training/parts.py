@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .output import writing
+
 Place: TypeAlias = tuple[Path, int]
 
 
@@ -40,15 +42,19 @@ class Parts:
         return places
 
     def write(self, keys: Sequence[str], tensors: dict[str, torch.Tensor]) -> None:
-        """The tensors of a batch, each `(len(keys), ...)`; nothing for no keys."""
+        """
+        The tensors of a batch, each `(len(keys), ...)`; nothing for no keys. Raises [`WriteError`] where the disk
+        refuses.
+        """
         if not keys:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = uuid.uuid4().hex
-        writing, whole = self.folder / f".{name}.writing", self.folder / f"{name}.safetensors"
+        unfinished, whole = self.folder / f".{name}.writing", self.folder / f"{name}.safetensors"
         rows = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(rows, writing, metadata={"keys": json.dumps(list(keys))})
-        writing.replace(whole)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(rows, unfinished, metadata={"keys": json.dumps(list(keys))})
+            unfinished.replace(whole)
 
     @staticmethod
     def read(places: Iterable[Place], name: str) -> torch.Tensor:

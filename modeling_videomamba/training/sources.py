@@ -29,6 +29,7 @@ from .class_labels import ClassLookup, Labels, labels_of_rows
 from .folders import FileFinder, find_splits, folder_rows, is_image
 from .lists import CAPTION_COLUMNS, LIST_SUFFIXES, Row, Target, read_list
 from .names import check_name, unreachable
+from .output import writing
 
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 ROWS_TOGETHER = 100_000
@@ -182,13 +183,21 @@ def _dataset_of_rows(rows: list[Row], name: str, target: Target | None, labels: 
 
 
 def _on_disk(columns: dict[str, list[Any]], features: Features) -> Dataset:
-    """A table in the cache of `datasets`, by its content, because each data worker would have a copy in memory."""
+    """
+    A table in the cache of `datasets`, by its content, because each data worker would have a copy in memory. Raises
+    [`WriteError`] where the disk refuses.
+    """
     folder = Path(config.HF_DATASETS_CACHE) / "lists"
-    folder.mkdir(parents=True, exist_ok=True)
-    writing = folder / f"{uuid.uuid4().hex}.writing"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return Dataset.from_file(str(_write_table(folder, columns, features.arrow_schema)))
+
+
+def _write_table(folder: Path, columns: dict[str, list[Any]], schema: pa.Schema) -> Path:
+    """A file with the name of its content."""
+    unfinished = folder / f"{uuid.uuid4().hex}.writing"
     digest = hashlib.sha256()
-    schema = features.arrow_schema
-    with writing.open("wb") as file, pa.ipc.new_stream(file, schema) as stream:
+    with unfinished.open("wb") as file, pa.ipc.new_stream(file, schema) as stream:
         for start in range(0, len(next(iter(columns.values()))), ROWS_TOGETHER):
             parts = (values[start : start + ROWS_TOGETHER] for values in columns.values())
             arrays = [pa.array(part, field.type) for part, field in zip(parts, schema, strict=True)]
@@ -197,8 +206,8 @@ def _on_disk(columns: dict[str, list[Any]], features: Features) -> Dataset:
             stream.write_batch(batch)
     digest.update(schema.serialize())
     path = folder / f"{digest.hexdigest()}.arrow"
-    writing.replace(path)
-    return Dataset.from_file(str(path))
+    unfinished.replace(path)
+    return path
 
 
 # What `datasets` loads

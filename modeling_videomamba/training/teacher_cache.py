@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .diagnosis import RunError
+from .output import writing
 from .settings import check_settings
 
 IDENTITY_FILE = "cache.json"
@@ -76,19 +77,24 @@ class TeacherCache:
         path = self._path(index)
         if not path.exists():
             return None
-        with safe_open(path, "pt") as file:
-            saved = file.metadata()["name"]
-            if saved != name:
-                raise RunError(f"{path} is of {saved}, but clip {index} is {name}: the data have changed")
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as file:
+                saved = file.metadata()["name"]
+                answer = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise RunError(f"{path} is damaged ({error}): remove it, and the teacher is asked again") from error
+        if saved != name:
+            raise RunError(f"{path} is of {saved}, but clip {index} is {name}: the data have changed")
+        return answer
 
     def _write(self, index: int, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """A file gets its name when it is whole."""
         path = self._path(index)
-        path.parent.mkdir(exist_ok=True)
-        writing = path.with_suffix(f".{uuid.uuid4().hex}")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, writing, metadata={"name": name})
-        writing.replace(path)
+        unfinished = path.with_suffix(f".{uuid.uuid4().hex}")
+        with writing(self.folder):
+            path.parent.mkdir(exist_ok=True)
+            save_file({key: t.contiguous() for key, t in tensors.items()}, unfinished, metadata={"name": name})
+            unfinished.replace(path)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index // CLIPS_PER_FOLDER:05}" / f"{index:08}.safetensors"
