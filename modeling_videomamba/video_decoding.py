@@ -255,7 +255,7 @@ class VideoFile:
         label = self.index.label
         decoded = self.video.decoded(operator.attrgetter(label) if label else lambda _: None)
         for count, (value, frame) in enumerate(decoded):
-            matrix = matrix if (own := _display_matrix(frame)) is None else own
+            matrix = matrix if (own := self._display_matrix(frame)) is None else own
             yield self.index.number(value) if label else count, (frame, matrix)
 
     @cached_property
@@ -265,13 +265,14 @@ class VideoFile:
             return None
         self.video.seek(int(self.index.seeks[0]))
         _, frame = next(self.video.decoded(lambda _: None), (None, None))
-        return None if frame is None else _display_matrix(frame)
+        return None if frame is None else self._display_matrix(frame)
 
-
-def _display_matrix(frame: Any) -> np.ndarray | None:
-    """Where a point of a frame is shown: `(x, y) @ matrix`, `(2, 2)`."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    return None if matrix is None else np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2]
+    def _display_matrix(self, frame: Any) -> np.ndarray | None:
+        """Where a point of a frame is shown: `(x, y) @ matrix`, `(2, 2)`."""
+        # `frame.side_data` makes a reference cycle: frames would stay in memory until the garbage collector runs
+        side_data = self.video.av.sidedata.sidedata.SideDataContainer(frame)
+        matrix = side_data.get("DISPLAYMATRIX")
+        return None if matrix is None else np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].copy()
 
 
 def _turn(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 import functools
+import gc
 import http.server
 import io
 import pickle
@@ -457,3 +458,18 @@ def test_damage_inside_a_file_is_an_error(tmp_path, without_torchcodec):
     path.write_bytes(data)
     with pytest.raises(BrokenVideoError, match=r"damaged\.mp4"):
         read_frames(path)
+
+
+def test_frames_are_freed_without_the_garbage_collector(video):
+    """A video of 4K would take 12 MB for each frame until it runs."""
+    gc.collect()
+    gc.disable()
+    try:
+        with VideoFile("video", str(video)) as reader:
+            held = [
+                sum(type(each) is av.VideoFrame for each in gc.get_objects())
+                for _ in reader.decode(range(reader.index.num_frames))
+            ]
+    finally:
+        gc.enable()
+    assert len(held) == 45 and max(held) < 12
