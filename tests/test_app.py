@@ -203,7 +203,7 @@ def test_a_recording_is_classified(page):
     record.click()
     page.wait_for_timeout(2000)
     record.click()
-    expect(page.get_by_label("Clear")).to_be_visible()
+    expect(page.get_by_test_id("video").get_by_role("button", name="Clear")).to_be_visible()
     button(page, "Classify").click()
     expect(page.locator("#details")).to_contain_text(re.compile(r"\.webm: \d+ frames, [\d.]+ a second, [0-3]\.\d s, "))
     assert len(sizes_of_images(page, "#details")) == 16
