@@ -1,19 +1,36 @@
 """
-A layer on a CPU as one function with gradients, as Mamba's release has its block: the norm, the bidirectional mixer and
-the residual stream.
+The engine of a layer on a CPU. It computes what [`VideoMambaLayer.forward`] says with the compiled kernels of `csrc/`,
+from the parameters of the layer alone, without a call of its modules.
 
-For the backward pass it keeps the stream, its norm, what `in_proj` and `x_proj` make, the states between chunks and the
-output before the gate. The output of the convolution, the time steps and the gated output are computed anew, which
-takes no more time than to read them from memory (Mamba, arXiv 2312.00752, section 3.3.2).
+- With gradients a layer is one function, as the Mamba release has its block. It keeps the residual stream, its norm,
+  the outputs of `in_proj` and `x_proj`, the states between chunks and the output before the gate. The backward pass
+  computes the output of the convolution, the time steps and the gated output again, because that takes no more time
+  than to read them from memory (Mamba, arXiv 2312.00752, section 3.3.2).
+- Inference takes the tokens in tiles that fit into the caches, in buffers that the layers of a forward pass share. Only
+  `x` and the output of the scans exist for all tokens at the same time.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from .matrix_product_cpu import matmul, weight_gradient
+from .matrix_product_cpu import Memory, matmul, weight_gradient
+from .operators import has_hooks, is_tracing
 from .rms_norm_cpu import norm_backward, norm_forward
+from .selective_scan import has_compiled_kernels
 from .selective_scan_cpu import Gate, convolve, convolve_backward, scan, scan_backward
+from .tiles_cpu import Queue, TiledConvolution, TiledLinear, TiledScan, norm_into, sum_into
+
+# Tokens of a tile, of all samples of the batch together: few enough for the caches, and enough for matrix products at
+# full speed. A tile has at least `MIN_TILE_LENGTH` tokens of each sample.
+TILE_SIZE = 3200
+MIN_TILE_LENGTH = 64
+
+# The parameters of a layer
 
 
 @dataclass
@@ -51,30 +68,114 @@ class ScanParameters:
 NUM_PARAMETERS = len(fields(ScanParameters))
 
 
-def fused_layer(
-    hidden_states: torch.Tensor,
-    norm: torch.Tensor,
-    eps: float,
-    in_proj: torch.Tensor,
-    out_proj: torch.Tensor,
-    scans: list[ScanParameters],
-    *,
-    reverse: list[bool],
-    scale: torch.Tensor | None,
+@dataclass
+class LayerParameters:
+    """`norm` (D,), `in_proj` (2 * channels, D), `out_proj` (D, channels), and each scan with its direction."""
+
+    norm: torch.Tensor
+    eps: float
+    in_proj: torch.Tensor
+    out_proj: torch.Tensor
+    scans: list[ScanParameters]
+    reverse: list[bool]
+
+    @classmethod
+    def of(cls, layer: Any) -> "LayerParameters":
+        """The parameters of a [`VideoMambaLayer`]: the one place that knows where they are."""
+        mixer = layer.mixer
+        scans = [
+            ScanParameters(
+                conv_weight=scan.conv1d.weight,
+                conv_bias=scan.conv1d.bias,
+                x_proj=scan.x_proj.weight,
+                dt_proj=scan.dt_proj.weight,
+                dt_bias=scan.dt_bias,
+                A_log=scan.A_log,
+                D=scan.D,
+            )
+            for scan in mixer.scans
+        ]
+        reverse = [scan.reverse for scan in mixer.scans]
+        return cls(layer.norm.weight, layer.norm.eps, mixer.in_proj.weight, mixer.out_proj.weight, scans, reverse)
+
+
+# Which layers the engine may compute
+
+
+FUSIBLE: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Linear: nn.Linear.forward,
+    nn.ModuleList: nn.ModuleList.forward,
+}
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+
+
+def fusible(module_class: ModuleClass) -> ModuleClass:
+    """Declares that the engine does what the `forward` of this class does, so that it may pass over its modules."""
+    FUSIBLE[module_class] = module_class.forward
+    return module_class
+
+
+def is_unmodified(layer: nn.Module) -> bool:
+    """
+    Whether a layer does what its classes say, with its own parameters. Modules inside may be wrapped by adapters,
+    replaced, or have hooks; a `forward` may be replaced on a module (accelerate's offloading does so) or on a class;
+    weights may be quantised, parametrised or offloaded.
+    """
+    for module in layer.modules():
+        parameters = (parameter for parameter in module._parameters.values() if parameter is not None)
+        if "forward" in vars(module) or any(type(parameter) is not nn.Parameter for parameter in parameters):
+            return False
+        if module is not layer and (FUSIBLE.get(type(module)) is not type(module).forward or has_hooks(module)):
+            return False
+    return True
+
+
+def can_fuse(layer: nn.Module, hidden_states: torch.Tensor, buffers: "InferenceBuffers | None") -> bool:
+    """Whether [`fused_layer`] can compute a layer in spatial-first order. Autocast needs buffers."""
+    if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32 or is_tracing(hidden_states):
+        return False
+    if not is_unmodified(layer) or len({parameter.dtype for parameter in layer.parameters()}) != 1:
+        return False
+    is_autocast = torch.is_autocast_enabled("cpu")
+    if is_autocast and (buffers is None or layer.training):
+        return False
+    return has_compiled_kernels("cpu", _compute_dtype(next(layer.parameters())))
+
+
+def fused_layer(layer: Any, hidden_states: torch.Tensor, buffers: "InferenceBuffers | None") -> torch.Tensor:
+    """
+    [`VideoMambaLayer.forward`] in spatial-first order: `(batch, length, D)` to the same, both float32. With `buffers`,
+    and not in training, it runs in tiles. The mixer computes in the dtype of the parameters or of autocast, but in
+    float32 instead of float16: what is between the modules can exceed float16 where outputs and gradients fit.
+    """
+    parameters = LayerParameters.of(layer)
+    if buffers is None or layer.training:
+        return _as_one_function(parameters, hidden_states, layer.drop_path.scale(hidden_states))
+    is_own = hidden_states is buffers.overwritable and not has_hooks(layer)
+    hidden_states = hidden_states.contiguous()
+    outputs = hidden_states if is_own else torch.empty_like(hidden_states)
+    _in_tiles(parameters, hidden_states, outputs, buffers)
+    return outputs
+
+
+def _compute_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else parameter.dtype
+
+
+# With gradients: one function
+
+
+def _as_one_function(
+    parameters: LayerParameters, hidden_states: torch.Tensor, scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """
-    `(batch, length, D)` to the same, both float32: itself plus what the mixer makes of its norm, times `scale`
-    `(batch, 1, 1)`. The mixer is `scans`, each in its direction, of the `x` that `in_proj` (2 * channels, D) makes,
-    their sum times SiLU(z), and `out_proj` (D, channels). All parameters are of one dtype, in which the mixer computes;
-    those in float16 are computed as float32: what is between the modules can exceed float16 where outputs and gradients
-    fit.
-    """
-    tensors = [hidden_states, norm, in_proj, out_proj, *(tensor for each in scans for tensor in vars(each).values())]
+    """The mixed branch is multiplied by `scale`, `(batch, 1, 1)`, if there is one."""
+    scans = [tensor for each in parameters.scans for tensor in vars(each).values()]
+    tensors = [hidden_states, parameters.norm, parameters.in_proj, parameters.out_proj, *scans]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _Layer.apply(reverse, eps, scale, keep, *tensors)
+    return _FusedLayer.apply(parameters.reverse, parameters.eps, scale, keep, *tensors)
 
 
-class _Layer(torch.autograd.Function):
+class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reverse, eps, scale, keep, hidden_states, norm, *parameters):
         ctx.reverse, ctx.eps, ctx.num_parameters = reverse, eps, len(parameters)
@@ -184,3 +285,110 @@ def _mix_backward(grad_out, hidden_states, in_proj, out_proj, scans, reverse, xz
         grad_out_proj,
         *gradients,
     ]
+
+
+# Inference: tiles
+
+
+@dataclass
+class Tile:
+    """
+    Buffers `(batch, length of the tile, ...)`. Inputs `x` and outputs `y` of the scans exist for all tiles at the same
+    time. The other buffers are the same memory for all tiles, and the last three of them share it.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    projected: torch.Tensor
+    z: torch.Tensor
+    convolved: torch.Tensor
+    normed: torch.Tensor
+    out: torch.Tensor
+
+
+class InferenceBuffers:
+    """
+    Memory that the layers of a forward pass share, because a page fault costs more than some steps of a layer.
+    `overwritable` is the residual stream that nothing else holds, which a layer may overwrite.
+    """
+
+    def __init__(self) -> None:
+        self.overwritable: torch.Tensor | None = None
+        self.tiles: list[Tile] = []
+        self.lengths: list[int] = []
+        self.weights = {name: Memory() for name in ("x_proj", "x", "z", "out")}
+        self.queue = Queue()
+        self._made_for: tuple[Any, ...] | None = None
+
+    def allocate(self, parameters: LayerParameters, batch: int, length: int, dtype: torch.dtype) -> None:
+        """Makes the tiles for `(batch, length, D)`, unless they are there."""
+        hidden_size, channels = parameters.out_proj.shape
+        (projected, _), conv_kernel = parameters.scans[0].x_proj.shape, parameters.scans[0].conv_weight.shape[2]
+        needed = (batch, length, dtype, hidden_size, channels, projected, conv_kernel)
+        if needed == self._made_for:
+            return
+        shortest = max(MIN_TILE_LENGTH, conv_kernel)  # a convolution sees no further than the tile before
+        num_tiles = max(1, min(math.ceil(batch * length / TILE_SIZE), length // shortest))
+        lengths = [length // num_tiles + (i < length % num_tiles) for i in range(num_tiles)]
+
+        def side_by_side(width: int) -> list[torch.Tensor]:
+            sizes = [batch * n * width for n in lengths]
+            parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
+            return [part.view(batch, n, width) for part, n in zip(parts, lengths, strict=True)]
+
+        def in_the_same_place(*widths: int) -> list[list[torch.Tensor]]:
+            memory = torch.empty(batch * max(lengths) * max(widths), dtype=dtype)
+            return [[memory[: batch * n * width].view(batch, n, width) for n in lengths] for width in widths]
+
+        columns = (
+            *map(side_by_side, (channels, channels)),
+            *in_the_same_place(projected),
+            *in_the_same_place(channels),
+            *in_the_same_place(channels, hidden_size, hidden_size),
+        )
+        self.tiles = [Tile(*tile) for tile in zip(*columns, strict=True)]
+        self.lengths, self._made_for = lengths, needed
+
+
+def inference_buffers(hidden_states: torch.Tensor) -> InferenceBuffers | None:
+    """For the layers of a forward pass; none with gradients, or where operators are recorded."""
+    return None if torch.is_grad_enabled() or is_tracing(hidden_states) else InferenceBuffers()
+
+
+def _in_tiles(
+    parameters: LayerParameters, hidden_states: torch.Tensor, outputs: torch.Tensor, buffers: InferenceBuffers
+) -> None:
+    """A layer of `hidden_states` into `outputs`, which may be the same memory, tile by tile for each scan."""
+    (batch, length, _), dtype = hidden_states.shape, _compute_dtype(parameters.norm)
+    if dtype == torch.float16:
+        dtype = torch.float32
+    buffers.allocate(parameters, batch, length, dtype)
+    queue, weights = buffers.queue, buffers.weights
+    sources, targets = hidden_states.split(buffers.lengths, dim=1), outputs.split(buffers.lengths, dim=1)
+    x_weight, z_weight = parameters.in_proj.to(dtype).chunk(2)
+    project_x = TiledLinear(x_weight, weights["x"], queue)
+    project_z = TiledLinear(z_weight, weights["z"], queue)
+    project_out = TiledLinear(parameters.out_proj.to(dtype), weights["out"], queue)
+    for number, (each, reverse) in enumerate(zip(parameters.scans, parameters.reverse, strict=True)):
+        is_first, is_last = number == 0, number == len(parameters.scans) - 1
+        convolution = TiledConvolution(each.conv_weight, each.conv_bias, queue, reverse=reverse)
+        project = TiledLinear(each.x_proj.to(dtype), weights["x_proj"], queue)
+        tiled_scan = TiledScan(
+            each.state_matrix(), each.D, each.dt_bias, each.dt_proj, queue, batch=batch, reverse=reverse
+        )
+        for i in reversed(range(len(sources))) if reverse else range(len(sources)):
+            tile = buffers.tiles[i]
+            if is_first or is_last:
+                norm_into(tile.normed, sources[i], parameters.norm, parameters.eps, queue)
+            if is_first:
+                project_x(tile.normed, tile.x)
+            if is_last:
+                project_z(tile.normed, tile.z)
+            convolution(tile.x, tile.convolved)
+            project(tile.convolved, tile.projected)
+            z, add = tile.z if is_last else None, None if is_first else tile.y
+            tiled_scan(tile.convolved, **each.split(tile.projected), out=tile.y, z=z, add=add)
+            if is_last:
+                project_out(tile.y, tile.out)
+                sum_into(targets[i], sources[i], tile.out, queue)
+    queue.run()

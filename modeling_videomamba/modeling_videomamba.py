@@ -3,9 +3,9 @@
 import copy
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +19,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_videomamba import VideoMambaConfig
 from .embeddings import VideoMambaEmbeddings, take_tokens, temporal_first, visible_tokens
-from .layer_cpu import ScanParameters, fused_layer
-from .operators import is_plain, is_recorded, is_watched
-from .pieces_cpu import (
-    PiecewiseConvolution,
-    PiecewiseScan,
-    Queue,
-    VideoMambaPiece,
-    VideoMambaPieces,
-    VideoMambaWorkspace,
-    norm_into,
-    sum_into,
-)
-from .selective_scan import causal_conv1d, has_compiled_kernels, linear, rms_norm, selective_scan
+from .layer_cpu import InferenceBuffers, can_fuse, fused_layer, fusible, inference_buffers
+from .operators import has_hooks
+from .selective_scan import causal_conv1d, linear, rms_norm, selective_scan
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
 # ("temporal"), from the first to the last or, where `reverse`, from the last to the first (paper, figure 4).
@@ -41,11 +31,6 @@ SCANS = {
     "spatiotemporal_v1": (("spatial", False), ("temporal", True)),
     "spatiotemporal_v2": (("spatial", False), ("spatial", True), ("temporal", False), ("temporal", True)),
 }
-
-# Inference on a CPU takes the tokens in pieces of at most so many of the batch: few enough for the caches, and enough
-# for matrix products at full speed. Of a sample a piece has at least `MIN_PIECE_LENGTH`.
-PIECE_SIZE = 3200
-MIN_PIECE_LENGTH = 64
 
 # Which class of this file each Auto class loads, for directories that carry their code.
 AUTO_MAP = {
@@ -77,6 +62,7 @@ class VideoMambaClassifierOutput(ModelOutput):
     distillation_features: torch.Tensor | None = None
 
 
+@fusible
 class VideoMambaRMSNorm(nn.Module):
     """RMS norm in float32 of any input, `(..., D)` to `(..., D)` in the dtype of its weight."""
 
@@ -85,16 +71,11 @@ class VideoMambaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(
-        self, hidden_states: torch.Tensor, out: torch.Tensor | None = None, queue: Queue | None = None
-    ) -> torch.Tensor:
-        """With `out` and `queue` a step of inference in pieces."""
-        if out is not None and queue is not None:
-            norm_into(out, hidden_states, self.weight, self.eps, queue)
-            return out
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_states, self.weight, self.eps)
 
 
+@fusible
 class VideoMambaDropPath(nn.Module):
     """Stochastic depth: drops the branch of a whole sample with probability `rate` during training."""
 
@@ -117,30 +98,18 @@ class VideoMambaDropPath(nn.Module):
         return f"rate={self.rate}"
 
 
+@fusible
 class VideoMambaLinear(nn.Linear):
     """A linear layer without bias, on the matrix units of a CPU that has them."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        out: torch.Tensor | None = None,
-        pieces: VideoMambaPieces | None = None,
-        name: str = "",
-    ) -> torch.Tensor:
-        """With `out`, `pieces` and the `name` of the product among them a step of inference in pieces."""
-        weight = self.weight_of(name)
-        if out is None or pieces is None:
-            return linear(hidden_states, weight)
-        return pieces.project(name, weight, hidden_states, out)
-
-    def weight_of(self, name: str) -> torch.Tensor:
-        """What the product of this `name` takes: all of the weight."""
-        return self.weight
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return linear(hidden_states, self.weight)
 
 
+@fusible
 class VideoMambaCausalConv1d(nn.Conv1d):
     """SiLU of a depthwise convolution, causal in the direction of the scan, `(batch, length, E)` to the same."""
 
@@ -148,18 +117,11 @@ class VideoMambaCausalConv1d(nn.Conv1d):
         super().__init__(channels, channels, kernel_size, groups=channels)
         self.reverse = reverse
 
-    def forward(
-        self, x: torch.Tensor, out: torch.Tensor | None = None, pieces: VideoMambaPieces | None = None
-    ) -> torch.Tensor:
-        """With `out` and `pieces` a step of inference in pieces."""
-        if out is None or pieces is None:
-            return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse)
-        if pieces.convolution is None:
-            pieces.convolution = PiecewiseConvolution(self.weight, self.bias, pieces.queue, reverse=self.reverse)
-        pieces.convolution(x, out)
-        return out
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return causal_conv1d(x, self.weight, self.bias, reverse=self.reverse)
 
 
+@fusible
 class VideoMambaScan(nn.Module):
     """One scan of the tokens with the parameters of its own: convolution, then selective state space model."""
 
@@ -175,20 +137,11 @@ class VideoMambaScan(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(channels, state))
         self.D = nn.Parameter(torch.ones(channels))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        add: torch.Tensor | None = None,
-        z: torch.Tensor | None = None,
-        memory: VideoMambaPiece | None = None,
-        pieces: VideoMambaPieces | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, add: torch.Tensor | None = None, z: torch.Tensor | None = None) -> torch.Tensor:
         """
         `(batch, length, E)` to the same: the scan of `x`, plus `add` (the output of the scans before this one), times
-        `SiLU(z)`. With `memory` and `pieces` a step of inference in pieces.
+        `SiLU(z)`.
         """
-        if memory is not None and pieces is not None:
-            return self._scan_piece(x, add, z, memory, pieces)
         x = self.conv1d(x)
         dt_low, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         A = -torch.exp(self.A_log.float())
@@ -197,42 +150,20 @@ class VideoMambaScan(nn.Module):
             x = x.float()
         return selective_scan(x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_bias, reverse=self.reverse, add=add)
 
-    def parameters_of_scan(self) -> ScanParameters:
-        conv_bias = self.conv1d.get_parameter("bias")
-        projections = (self.x_proj.weight, self.dt_proj.weight)
-        return ScanParameters(self.conv1d.weight, conv_bias, *projections, self.dt_bias, self.A_log, self.D)
 
-    def _scan_piece(self, x, add, z, memory, pieces):
-        x = self.conv1d(x, memory.convolved, pieces)
-        dt, B, C = self.x_proj(x, memory.projected, pieces, "x_proj").split(self.split_sizes, dim=-1)
-        if pieces.scan is None:
-            # what the module makes of the unit vectors: its weight may be there only while it is called
-            unit_vectors = torch.eye(self.dt_proj.in_features, dtype=self.dt_proj.weight.dtype)
-            dt_proj = self.dt_proj(unit_vectors).T.contiguous()
-            parameters = (-torch.exp(self.A_log.float()), self.D, self.dt_bias, dt_proj)
-            pieces.scan = PiecewiseScan(*parameters, pieces.queue, batch=len(x), reverse=self.reverse)
-        pieces.scan(x, dt, B, C, memory.y, z, add)
-        return memory.y
-
-
-class VideoMambaInputProjection(VideoMambaLinear):
-    """`x` and `z` of the tokens, `(batch, length, D)` to `(batch, length, 2E)`; or one of them by its `name`."""
-
-    def weight_of(self, name: str) -> torch.Tensor:
-        return self.weight.chunk(2)["xz".index(name)] if name else self.weight
-
-
+@fusible
 class VideoMambaOutputProjection(VideoMambaLinear):
     """The linear layer that feeds the residual stream; it is initialised by the depth of the model."""
 
 
+@fusible
 class VideoMambaMixer(nn.Module):
     """The bidirectional Mamba block (paper, section 3.1): the scans share the projections and the gate."""
 
     def __init__(self, config: VideoMambaConfig):
         super().__init__()
         self.orders = [order for order, _ in SCANS[config.scan_order]]
-        self.in_proj = VideoMambaInputProjection(config.hidden_size, 2 * config.intermediate_size)
+        self.in_proj = VideoMambaLinear(config.hidden_size, 2 * config.intermediate_size)
         self.scans = nn.ModuleList(VideoMambaScan(config, reverse) for _, reverse in SCANS[config.scan_order])
         self.out_proj = VideoMambaOutputProjection(config.intermediate_size, config.hidden_size)
 
@@ -241,10 +172,7 @@ class VideoMambaMixer(nn.Module):
         `(batch, length, D)` to the same; `permutation`, `(batch, length)` or `(1, length)`, gives the temporal-first
         order.
         """
-        if isinstance(self.in_proj, VideoMambaInputProjection):  # apart, so that nobody has to join their gradients
-            x, z = self.in_proj(hidden_states, name="x"), self.in_proj(hidden_states, name="z")
-        else:  # wrapped by an adapter
-            x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         y: torch.Tensor | Any = None
         for order, scan in zip(self.orders, self.scans, strict=True):
             gate = z if scan is self.scans[-1] else None
@@ -254,27 +182,6 @@ class VideoMambaMixer(nn.Module):
             else:
                 y = scan(x, y, gate)
         return self.out_proj(y.to(z.dtype))
-
-    def forward_in_pieces(
-        self, pieces: Sequence[torch.Tensor], norm: nn.Module, workspace: VideoMambaWorkspace
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """
-        What `forward` computes of the norm of all `pieces` of the tokens one after the other, in spatial-first order,
-        without gradients: the index and the output of each piece. Of all tokens there are only `x` and `y` at the same
-        time; the rest exists for one piece, small enough to stay in the cache of a processor.
-        """
-        for scan in self.scans:
-            is_first, is_last = scan is self.scans[0], scan is self.scans[-1]
-            shared = VideoMambaPieces(workspace)
-            for i in reversed(range(len(pieces))) if scan.reverse else range(len(pieces)):
-                memory = workspace.pieces[i]
-                normed = norm(pieces[i], memory.normed, workspace.queue) if is_first or is_last else None
-                if is_first:
-                    self.in_proj(normed, memory.x, shared, "x")
-                z = self.in_proj(normed, memory.z, shared, "z") if is_last else None
-                scan(memory.x, None if is_first else memory.y, z, memory, shared)
-                if is_last:
-                    yield i, self.out_proj(memory.y, memory.out, shared, "out")
 
 
 class VideoMambaLayer(GradientCheckpointingLayer):
@@ -290,55 +197,12 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         permutation: torch.Tensor | None = None,
-        workspace: VideoMambaWorkspace | None = None,
+        buffers: InferenceBuffers | None = None,
     ) -> torch.Tensor:
-        """`(batch, length, D)` to the same, both float32; given a `workspace` piece by piece."""
-        if workspace is not None and self._can_use(workspace, hidden_states):
-            return self._forward_in_pieces(hidden_states, workspace)
-        if permutation is None and self._is_one_function(hidden_states):
-            return self._forward_as_one(hidden_states)
+        """`(batch, length, D)` to the same, both float32; `buffers` are those of inference on a CPU."""
+        if permutation is None and can_fuse(self, hidden_states, buffers):
+            return fused_layer(self, hidden_states, buffers)
         return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())
-
-    def _is_one_function(self, hidden_states: torch.Tensor) -> bool:
-        if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_recorded(hidden_states):
-            return False
-        dtype = self.norm.weight.dtype
-        if hidden_states.dtype != torch.float32 or any(parameter.dtype != dtype for parameter in self.parameters()):
-            return False
-        return is_plain(self, PLAIN_MODULES) and has_compiled_kernels("cpu", dtype)
-
-    def _forward_as_one(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        mixer, scans = self.mixer, cast(list[VideoMambaScan], list(self.mixer.scans))
-        return fused_layer(
-            hidden_states,
-            self.norm.weight,
-            self.norm.eps,
-            mixer.in_proj.weight,
-            mixer.out_proj.weight,
-            [scan.parameters_of_scan() for scan in scans],
-            reverse=[scan.reverse for scan in scans],
-            scale=self.drop_path.scale(hidden_states),
-        )
-
-    def _can_use(self, workspace: VideoMambaWorkspace, hidden_states: torch.Tensor) -> bool:
-        return not self.training and workspace.fits(hidden_states) and is_plain(self, PLAIN_MODULES)
-
-    def _forward_in_pieces(self, hidden_states: torch.Tensor, workspace: VideoMambaWorkspace) -> torch.Tensor:
-        is_own = hidden_states is workspace.stream and not is_watched(self)
-        outputs = hidden_states if is_own else torch.empty_like(hidden_states)
-        lengths = [memory.x.shape[1] for memory in workspace.pieces]
-        pieces, targets = hidden_states.split(lengths, dim=1), outputs.split(lengths, dim=1)
-        for i, mixed in self.mixer.forward_in_pieces(pieces, self.norm, workspace):
-            sum_into(targets[i], pieces[i], mixed, workspace.queue)
-        workspace.queue.run()
-        return outputs
-
-
-# What layers are made of, all of which can be passed over: nothing happens in them that is not in the parameters.
-PLAIN_MODULES = {
-    *(VideoMambaRMSNorm, VideoMambaMixer, VideoMambaDropPath, VideoMambaScan, VideoMambaCausalConv1d),
-    *(VideoMambaLinear, VideoMambaInputProjection, VideoMambaOutputProjection, nn.Linear, nn.ModuleList),
-}
 
 
 class VideoMambaPreTrainedModel(PreTrainedModel):
@@ -527,7 +391,7 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
         under `num_hidden_layers`. No layer is run that it doesn't take. Arguments and errors are those of `forward`.
         """
         hidden_states, permutation = self._tokens(pixel_values, bool_masked_pos)
-        workspace = self._workspace(hidden_states) if permutation is None else None
+        buffers = inference_buffers(hidden_states)
         streams: dict[int, torch.Tensor] = {}
         source: nn.Module = self.embeddings
         for index in range(max(wanted) + 1):
@@ -535,10 +399,10 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
                 streams[index] = hidden_states
             if index == max(wanted):
                 break
-            if workspace is not None:  # what nobody else holds it may write over
-                workspace.stream = None if index in wanted or is_watched(source) else hidden_states
+            if buffers is not None:
+                buffers.overwritable = None if index in wanted or has_hooks(source) else hidden_states
             source = self.layers[index]
-            hidden_states = source(hidden_states, permutation, workspace)
+            hidden_states = source(hidden_states, permutation, buffers)
         return streams
 
     def _tokens(
@@ -556,23 +420,6 @@ class VideoMambaModel(VideoMambaPreTrainedModel):
                 places = permutation.argsort(dim=1).expand(len(tokens), -1)
                 permutation = take_tokens(places, visible).argsort(dim=1)
         return tokens.float(), permutation
-
-    def _workspace(self, hidden_states: torch.Tensor) -> VideoMambaWorkspace | None:
-        """For inference in pieces, where that is possible."""
-        if self.training or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
-            return None
-        if is_recorded(hidden_states):
-            return None
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dtype
-        if not has_compiled_kernels("cpu", dtype):
-            return None
-        if dtype == torch.float16:  # the sum of the scans before the gate can exceed it
-            dtype = torch.float32
-        batch, length, _ = hidden_states.shape
-        shortest = max(MIN_PIECE_LENGTH, self.config.conv_kernel)  # a convolution sees no further than the piece before
-        num_pieces = max(1, min(math.ceil(batch * length / PIECE_SIZE), length // shortest))
-        lengths = [piece.shape[1] for piece in hidden_states.tensor_split(num_pieces, dim=1)]
-        return VideoMambaWorkspace(self.config, batch, lengths, dtype)
 
 
 class VideoMambaForVideoClassification(VideoMambaPreTrainedModel):

@@ -33,29 +33,13 @@ def are_recorded() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what goes into the module or comes out of it."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook sees the inputs or the outputs of the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
 
-def is_plain(module: nn.Module, kinds: set[type]) -> bool:
-    """
-    Whether nothing would miss the calls of what is inside of the module, which is of some `kinds` that do nothing but
-    with their parameters. Modules may be wrapped by adapters, parametrised, replaced or watched by hooks, weights may
-    be quantised, or brought when their modules are called, for which accelerate replaces `forward`.
-    """
-    for part in module.modules():
-        if any(type(parameter) is not nn.Parameter for parameter in part._parameters.values() if parameter is not None):
-            return False
-        if part is not module and (type(part) not in kinds or is_watched(part)):
-            return False
-        if "forward" in vars(part):
-            return False
-    return True
-
-
-def is_recorded(tensor: torch.Tensor) -> bool:
+def is_tracing(tensor: torch.Tensor) -> bool:
     """Whether operators are recorded, or modules watched from inside, so that none can be passed over."""
     if are_recorded() or type(tensor) is not torch.Tensor:
         return True

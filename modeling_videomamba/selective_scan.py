@@ -492,7 +492,7 @@ _BACKENDS = {
 
 
 def has_compiled_kernels(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether tensors go through the kernels of `csrc/`: also those of `pieces_cpu.py` and `layer_cpu.py`."""
+    """Whether tensors go through the kernels of `csrc/`: also those of `layer_cpu.py` and `tiles_cpu.py`."""
     return _choose_backend(device_type, dtype) == "cpu"
 
 

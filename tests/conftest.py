@@ -57,7 +57,7 @@ def load_variant(variant: str):
 def variant(request, monkeypatch) -> None:
     """All CPU kernels but the matrix products are those for one kind of vectors."""
     kernels = load_variant(request.param)
-    for name in ("pieces_cpu", "rms_norm_cpu", "selective_scan_cpu"):
+    for name in ("tiles_cpu", "rms_norm_cpu", "selective_scan_cpu"):
         monkeypatch.setattr(import_module(f"modeling_videomamba.{name}"), "kernels", lambda: kernels)
 
 

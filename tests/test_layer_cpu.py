@@ -156,7 +156,7 @@ def test_only_what_the_backward_pass_cannot_compute_is_kept(monkeypatch):
         return sum(sizes.values())
 
     as_one = kept_bytes(make_layer())
-    monkeypatch.setattr(modeling, "is_plain", lambda module, kinds: False)
+    monkeypatch.setattr(modeling, "can_fuse", lambda *_: False)
     assert as_one < 0.6 * kept_bytes(make_layer())
 
 
@@ -170,7 +170,7 @@ def test_the_products_are_counted_as_those_of_the_modules(monkeypatch):
         return forward.get_total_flops(), backward.get_total_flops()
 
     as_one = count(make_layer())
-    monkeypatch.setattr(modeling, "is_plain", lambda module, kinds: False)
+    monkeypatch.setattr(modeling, "can_fuse", lambda *_: False)
     assert as_one == count(make_layer()) and as_one[0] > 0
 
 
@@ -212,6 +212,16 @@ def test_modules_that_someone_changed_or_watches_are_called(calls, change):
         with pytest.raises(RuntimeError, match="dtype"):
             layer(hidden_states)
     assert len(calls) == 1
+
+
+def test_a_forward_that_is_replaced_on_a_class_is_called(calls, monkeypatch):
+    layer, hidden_states = make_layer(), torch.randn(1, 20, 32)
+    expected, own = layer(hidden_states), modeling.VideoMambaScan.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling.VideoMambaScan, "forward", lambda self, *args: 2 * own(self, *args))
+        changed = layer(hidden_states)
+        assert len(calls) == 1 and not torch.allclose(changed, expected)
+    assert torch.equal(layer(hidden_states), expected)
 
 
 def test_the_function_is_for_the_compiled_kernels_alone(calls, monkeypatch):

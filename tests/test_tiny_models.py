@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling_videomamba import VideoMambaForMaskedPreTraining, VideoMambaForVideoClassification
+from modeling_videomamba import VideoMambaForMaskedPreTraining, VideoMambaForVideoClassification, layer_cpu
 from modeling_videomamba import modeling_videomamba as modeling
 from tests.conftest import needs_kernel, tiny_config
 
@@ -56,8 +56,8 @@ def test_inference_and_gradients_of_any_size(monkeypatch, changes, batch):
     model, pixels = model_and_pixels(changes, batch)
     expected = outputs_and_gradients(copy.deepcopy(model).double(), pixels.double())
     with monkeypatch.context() as patch:
-        patch.setattr(modeling, "PIECE_SIZE", 3)
-        patch.setattr(modeling, "MIN_PIECE_LENGTH", 1)
+        patch.setattr(layer_cpu, "TILE_SIZE", 3)
+        patch.setattr(layer_cpu, "MIN_TILE_LENGTH", 1)
         assert_same(outputs_and_gradients(model, pixels), expected, 1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Steps of inference in pieces, with each variant of the kernels that this processor has."""
+"""Steps of inference in tiles, with each variant of the kernels that this processor has."""
 
 import importlib
 
@@ -8,19 +8,19 @@ import torch.nn.functional as F
 
 from modeling_videomamba import selective_scan
 from modeling_videomamba.matrix_product_cpu import Memory
-from modeling_videomamba.pieces_cpu import (
-    PiecewiseConvolution,
-    PiecewiseLinear,
-    PiecewiseScan,
+from modeling_videomamba.selective_scan import causal_conv1d, has_compiled_kernels
+from modeling_videomamba.tiles_cpu import (
     Queue,
+    TiledConvolution,
+    TiledLinear,
+    TiledScan,
     norm_into,
     sum_into,
 )
-from modeling_videomamba.selective_scan import causal_conv1d, has_compiled_kernels
 from tests.conftest import needs_kernel
 from tests.scan_reference import make_inputs
 
-pieces_cpu = importlib.import_module("modeling_videomamba.pieces_cpu")
+tiles_cpu = importlib.import_module("modeling_videomamba.tiles_cpu")
 pytestmark = needs_kernel
 
 
@@ -36,13 +36,13 @@ def ordered(parts, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("rank", [1, 12])
-def test_a_sequence_can_be_scanned_in_pieces(queue, reverse, count, rank):
+def test_a_sequence_can_be_scanned_in_tiles(queue, reverse, count, rank):
     inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 47, 19, 16).items()}
     dt_low, dt_proj = torch.randn(2, 47, rank), torch.randn(19, rank)
     expected = selective_scan(**inputs | {"dt": dt_low @ dt_proj.T}, reverse=reverse)
     out = inputs["add"].clone()
     parameters = (inputs["A"], inputs["D"], inputs["dt_bias"], dt_proj)
-    scan = PiecewiseScan(*parameters, queue, batch=2, reverse=reverse)
+    scan = TiledScan(*parameters, queue, batch=2, reverse=reverse)
     tensors = (inputs["x"], dt_low, inputs["B"], inputs["C"], out, inputs["z"], out)
     for piece in ordered(zip(*(tensor.tensor_split(count, dim=1) for tensor in tensors), strict=True), reverse):
         scan(*piece)
@@ -54,10 +54,10 @@ def test_a_sequence_can_be_scanned_in_pieces(queue, reverse, count, rank):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_sequence_can_be_convolved_in_pieces(queue, reverse, count, with_bias):
+def test_a_sequence_can_be_convolved_in_tiles(queue, reverse, count, with_bias):
     x, weight, bias = torch.randn(2, 47, 19), torch.randn(19, 1, 4), torch.randn(19) if with_bias else None
     out = torch.empty_like(x)
-    convolution = PiecewiseConvolution(weight, bias, queue, reverse=reverse)
+    convolution = TiledConvolution(weight, bias, queue, reverse=reverse)
     for piece in ordered(zip(x.tensor_split(count, 1), out.tensor_split(count, 1), strict=True), reverse):
         convolution(*piece)
     queue.run()
@@ -90,7 +90,7 @@ def test_a_norm_of_large_and_of_no_values_is_finite(queue):
 def test_a_linear_layer_takes_pieces(queue, dtype, strides):
     x, weight = torch.randn(1, 700, 200, dtype=dtype), torch.randn(52000, dtype=dtype).as_strided((130, 200), strides)
     out = torch.empty(1, 700, 130, dtype=dtype)
-    linear = PiecewiseLinear(weight, Memory(), queue)
+    linear = TiledLinear(weight, Memory(), queue)
     for piece in zip(x.tensor_split(2, 1), out.tensor_split(2, 1), strict=True):
         linear(*piece)
     queue.run()
@@ -100,11 +100,11 @@ def test_a_linear_layer_takes_pieces(queue, dtype, strides):
 def test_an_empty_piece_changes_nothing_around_it(queue):
     memory = torch.full((3, 5, 19), 7.0)
     empty, stream = memory[:0], torch.randn(0, 5, 19)
-    PiecewiseConvolution(torch.randn(19, 1, 4), None, queue, reverse=False)(stream, empty)
+    TiledConvolution(torch.randn(19, 1, 4), None, queue, reverse=False)(stream, empty)
     norm_into(empty, stream, torch.ones(19), 1e-5, queue)
     sum_into(empty, stream, stream, queue)
     parameters = (torch.randn(19, 4), torch.randn(19), torch.randn(19), torch.randn(19, 2))
-    scan = PiecewiseScan(*parameters, queue, batch=0, reverse=False)
+    scan = TiledScan(*parameters, queue, batch=0, reverse=False)
     scan(stream, torch.randn(0, 5, 2), torch.randn(0, 5, 4), torch.randn(0, 5, 4), empty)
     queue.run()
     assert (memory == 7).all()
@@ -123,7 +123,7 @@ def test_memory_that_grows_leaves_steps_what_they_need(queue):
     weights = [torch.randn(columns, 200) for columns in (130, 600)]
     outs = [torch.empty(1, 700, len(weight)) for weight in weights]
     for weight, out in zip(weights, outs, strict=True):
-        PiecewiseLinear(weight, memory, queue)(x, out)
+        TiledLinear(weight, memory, queue)(x, out)
     queue.run()
     for weight, out in zip(weights, outs, strict=True):
         torch.testing.assert_close(out, F.linear(x, weight), rtol=1e-5, atol=1e-4)
@@ -136,8 +136,8 @@ def test_pieces_are_checked():
     for name, wrong in {"D": torch.randn(4), "dt_bias": torch.randn(1, 3), "dt_proj": torch.randn(4, 2)}.items():
         parameters = {"D": D, "dt_bias": dt_bias, "dt_proj": dt_proj} | {name: wrong}
         with pytest.raises(ValueError, match=f"`{name}` must have shape"):
-            PiecewiseScan(A, **parameters, queue=queue, batch=1, reverse=False)
-    scan = PiecewiseScan(A, D, dt_bias, dt_proj, queue, batch=1, reverse=False)
+            TiledScan(A, **parameters, queue=queue, batch=1, reverse=False)
+    scan = TiledScan(A, D, dt_bias, dt_proj, queue, batch=1, reverse=False)
     x, dt, B, C, out = (torch.randn(1, 5, width) for width in (3, 2, 4, 4, 3))
     for piece, message in [
         ((x, dt, B.double(), C, out), "`B` must have .*float32.* got .*float64"),
@@ -147,9 +147,9 @@ def test_pieces_are_checked():
     ]:
         with pytest.raises(ValueError, match=message):
             scan(*piece)
-    convolution = PiecewiseConvolution(torch.randn(3, 1, 4), torch.randn(3), queue, reverse=False)
+    convolution = TiledConvolution(torch.randn(3, 1, 4), torch.randn(3), queue, reverse=False)
     convolution(x[:, :2], out[:, :2])
-    with pytest.raises(ValueError, match=r"`the piece before` must have shape \(1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"`the tile before` must have shape \(1, 3, 3\)"):
         convolution(x[:, 2:], out[:, 2:])
     with pytest.raises(ValueError, match="`hidden_states` must have .*float32"):
         norm_into(out, x.double(), D, 1e-5, queue)

@@ -1,20 +1,18 @@
 """
-The steps of a layer for inference on a CPU in pieces of the tokens, without gradients, into memory that is there
-already, and that memory: the compiled kernels of `csrc/`, and products of PyTorch where there are no matrix units.
+The steps of inference on a CPU in tiles of the tokens, without gradients, into memory that is there already: the
+compiled kernels of `csrc/`, and products by PyTorch where there are no matrix units.
 
-Steps are listed in a [`Queue`] and run when a layer is complete. The interpreter and PyTorch's own preparations go
-through so much memory that each step would otherwise find neither its data nor them in the caches.
+Steps are queued in a [`Queue`] and run once per layer: Python and PyTorch dispatch in between would evict the data from
+the caches.
 """
 
 import ctypes
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .configuration_videomamba import VideoMambaConfig
 from .cpu_library import DTYPES, SCAN_DTYPES, Convolution, Norm, Scan, Sequence, Sum, kernels, pointer
 from .matrix_product_cpu import Memory, is_fit, matrix_kernels, prepare, rows_or_columns
 
@@ -61,15 +59,15 @@ def sum_into(out: torch.Tensor, hidden_states: torch.Tensor, mixed: torch.Tensor
     queue.add(kernels().videomamba_sum, sum_, hidden_states, mixed, out)
 
 
-class PiecewiseLinear:
-    """A linear layer on pieces of the tokens. What the matrix units need of its weight is made once, in `memory`."""
+class TiledLinear:
+    """A linear layer on tiles of the tokens. What the matrix units need of its weight is made once, in `memory`."""
 
     def __init__(self, weight: torch.Tensor, memory: Memory, queue: Queue) -> None:
         self.weight, self.memory, self.queue = rows_or_columns(weight), memory, queue
         self.is_packed = False
 
     def __call__(self, hidden_states: torch.Tensor, out: torch.Tensor) -> None:
-        """The next piece, contiguous `(batch, length, in_features)`, into `out`, contiguous and of the same dtype."""
+        """The next tile, contiguous `(batch, length, in_features)`, into `out`, contiguous and of the same dtype."""
         rows, target = hidden_states.view(-1, hidden_states.shape[-1]), out.view(-1, out.shape[-1])
         columns = self.weight.T
         if not (self.is_packed or is_fit(rows, self.weight)):
@@ -82,9 +80,9 @@ class PiecewiseLinear:
         self.is_packed = True
 
 
-class PiecewiseConvolution:
+class TiledConvolution:
     """
-    [`causal_conv1d`] of a sequence that comes in pieces: from the first to the last, or, with `reverse`, from the last
+    [`causal_conv1d`] of a sequence that comes in tiles: from the first to the last, or, with `reverse`, from the last
     to the first.
     """
 
@@ -100,20 +98,20 @@ class PiecewiseConvolution:
         )
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """The next piece, `(batch, length, channels)`, into `out` of the same shape and dtype."""
+        """The next tile, `(batch, length, channels)`, into `out` of the same shape and dtype."""
         arguments = Convolution.from_buffer_copy(self.arguments)
         (batch, length, _), channels, width = x.shape, arguments.channels, arguments.width
         shape, before = (batch, length, channels), (batch, width - 1, channels)
         arguments.batch, arguments.length, arguments.dtype = batch, length, DTYPES[x.dtype]
         arguments.x, arguments.y = Sequence.of("x", x, shape, x.dtype), Sequence.of("out", out, shape, x.dtype)
-        arguments.context = Sequence.of("the piece before", self.context, before, x.dtype)
+        arguments.context = Sequence.of("the tile before", self.context, before, x.dtype)
         self.queue.add(kernels().videomamba_causal_conv1d, arguments, self.weight, self.bias, x, out, self.context)
         self.context = x[:, : width - 1] if self.reverse else x[:, max(0, length - width + 1) :]
 
 
-class PiecewiseScan:
+class TiledScan:
     """
-    [`selective_scan`] of a sequence that comes in pieces: from the first to the last, or, with `reverse`, from the last
+    [`selective_scan`] of a sequence that comes in tiles: from the first to the last, or, with `reverse`, from the last
     to the first. `dt_proj` `(channels, rank)` makes the time steps, before bias and softplus.
     """
 
@@ -150,7 +148,7 @@ class PiecewiseScan:
         add: torch.Tensor | None = None,
     ) -> None:
         """
-        The next piece, into `out`, which may be `add`.
+        The next tile, into `out`, which may be `add`.
 
         Args:
             x (`torch.Tensor` of shape `(batch, length, channels)`): Input.
@@ -168,77 +166,3 @@ class PiecewiseScan:
             setattr(arguments, name, Sequence.of(name, sequence, shape, x.dtype))
         arguments.length, arguments.dtype = length, SCAN_DTYPES[x.dtype]
         self.queue.add(kernels().videomamba_selective_scan, arguments, *self.kept, x, dt, B, C, out, z, add)
-
-
-@dataclass
-class VideoMambaPiece:
-    """
-    Memory for a piece of the tokens, `(batch, length of the piece, ...)`: inputs `x` and outputs `y` of the scans,
-    which all pieces have at the same time; and what they have in the same place, one after the other. The last three
-    are never needed at the same time, and share theirs too.
-    """
-
-    x: torch.Tensor
-    y: torch.Tensor
-    projected: torch.Tensor
-    z: torch.Tensor
-    convolved: torch.Tensor
-    normed: torch.Tensor
-    out: torch.Tensor
-
-
-class VideoMambaWorkspace:
-    """
-    Memory for inference in pieces of the tokens, and for the weights of a layer as products with all pieces take them.
-    The layers share it all: memory that is new to a process costs it more time than some of the steps of a layer. Nor
-    do they make a new residual stream each: `stream` is the one that nobody else holds, which a layer may overwrite.
-    """
-
-    def __init__(self, config: VideoMambaConfig, batch: int, lengths: list[int], dtype: torch.dtype):
-        hidden_size, channels = config.hidden_size, config.intermediate_size
-        projected = int(config.time_step_rank) + 2 * config.state_size
-
-        def one_after_the_other(width: int) -> list[torch.Tensor]:
-            sizes = [batch * length * width for length in lengths]
-            parts = torch.empty(sum(sizes), dtype=dtype).split(sizes)
-            return [part.view(batch, length, width) for part, length in zip(parts, lengths, strict=True)]
-
-        def in_the_same_place(*widths: int) -> list[list[torch.Tensor]]:
-            memory = torch.empty(batch * max(lengths) * max(widths), dtype=dtype)
-            return [[memory[: batch * n * width].view(batch, n, width) for n in lengths] for width in widths]
-
-        columns = (
-            *map(one_after_the_other, (channels, channels)),
-            *in_the_same_place(projected),
-            *in_the_same_place(channels),
-            *in_the_same_place(channels, hidden_size, hidden_size),
-        )
-        self.pieces = [VideoMambaPiece(*piece) for piece in zip(*columns, strict=True)]
-        self.weights = {name: Memory() for name in ("x_proj", "x", "z", "out")}
-        self.queue = Queue()
-        self.stream: torch.Tensor | None = None
-        self.shape = (batch, sum(lengths), hidden_size)
-
-    def fits(self, hidden_states: torch.Tensor) -> bool:
-        """Whether it is for these: a hook on the layer before can have put others in their place."""
-        is_as_before = hidden_states.shape == self.shape and hidden_states.dtype == torch.float32
-        return is_as_before and hidden_states.device.type == "cpu" and hidden_states.is_contiguous()
-
-
-class VideoMambaPieces:
-    """
-    What the modules of a layer make of their parameters for all pieces of the tokens, each when it sees the first one,
-    and where they put what they make of the pieces.
-    """
-
-    def __init__(self, workspace: VideoMambaWorkspace):
-        self.workspace, self.queue = workspace, workspace.queue
-        self.linear: dict[str, PiecewiseLinear] = {}
-        self.convolution: PiecewiseConvolution | None = None
-        self.scan: PiecewiseScan | None = None
-
-    def project(self, name: str, weight: torch.Tensor, hidden_states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if name not in self.linear:
-            self.linear[name] = PiecewiseLinear(weight.to(out.dtype), self.workspace.weights[name], self.queue)
-        self.linear[name](hidden_states, out)
-        return out
