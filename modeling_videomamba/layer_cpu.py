@@ -118,10 +118,12 @@ def fusible(module_class: ModuleClass) -> ModuleClass:
 def is_unmodified(layer: nn.Module) -> bool:
     """
     Whether a layer does what its classes say, with its own parameters. Modules inside may be wrapped by adapters,
-    replaced, or have hooks; a `forward` may be replaced on a module (accelerate's offloading does so) or on a class;
-    weights may be quantised, parametrised or offloaded.
+    replaced (by linear layers with a bias, say) or have hooks; a `forward` may be replaced on a module (as accelerate
+    does to offload weights) or on a class; weights may be quantised, parametrised or offloaded.
     """
     for module in layer.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            return False
         parameters = (parameter for parameter in module._parameters.values() if parameter is not None)
         if "forward" in vars(module) or any(type(parameter) is not nn.Parameter for parameter in parameters):
             return False

@@ -186,6 +186,14 @@ def wrap(layer):
     layer.mixer.scans[0].x_proj = torch.nn.Sequential(layer.mixer.scans[0].x_proj)
 
 
+def replace(layer):
+    """By a linear layer with a bias, which is zero here."""
+    weight = layer.mixer.in_proj.weight
+    layer.mixer.in_proj = torch.nn.Linear(*reversed(weight.shape))
+    layer.mixer.in_proj.weight = weight
+    torch.nn.init.zeros_(layer.mixer.in_proj.bias)
+
+
 def parametrise(layer):
     torch.nn.utils.parametrizations.weight_norm(layer.mixer.out_proj)
 
@@ -194,12 +202,13 @@ def parametrise(layer):
     "change",
     [
         wrap,
+        replace,
         parametrise,
         lambda layer: layer.mixer.scans[1].conv1d.register_forward_hook(lambda *_: None),
         lambda layer: layer.mixer.in_proj.register_full_backward_hook(lambda *_: None),
         lambda layer: layer.mixer.scans[0].dt_proj.bfloat16(),
     ],
-    ids=["adapter", "parametrisation", "hook", "backward hook", "another dtype"],
+    ids=["adapter", "bias", "parametrisation", "hook", "backward hook", "another dtype"],
 )
 def test_modules_that_someone_changed_or_watches_are_called(calls, change):
     layer, hidden_states = make_layer(), torch.randn(1, 20, 32)
