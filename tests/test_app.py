@@ -201,11 +201,11 @@ def test_a_recording_is_classified(page):
     page.wait_for_function("document.querySelector('#video video')?.readyState > 2")  # the camera gives frames
     record = page.locator("#video .capture-button")
     record.click()
-    page.wait_for_timeout(2000)
+    page.wait_for_timeout(5000)  # on a busy machine a browser has nothing to record for some seconds
     record.click()
-    expect(page.get_by_test_id("video").get_by_role("button", name="Clear")).to_be_visible()
+    expect(page.get_by_label("Clear")).to_have_count(1)  # the page has two while the recording is uploaded
     button(page, "Classify").click()
-    expect(page.locator("#details")).to_contain_text(re.compile(r"\.webm: \d+ frames, [\d.]+ a second, [0-3]\.\d s, "))
+    expect(page.locator("#details")).to_contain_text(re.compile(r"\.webm: \d+ frames, [\d.]+ a second, \d\.\d s, "))
     assert len(sizes_of_images(page, "#details")) == 16
 
 
