@@ -199,7 +199,7 @@ class VideoMambaLayer(GradientCheckpointingLayer):
         permutation: torch.Tensor | None = None,
         buffers: InferenceBuffers | None = None,
     ) -> torch.Tensor:
-        """`(batch, length, D)` to the same, both float32; `buffers` are those of inference on a CPU."""
+        """Maps `(batch, length, D)` to the same shape, both float32. Inference on a CPU passes shared `buffers`."""
         if permutation is None and can_fuse(self, hidden_states, buffers):
             return fused_layer(self, hidden_states, buffers)
         return hidden_states + self.drop_path(self.mixer(self.norm(hidden_states), permutation).float())

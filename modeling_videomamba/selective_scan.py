@@ -492,7 +492,7 @@ _BACKENDS = {
 
 
 def has_compiled_kernels(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether tensors go through the kernels of `csrc/`: also those of `layer_cpu.py` and `tiles_cpu.py`."""
+    """Whether the compiled kernels of `csrc/` compute tensors of this device type and dtype."""
     return _choose_backend(device_type, dtype) == "cpu"
 
 

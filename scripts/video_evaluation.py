@@ -18,8 +18,7 @@ from transformers import AutoImageProcessor, AutoVideoProcessor
 from modeling_videomamba import VideoMambaForVideoClassification
 from modeling_videomamba.image_processing_videomamba import check_processor_settings
 from modeling_videomamba.labels import distinct_names
-from modeling_videomamba.training.data import Examples, TestViews, broken_file, cut_into_windows, test_batches
-from modeling_videomamba.training.diagnosis import RunError
+from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, errors_as_lines, test_batches
 from modeling_videomamba.training.evaluation import (
     Predictions,
     class_scores,
@@ -172,15 +171,8 @@ def run(args: Any, data: LabelledDataArguments) -> None:
             lines.merge()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    try:
+    with errors_as_lines():
         test(accelerator, model, processor, split, lines, args, data)
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    except (RuntimeError, ValueError) as error:
-        reason = broken_file(error)
-        if reason is None:
-            raise
-        sys.exit(f"error: {reason}. With --on-broken-video skip a run goes on without broken files")
     accelerator.end_training()
 
 

@@ -1,4 +1,4 @@
-"""Scripts other than those that train, where the disk takes no more, and what they make of damaged files then."""
+"""Full disks and damaged files in scripts that evaluate, index and label."""
 
 import errno
 import os

@@ -7,7 +7,9 @@ seed and the epoch, the random choices of an example from these and its index. S
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from ..image_processing_videomamba import VideoMambaImageProcessor, open_image, 
 from ..video_decoding import BrokenVideoError, read_frames, read_metadata
 from ..video_metadata import TimedVideoMetadata
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
+from .diagnosis import RunError
 from .sources import Split
 
 Processor = VideoMambaImageProcessor | VideoMambaVideoProcessor
@@ -48,6 +51,20 @@ def broken_file(error: Exception) -> str | None:
         return str(error)
     match = BROKEN_IN_WORKER.fullmatch(str(error).strip().split("\n")[-1])
     return match and match[1]
+
+
+@contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """Ends the process with one line at a [`RunError`] and at a broken file; other errors pass."""
+    try:
+        yield
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    except (RuntimeError, ValueError) as error:
+        reason = broken_file(error)
+        if reason is None:
+            raise
+        sys.exit(f"error: {reason}. With --on-broken-video skip a run goes on without broken files")
 
 
 def derive_seed(*numbers: int) -> int:

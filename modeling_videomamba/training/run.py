@@ -31,7 +31,7 @@ from videomamba_arguments import (
 from .augmentation import training_transform
 from .cards import CARD, check_card, public_command, public_name, reason_to_keep, seal, without_signatures
 from .checkpoints import list_checkpoints
-from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, broken_file, test_batches
+from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, errors_as_lines, test_batches
 from .diagnosis import NothingReadError, RunError
 from .loop import STATES, Batch, Trainer, make_accelerator
 from .models import load_processor
@@ -404,18 +404,12 @@ class TrainingRun(ABC):
 def run_or_exit(make_run: Callable[[], TrainingRun]) -> None:
     """Trains; what is wrong with the arguments, the folder or the numbers, and Ctrl-C, end the process with a line."""
     try:
-        try:
-            run = make_run()
-        except (OSError, ValueError, StrictDataclassError) as error:
-            sys.exit(f"error: {error}")
-        run.train()
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    except (RuntimeError, ValueError) as error:
-        reason = broken_file(error)
-        if reason is None:
-            raise
-        sys.exit(f"error: {reason}. With --on-broken-video skip a run goes on without broken files")
+        with errors_as_lines():
+            try:
+                run = make_run()
+            except (OSError, ValueError, StrictDataclassError) as error:
+                sys.exit(f"error: {error}")
+            run.train()
     except KeyboardInterrupt:  # before the first step or after the last one; in between the loop saves a state
         print("interrupted: go on with --resume", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
