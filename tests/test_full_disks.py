@@ -122,6 +122,15 @@ def test_the_copy_of_a_list_ends_with_a_line(call, run, monkeypatch, tmp_path):
 # What others have damaged
 
 
+def test_an_evaluation_ends_with_a_line_at_a_broken_video(call, run, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(VIDEO.read_bytes()[:500])
+    with (tmp_path / "val.csv").open("a") as file:
+        file.write(f"{tmp_path / 'bad.mp4'},left,a digit\n")
+    message = call(evaluate_video, NANO, *run, "--on-broken-video", "raise")
+    assert message.startswith(f"error: {tmp_path / 'bad.mp4'}: ") and "\n" not in message
+    assert message.endswith("With --on-broken-video skip a run goes on without broken files")
+
+
 @pytest.mark.parametrize("line", ["", "[1]", '{"index": null}', '{"video": 1}', '{"index": 1', "\udcff"])
 def test_a_line_that_is_no_prediction_is_named(call, run, tmp_path, line):
     assert call(evaluate_video, NANO, *run) is None
