@@ -50,6 +50,15 @@ def call(script, *options):
     )
 
 
+def call_as_process(command, **_):
+    """In place of `subprocess.run` where a script runs others: these run in this process too."""
+    place = next(index for index, part in enumerate(command) if part.endswith(".py"))
+    assert command[0] == sys.executable and Path(command[place]).parent == SCRIPTS
+    result = call(Path(command[place]).name, *command[place + 1 :])
+    assert_finished(result)
+    return result
+
+
 def run(*command, folder=ROOT):
     """Runs a command in a process of its own."""
     return subprocess.run(words(*command), capture_output=True, text=True, cwd=folder, env=ENVIRONMENT)

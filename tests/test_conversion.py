@@ -3,8 +3,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,8 @@ from modeling_videomamba import (
 from modeling_videomamba.conversion import CheckpointError, convert_checkpoint
 from modeling_videomamba.conversion_vim import has_middle_class_token
 from modeling_videomamba.labels import load_labels
-from tests.conftest import ROOT, load_golden, strip_prefix
+from tests.conftest import load_golden, strip_prefix
+from tests.launching import call
 
 KINDS = {
     "video_classification": ("state_dict.", "video"),
@@ -413,8 +412,7 @@ def test_labels_must_fit_the_head(tmp_path):
 
 
 def run_script(*arguments):
-    command = [sys.executable, ROOT / "scripts" / "convert_checkpoint.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return call("convert_checkpoint.py", *arguments)
 
 
 def test_the_script(tmp_path):

@@ -1,10 +1,10 @@
-"""pretrain_umt.py, launched as a user launches it."""
+"""pretrain_umt.py, called in this process and launched as two."""
 
 import random
 import shutil
-import sys
 import tarfile
 import time
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -21,11 +21,13 @@ from transformers import (
 )
 
 import pretrain_umt
+import studies
 from modeling_videomamba import VideoMambaForImageClassification, VideoMambaForMaskedPreTraining
 from tests.conftest import NANO, tiny_config
 from tests.launching import (
-    SCRIPTS,
     assert_finished,
+    call,
+    call_as_process,
     last_weights,
     launch,
     launched,
@@ -44,8 +46,7 @@ STUDENT = ("--config", NANO / "config.json", "--num-frames", 8, "--drop-path-rat
 def clips(tmp_path_factory):
     """64 training clips of moving digits, 24 test clips, and a broken one beside each."""
     folder = tmp_path_factory.mktemp("clips")
-    result = run(sys.executable, SCRIPTS / "make_moving_digits.py", folder, "--train-clips", 63, "--test-clips", 24)
-    assert result.returncode == 0, result.stderr
+    assert_finished(call("make_moving_digits.py", folder, "--train-clips", 63, "--test-clips", 24))
     broken = write_broken_videos(folder / "broken", folder / "test" / "up" / "00005.mp4")
     shutil.move(folder / "broken" / broken[0], folder / "train" / "left" / broken[0])
     shutil.move(folder / "broken" / broken[2], folder / "test" / "up" / broken[2])
@@ -59,9 +60,8 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     options = ("--masks", "tube", "--seeds", 1, "--train-clips", 64, "--test-clips", 24, "--labels-per-class", 3)
     options += ("--teacher-steps", 300, "--epochs", 1, "--finetuning-epochs", 4)
-    result = run(sys.executable, SCRIPTS / "study_masked_pretraining.py", folder, *options)
-    assert result.returncode == 0, result.stderr
-    return folder, result.stdout
+    with mock.patch.object(studies.subprocess, "run", call_as_process):
+        return folder, assert_finished(call("study_masked_pretraining.py", folder, *options))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,8 @@ def test_two_processes_learn_what_one_does(clips, teacher, tmp_path):
     options += ("--evaluation-examples", 20, "--tubelet-size", 2, "--report-to", "none")
     for processes, batch_size in ((1, 8), (2, 4)):
         output = tmp_path / f"{processes}"
-        text = assert_finished(
-            launch("pretrain_umt.py", processes, *options, "--output-dir", output, "--batch-size", batch_size)
-        )
+        command = ("pretrain_umt.py", *options, "--output-dir", output, "--batch-size", batch_size)
+        text = assert_finished(call(*command) if processes == 1 else launch(command[0], processes, *command[1:]))
         found = summary(output)
         metrics = found["metrics"]
         assert metrics["evaluation_loss"] < 0.8 * metrics["mean_feature_loss"]
@@ -118,16 +117,16 @@ def test_two_processes_learn_what_one_does(clips, teacher, tmp_path):
     assert "knn_accuracy" in {result.metric_type for result in card.data.eval_results}
 
     options = ("--data", clips, "--model", tmp_path / "1" / "best", "--epochs", 1, "--on-broken-video", "skip")
-    text = assert_finished(launch("finetune.py", 1, *options, "--output-dir", tmp_path / "finetuned"))
+    text = assert_finished(call("finetune.py", *options, "--num-workers", 0, "--output-dir", tmp_path / "finetuned"))
     assert "fresh weights in classifier:" in text and summary(tmp_path / "finetuned")["evaluated"] == 24
 
 
 @pytest.mark.slow
 def test_kills_change_nothing(clips, teacher, tmp_path):
     """Two processes with a cache of the teacher's features, which a kill can leave half filled."""
-    options = ("--data", clips, "--teacher", teacher, *STUDENT[:-1], 0.2, "--epochs", 6, "--batch-size", 2)
+    options = ("--data", clips, "--teacher", teacher, *STUDENT[:-1], 0.2, "--epochs", 4, "--batch-size", 2)
     options += ("--on-broken-video", "skip", "--save-steps", 3, "--report-to", "none", "--resume")
-    options += ("--probe-data", clips, "--probe", "linear", "--evaluation-epochs", 3)
+    options += ("--probe-data", clips, "--probe", "linear", "--evaluation-epochs", 2)
 
     def command(name):
         folders = ("--output-dir", tmp_path / name, "--teacher-cache", tmp_path / f"{name}-cache")
@@ -135,16 +134,13 @@ def test_kills_change_nothing(clips, teacher, tmp_path):
 
     assert_finished(run(*command("whole")))
     assert len(list((tmp_path / "whole-cache").rglob("*.safetensors"))) == 63
-    rng, states = random.Random(0), tmp_path / "killed" / "states"
-    for _ in range(2):
-        process = start(*command("killed"))
-        before = {path.name for path in states.glob("step-*")}
-        wait_until(lambda before=before: {path.name for path in states.glob("step-*")} - before, process)
-        time.sleep(rng.uniform(0, 0.3))
-        assert process.poll() is None, "the run has ended before it was killed often enough"
-        for one in (*psutil.Process(process.pid).children(recursive=True), process):  # each has a session of its own
-            one.kill()
-        process.communicate()
+    process, states = start(*command("killed")), tmp_path / "killed" / "states"
+    wait_until(lambda: list(states.glob("step-*")), process)
+    time.sleep(random.Random(0).uniform(0, 0.3))
+    assert process.poll() is None, "the run has ended before it was killed"
+    for one in (*psutil.Process(process.pid).children(recursive=True), process):  # each has a session of its own
+        one.kill()
+    process.communicate()
     assert "resumed after step" in assert_finished(run(*command("killed")))
     whole, killed = last_weights(tmp_path / "whole"), last_weights(tmp_path / "killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -180,8 +176,8 @@ def test_a_stream_of_images_with_everything_on(pictures, teacher, tmp_path):
     )
     options = ("--data", pictures, "--teacher", teacher, "--recipe", recipe, "--model", tmp_path / "start")
     options += ("--streaming", "--steps-per-epoch", 3)
-    options += ("--epochs", 2, "--batch-size", 4, "--num-workers", 2, "--output-dir", tmp_path / "model")
-    text = assert_finished(launch("pretrain_umt.py", 2, *options))
+    options += ("--epochs", 2, "--batch-size", 8, "--num-workers", 1, "--output-dir", tmp_path / "model")
+    text = assert_finished(call("pretrain_umt.py", *options))
     assert "fresh weights in alignment_decoders" in text
     found = summary(tmp_path / "model")
     assert found["steps"] == 6 and found["evaluated"] == 12 and np.isfinite(found["best"])

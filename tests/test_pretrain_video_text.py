@@ -1,11 +1,10 @@
-"""pretrain_video_text.py, launched as a user launches it, and evaluate_retrieval.py on what it leaves."""
+"""pretrain_video_text.py and evaluate_retrieval.py, called in this process and launched as two."""
 
 import csv
 import json
 import random
 import re
 import shutil
-import sys
 import tarfile
 import time
 
@@ -37,8 +36,8 @@ from modeling_videomamba.training.video_text_models import make_tokenizer
 from moving_digits import NUMBERS
 from tests.conftest import NANO_VIDEO_TEXT, tiny_config
 from tests.launching import (
-    SCRIPTS,
     assert_finished,
+    call,
     launch,
     launched,
     run,
@@ -58,8 +57,7 @@ VISION = {**tiny_config(patch_size=8, alignment_size=16).to_diff_dict(), "num_la
 def clips(tmp_path_factory):
     """63 training and 24 test clips with captions, and a broken one among each."""
     folder = tmp_path_factory.mktemp("clips")
-    command = (sys.executable, SCRIPTS / "make_moving_digits.py", folder, "--captions")
-    assert_finished(run(*command, "--train-clips", 63, "--test-clips", 24))
+    assert_finished(call("make_moving_digits.py", folder, "--captions", "--train-clips", 63, "--test-clips", 24))
     truncated, _, text, _ = write_broken_videos(folder / "broken", folder / "test" / "00005.mp4")
     for name, split in ((truncated, "train"), (text, "test")):
         shutil.move(folder / "broken" / name, folder / split / name)
@@ -142,7 +140,7 @@ def test_a_masked_and_an_unmasked_stage_on_images_and_videos(clips, pictures, st
     )
     last = ("--model", tmp_path / "masked" / "last", "--recipe", recipe, "--warmup-epochs", 0, "--ema-decay", 0.9)
     last += ("--mixed-precision", "bf16", "--mlm-probability", 0, "--num-frames", 6, "--batch-size", 16)
-    assert_finished(launch("pretrain_video_text.py", 1, *options, *last, "--output-dir", tmp_path / "unmasked"))
+    assert_finished(call("pretrain_video_text.py", *options, *last, "--output-dir", tmp_path / "unmasked"))
     names = {name for line in losses(tmp_path / "unmasked") for name in line if name.startswith("loss_")}
     assert names == {"loss_contrastive", "loss_matching"} and summary(tmp_path / "unmasked")["steps"] == 6
 
@@ -197,8 +195,8 @@ def learned(clips, config, tmp_path_factory):
             csv.writer(file).writerows([["path", "caption"], *([line["path"], line["caption"]] for line in lines)])
     options = ("--data", folder, "--data-root", clips, "--config", config, "--epochs", 60, "--evaluation-epochs", 60)
     options += ("--learning-rate", 4e-3, "--batch-size", 16, "--max-grad-norm", 1, "--report-to", "none")
-    options += ("--warmup-epochs", 5, "--output-dir", folder / "model", "--num-workers", 1)
-    assert_finished(launch("pretrain_video_text.py", 1, *options))
+    options += ("--warmup-epochs", 5, "--output-dir", folder / "model", "--num-workers", 0)
+    assert_finished(call("pretrain_video_text.py", *options))
     return folder
 
 
@@ -256,7 +254,7 @@ def test_streams_of_images_and_videos(clips, pictures, config, starts, tmp_path)
     options += ("--streaming", "--steps-per-epoch", 4, "--image-share", 0.25, "--epochs", 2, "--batch-size", 4)
     options += ("--config", config, "--tokenizer", starts / "text", "--num-workers", 1, "--log-steps", 1)
     options += ("--warmup-epochs", 0, "--on-broken-video", "skip", "--evaluation-examples", 12, "--report-to", "none")
-    assert_finished(launch("pretrain_video_text.py", 2, *options, "--output-dir", tmp_path / "model"))
+    assert_finished(call("pretrain_video_text.py", *options, "--output-dir", tmp_path / "model"))
     assert summary(tmp_path / "model")["steps"] == 8 and summary(tmp_path / "model")["evaluated"] in (11, 12)
 
 
@@ -339,7 +337,8 @@ def test_retrieval_is_that_of_all_pairs(learned, clips, tmp_path):
     options += ("--batch-size", 5, "--top-k", 10)
     for processes in (1, 2):
         output = tmp_path / f"{processes}"
-        text = assert_finished(launch("evaluate_retrieval.py", processes, *options, "--output-dir", output))
+        command = ("evaluate_retrieval.py", *options, "--output-dir", output)
+        text = assert_finished(call(*command) if processes == 1 else launch(command[0], processes, *command[1:]))
         assert "32 videos, 32 texts" in text
         found = json.loads((output / "metrics.json").read_text())
         for way, table in (("video_to_text", scores), ("text_to_video", scores.T)):
@@ -357,7 +356,7 @@ def test_retrieval_is_that_of_all_pairs(learned, clips, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "2" / "videos").iterdir()}
     lost = next(iter(before))
     lost.unlink()
-    assert_finished(launch("evaluate_retrieval.py", 1, *options, "--output-dir", tmp_path / "2"))
+    assert_finished(call("evaluate_retrieval.py", *options, "--output-dir", tmp_path / "2"))
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "2" / "videos").iterdir()}
     assert {path for path in after if path in before} == set(before) - {lost}
     assert all(after[path] == before[path] for path in set(before) - {lost})
@@ -369,16 +368,15 @@ def test_retrieval_is_that_of_all_pairs(learned, clips, tmp_path):
 @pytest.mark.slow
 def test_the_small_model_reaches_its_recall_on_captions_it_never_saw(tmp_path):
     """Each test clip has a caption of its own, and none that a training clip has."""
-    command = (sys.executable, SCRIPTS / "make_moving_digits.py", tmp_path, "--captions")
-    assert_finished(run(*command, "--train-clips", 1500))
+    assert_finished(call("make_moving_digits.py", tmp_path, "--captions", "--train-clips", 1500))
     captions = {
         split: [json.loads(line)["caption"] for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
         for split in ("train", "test")
     }
     assert len(set(captions["test"])) == len(captions["test"]) == 512
     assert len(set(captions["train"])) == 1408 and not set(captions["test"]) & set(captions["train"])
-    command = (sys.executable, SCRIPTS / "evaluate_retrieval.py", NANO_VIDEO_TEXT, "--data", tmp_path)
-    assert_finished(run(*command, "--output-dir", tmp_path / "results", "--num-workers", 1))
+    options = ("--data", tmp_path, "--output-dir", tmp_path / "results", "--num-workers", 0)
+    assert_finished(call("evaluate_retrieval.py", NANO_VIDEO_TEXT, *options))
     found = json.loads((tmp_path / "results" / "metrics.json").read_text())
     card = (NANO_VIDEO_TEXT / "README.md").read_text()
     for row in re.findall(r"\| (text to video|video to text), recall at (\d) \|.*?\| (.*?) % \| (.*?) % \|\n", card):
@@ -405,8 +403,8 @@ def test_retrieval_with_annotations_of_a_benchmark(learned, clips, tmp_path, exi
     assert "1 of the 7 videos" in exit_of(evaluate_retrieval, *common, "--output-dir", tmp_path / "raise")
     for paragraphs, texts in (((), 15), (("--paragraphs",), 5)):
         output = tmp_path / f"{texts}"
-        command = (sys.executable, SCRIPTS / "evaluate_retrieval.py", *common, "--on-broken-video", "skip", *paragraphs)
-        text = assert_finished(run(*command, "--output-dir", output, "--top-k", 0))
+        options = ("--on-broken-video", "skip", *paragraphs, "--output-dir", output, "--top-k", 0)
+        text = assert_finished(call("evaluate_retrieval.py", *common, *options))
         found = json.loads((output / "metrics.json").read_text())
         assert (found["videos"], found["texts"]) == (5, texts) and set(found) >= {"dual_encoder", "cut_texts"}
         assert "left out: v_gone: no such file below" in text and "v_0.mp4: not a video" in text

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import venv
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ from modeling_videomamba.conversion import convert_checkpoint, rename
 from modeling_videomamba.training.cards import seal
 from tests.conftest import NANO, load_golden, strip_prefix
 from tests.hub_server import TOKEN, serve, sha256
-from tests.launching import SCRIPTS
+from tests.launching import SCRIPTS, call
 
 FAMILIES = {
     "image": "image_classification",
@@ -62,11 +64,21 @@ def folder(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def connected(address, home):
+    """What the environment says when a process begins: a server, and who is logged in there."""
+    url = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    settings = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": url}
+    settings |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(home / "cache")}
+    with mock.patch.multiple(constants, **settings), mock.patch.dict(os.environ, {"HF_TOKEN": TOKEN}):
+        yield
+
+
 class Client:
     """Runs things, in `home`, as somebody who has logged in to a server; `output` is all that was printed."""
 
     def __init__(self, hub, address, home):
-        self.hub, self.home, self.output = hub, home, ""
+        self.hub, self.address, self.home, self.output = hub, address, home, ""
         home.mkdir(exist_ok=True)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
@@ -85,7 +97,13 @@ class Client:
         return result
 
     def push(self, *options, **changes):
-        return self.run(sys.executable, SCRIPTS / "push_to_hub.py", *options, **changes)
+        """In this process, or in one of its own where its environment is to have changes."""
+        if changes:
+            return self.run(sys.executable, SCRIPTS / "push_to_hub.py", *options, **changes)
+        with connected(self.address, self.home):
+            result = call("push_to_hub.py", *options)
+        self.output += result.stdout + result.stderr
+        return result
 
     def push_family(self, folder, family, *options, **changes):
         common = ("--card", folder / "card.md", "--tokenizer", folder / "tokenizer")
@@ -188,7 +206,7 @@ def test_only_what_was_part_of_the_model_is_removed(client, folder):
 def test_what_is_tried_again_leaves_no_signature(client, folder):
     """The client logs its address, and here every upload has to be tried twice."""
     client.hub.failing_uploads = {0: 503}
-    client.push_family(folder, "image")
+    client.push_family(folder, "image", HF_HUB_VERBOSITY="warning")
     assert "Retrying" in client.output and client.hub.tried == 2 and client.hub.uploads == 1
 
 

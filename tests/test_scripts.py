@@ -1,4 +1,4 @@
-"""Every script, run as a user runs it."""
+"""classify.py and make_moving_digits.py: called in this process, and run as a user runs them."""
 
 import csv
 import json
@@ -15,11 +15,11 @@ from transformers import AutoModelForVideoClassification, pipeline
 import classify as classify_script
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
 from tests.conftest import NANO
-from tests.launching import SCRIPTS, run
+from tests.launching import SCRIPTS, call, run
 
 
 def classify(*arguments):
-    return run(sys.executable, SCRIPTS / "classify.py", *arguments)
+    return call("classify.py", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def digits(tmp_path_factory):
     """Clips that no training has seen: another seed, test digits, made by the script."""
     folder = tmp_path_factory.mktemp("digits")
     options = ("--train-clips", 32, "--test-clips", 160, "--seed", 1234)
-    result = run(sys.executable, SCRIPTS / "make_moving_digits.py", folder, *options)
+    result = call("make_moving_digits.py", folder, *options)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -36,7 +36,7 @@ def digits(tmp_path_factory):
 
 
 def test_the_example_of_the_readme_is_classified_right():
-    result = classify(NANO / "example.mp4", "--json", "--top-k", 3)
+    result = run(sys.executable, SCRIPTS / "classify.py", NANO / "example.mp4", "--json", "--top-k", 3)
     assert result.returncode == 0, result.stderr
     (report,) = json.loads(result.stdout)
     assert len(report["labels"]) == 3
