@@ -35,8 +35,19 @@ def rate(value: int | float):
         raise ValueError(f"must be at least 0 and below 1, got {value}")
 
 
+class _OwnConfig(PreTrainedConfig):
+    """A configuration that is not read from one of another type of model, which would leave the defaults in silence."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(f"`model_type` must be {cls.model_type!r}, got {found!r}.")
+        return super().from_dict(config_dict, **kwargs)
+
+
 @strict
-class VideoMambaConfig(PreTrainedConfig):
+class VideoMambaConfig(_OwnConfig):
     r"""
     Configuration of a VideoMamba encoder ([VideoMamba](https://huggingface.co/papers/2403.06977)) and its heads.
     The defaults are those of VideoMamba-Ti for 8 frames of 224 pixels.
@@ -207,7 +218,7 @@ class VideoMambaConfig(PreTrainedConfig):
 
 
 @strict
-class VideoMambaVideoTextConfig(PreTrainedConfig):
+class VideoMambaVideoTextConfig(_OwnConfig):
     r"""
     Configuration of VideoMamba with a BERT whose upper layers attend to the video (section 4.4). The defaults are
     VideoMamba-Ti and BERT-base; the released models have VideoMamba-M.

@@ -498,7 +498,7 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
 
         Raises:
             `OSError`: if there is no such model.
-            `ValueError`: if `text` is no BERT.
+            `ValueError`: if `vision` is no VideoMamba or `text` no BERT, or one lacks weights of its encoder.
 
         Example:
 
@@ -513,19 +513,28 @@ class VideoMambaForVideoTextRetrieval(VideoMambaVideoTextPreTrainedModel):
             for prefix in ("vision_", "text_")
         )
         text_config = AutoConfig.from_pretrained(text, **of_text)
-        video_encoder = VideoMambaForMaskedPreTraining.from_pretrained(vision, **of_vision)
+        video_encoder = cls._tower(VideoMambaForMaskedPreTraining, vision, of_vision)
         changes.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", True))
         config = cls.config_class(vision_config=video_encoder.config, text_config=text_config, **changes)
         model = cls(config)
         model.videomamba.load_state_dict(video_encoder.videomamba.state_dict())
         model.alignment_decoders.load_state_dict(video_encoder.alignment_decoders.state_dict())
-        bert = BertForMaskedLM.from_pretrained(text, **of_text)
+        bert = cls._tower(BertForMaskedLM, text, of_text)
         model.text_model.embeddings.load_state_dict(bert.bert.embeddings.state_dict())
         for index, layer in enumerate(bert.bert.encoder.layer):
             fused = index - config.fusion_layer
             target = model.text_model.encoder.layer[index] if fused < 0 else model.fusion_layers[fused]
             target.load_state_dict(layer.state_dict(), strict=False)
         model.masked_lm_head.load_state_dict(bert.cls.state_dict())
+        return model
+
+    @staticmethod
+    def _tower(model_class: Any, name: str | os.PathLike, options: dict[str, Any]) -> Any:
+        """An encoder to start from, whose heads may be new."""
+        model, info = model_class.from_pretrained(name, output_loading_info=True, **options)
+        prefix = f"{model_class.base_model_prefix}."
+        if lacking := sorted(key for key in info["missing_keys"] if key.startswith(prefix)):
+            raise ValueError(f"{name} has no weights for {lacking[0]} (missing in all: {len(lacking)}).")
         return model
 
 

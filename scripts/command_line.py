@@ -1,6 +1,7 @@
 """How the scripts read their command lines: options in any order, help with defaults, values of recipes."""
 
 import argparse
+import math
 import os
 import sys
 import types
@@ -90,9 +91,16 @@ def parse_dataclasses(description: str, *classes: Any, recipes: Path | None = No
         _add_recipes(parser, recipes, classes)
     values = vars(parser.parse_args())
     try:
+        _check_finite(values)
         return tuple(one(**{item.name: values[item.name] for item in fields(one)}) for one in classes)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
+
+
+def _check_finite(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite, got {value}")
 
 
 def _add_options(parser: argparse.ArgumentParser, group_class: Any) -> None:

@@ -151,6 +151,12 @@ REQUIRED = ("--data", "d", "--output-dir", "o")
             (*REQUIRED, "--nonsense"),
             "error: unrecognized arguments: --nonsense",
         ),
+        *(
+            ("finetune.py", (*REQUIRED, "--size", "tiny", f"--{name}", value), f"error: --{name} must be finite, got")
+            for name in ("epochs", "weight-decay", "learning-rate", "max-grad-norm", "clip-seconds", "mixup")
+            for value in ("nan", "inf")
+        ),
+        ("finetune.py", (*REQUIRED, "--size", "tiny", "--seed", "-1"), "error: --seed must be from 0 to 2^63 - 1"),
         ("search_videos.py", ("query", "i", "a", "b"), "error: unrecognized arguments: b"),
         ("search_videos.py", ("query", "i"), "error: pass one of a text and --video"),
         ("classify.py", ("a", "--csv", "no/such/a.csv"), "error: --csv no/such/a.csv: there is no such folder"),

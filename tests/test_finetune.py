@@ -322,6 +322,15 @@ def test_finetuning_explains_what_it_lacks(digits, tmp_path, exit_of):
     fails("error: ", "--data", tmp_path / "nowhere", *TINY_CONFIG)
     fails("fewer training examples (64) than one step takes (100)", "--data", data, *TINY_CONFIG, "--batch-size", 100)
     fails("error: ", "--data", data, "--model", tmp_path / "nowhere")
+    for option, value in (("--num-frames", 10**9), ("--num-frames", 0), ("--image-size", 10**6), ("--image-size", -16)):
+        fails(f"error: {option} {value}: ", "--data", data, *TINY_CONFIG, option, value)
+    for option, value in (("--num-frames", 3), ("--image-size", 17)):  # of a model with tubelets and patches
+        config = tmp_path / "tubelets.json"
+        config.write_text(json.dumps(tiny_config(tubelet_size=2).to_dict()))
+        message = exit_of(
+            finetune, "--data", data, "--config", config, option, value, "--output-dir", tmp_path / "model"
+        )
+        assert message.startswith("error: ") and "\n" not in message and str(value) in message
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "train.csv").write_text("x.mp4,0\n")
     fails("has no split validation or test", "--data", tmp_path / "lists", *TINY_CONFIG)

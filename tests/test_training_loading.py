@@ -5,7 +5,16 @@ import shutil
 import sys
 
 import pytest
-from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection, pipeline
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ResNetConfig,
+    ResNetForImageClassification,
+    pipeline,
+)
 
 import app
 import classify
@@ -17,8 +26,13 @@ import pretrain_umt
 import pretrain_video_text
 import push_to_hub
 import search_videos
-from modeling_videomamba import VideoMambaForVideoClassification, VideoMambaForVideoTextRetrieval, VideoMambaModel
-from modeling_videomamba.training.loading import load_model, load_pretrained
+from modeling_videomamba import (
+    VideoMambaForMaskedPreTraining,
+    VideoMambaForVideoClassification,
+    VideoMambaForVideoTextRetrieval,
+    VideoMambaModel,
+)
+from modeling_videomamba.training.loading import load_model, load_pretrained, load_start
 from modeling_videomamba.training.video_text_models import load_retrieval_model
 from tests.conftest import NANO, NANO_VIDEO_TEXT
 from tests.models import build
@@ -122,9 +136,7 @@ def test_what_is_missing_or_of_another_shape_is_named(tmp_path):
 
 
 def test_weights_that_were_cut_end_every_script_with_one_line(model, video_text, data, tmp_path, exit_of):
-    teacher = tmp_path / "teacher"
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    CLIPVisionModelWithProjection(vision).save_pretrained(teacher)
+    teacher = clip_teacher(tmp_path)
     for folder in (model, video_text, teacher):
         cut(folder / "model.safetensors")
     video, out = NANO / "example.mp4", tmp_path / "out"
@@ -146,6 +158,99 @@ def test_weights_that_were_cut_end_every_script_with_one_line(model, video_text,
         message = exit_of(script, *options)
         name = f"{damaged / 'model.safetensors'} is damaged: "
         assert message.startswith("error: ") and name in message and "\n" not in message, (script, message)
+
+
+def change(folder, weights=lambda tensors: tensors, **fields):
+    """Other weights and fields of the configuration in a directory."""
+    save_file(weights(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def with_nan(tensors):
+    tensors["videomamba.norm.weight"][3] = torch.nan
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("weights", "fields", "message"),
+    [
+        (lambda tensors: {f"_orig_mod.{name}": value for name, value in tensors.items()}, {}, "has no weights for"),
+        (lambda tensors: {n: v for n, v in tensors.items() if "layers.1." not in n}, {}, "has no weights for"),
+        (lambda tensors: {n: v for n, v in tensors.items() if "norm" not in n}, {}, "has no weights for"),
+        (lambda tensors: {n: v for n, v in tensors.items() if "position" not in n}, {}, "has no weights for"),
+        (lambda tensors: tensors, {"hidden_size": 64}, "must have the shape"),
+        (lambda tensors: tensors, {"state_size": 8}, "must have the shape"),
+        (lambda tensors: tensors, {"num_hidden_layers": 2}, "leaves no room for: videomamba.layers.2."),
+        (with_nan, {}, "has weights that are not finite: videomamba.norm.weight"),
+    ],
+)
+def test_an_encoder_is_the_checkpoint_s_or_it_is_refused(model, data, tmp_path, exit_of, weights, fields, message):
+    """Only a head may be fresh."""
+    change(model, weights, **fields)
+    run = ("--data", data, "--output-dir", tmp_path / "out", "--num-workers", 0, "--batch-size", 1)
+    for script, *options in (
+        (classify, NANO / "example.mp4", "--model", model),
+        (evaluate_video, model, *run),
+        (finetune, "--model", model, *run),
+        (distill, "--model", model, "--teacher", NANO, *run),
+        (distill, "--model", NANO, "--teacher", model, *run),
+        (pretrain_umt, "--model", model, "--teacher", clip_teacher(tmp_path), *run),
+        (pretrain_video_text, "--vision", model, "--text", NANO_VIDEO_TEXT, *run),
+    ):
+        found = exit_of(script, *options)
+        assert found.startswith("error: ") and str(model) in found and "\n" not in found, (script, found)
+        assert message.replace("videomamba.", "") in found.replace("videomamba.", ""), (script, found)
+
+
+def clip_teacher(tmp_path):
+    folder = tmp_path / "teacher"
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    CLIPVisionModelWithProjection(vision).save_pretrained(folder)
+    return folder
+
+
+def test_weights_of_other_modules_are_passed_over(model):
+    build(VideoMambaForMaskedPreTraining, teacher_hidden_size=8).save_pretrained(model)
+    _, fresh = load_start(VideoMambaForVideoClassification, model, ("classifier",), teacher_hidden_size=None)
+    assert fresh == {"classifier"}
+    build().save_pretrained(model)
+    _, fresh = load_start(VideoMambaForMaskedPreTraining, model, ("alignment_decoders",))
+    assert fresh == {"alignment_decoders"} and load_model(VideoMambaModel, model)
+
+
+def test_a_model_of_another_type_is_refused(data, tmp_path, exit_of):
+    ResNetForImageClassification(ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`model_type` must be 'videomamba', got 'resnet'"):
+        VideoMambaModel.from_pretrained(tmp_path)
+    run = ("--data", data, "--output-dir", tmp_path / "out")
+    teacher = ("--teacher", clip_teacher(tmp_path))
+    resnet, video_text = tmp_path / "config.json", NANO_VIDEO_TEXT / "config.json"
+    refusal = "`model_type` must be '{}', got '{}'."
+    for script, options, name, expected, found in (
+        (finetune, ("--model", tmp_path), tmp_path, "videomamba", "resnet"),
+        (finetune, ("--config", resnet), resnet, "videomamba", "resnet"),
+        (finetune, ("--config", video_text), video_text, "videomamba", "videomamba_video_text"),
+        (pretrain_umt, ("--model", tmp_path, *teacher), tmp_path, "videomamba", "resnet"),
+        (pretrain_video_text, ("--config", resnet), resnet, "videomamba_video_text", "resnet"),
+        (pretrain_video_text, ("--config", NANO / "config.json"), NANO, "videomamba_video_text", "videomamba"),
+        (evaluate_video, (tmp_path,), tmp_path, "videomamba", "resnet"),
+    ):
+        message = exit_of(script, *options, *run)
+        assert message.startswith(f"error: {name}"), message
+        assert message.endswith(refusal.format(expected, found)), message
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "\xff", '{"hidden_size": -1}', '{"num_frames": 3, "tubelet_size": 2}']
+)
+def test_a_configuration_that_cannot_be_read_is_named(data, tmp_path, exit_of, content):
+    path = tmp_path / "start.json"
+    path.write_bytes(content.encode("latin-1"))
+    for script in (finetune, pretrain_video_text):
+        message = exit_of(script, "--config", path, "--data", data, "--output-dir", tmp_path / "out")
+        if script is finetune or not content.startswith('{"'):
+            assert message.startswith(f"error: {path}") and "\n" not in message, message
 
 
 # Tokenizers

@@ -148,5 +148,7 @@ class RunArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         if not self.save_minutes > 0:
             raise ValueError(f"--save-minutes must be positive, got {self.save_minutes}")

@@ -1,6 +1,5 @@
 """The model that a run starts from."""
 
-import json
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -9,7 +8,7 @@ from torch import nn
 from videomamba_arguments import ModelArguments, StartArguments
 
 from ..configuration_videomamba import VIDEOMAMBA_SIZES, VideoMambaConfig
-from ..image_processing_videomamba import VideoMambaImageProcessor
+from ..image_processing_videomamba import VideoMambaImageProcessor, check_processor_settings
 from ..modeling_videomamba import (
     VideoMambaForImageClassification,
     VideoMambaForVideoClassification,
@@ -18,9 +17,10 @@ from ..modeling_videomamba import (
 from ..modeling_videomamba_pretraining import VideoMambaForMaskedPreTraining
 from ..video_processing_videomamba import VideoMambaVideoProcessor
 from .data import Processor
-from .loading import load_pretrained
+from .loading import load_pretrained, load_start, read_config
 
 logger = get_logger(__name__)
+HEADS = ("classifier", "distillation_head", "alignment_decoders")  # new ones for other classes and teachers
 Classifier = VideoMambaForVideoClassification
 
 
@@ -87,14 +87,12 @@ def _load(model_class: Any, args: ModelArguments, kind: str, changes: dict[str, 
     """A model for data of a kind, and the parts of it for which `args.model`, if that is given, has no weights."""
     if kind == "image" and args.num_frames is not None:
         raise ValueError(f"--num-frames {args.num_frames}: the data are images")
+    check_input_size(args)
     if args.drop_path_rate is not None:
         changes["drop_path_rate"] = args.drop_path_rate
     if args.model is None:
         return model_class(_config(args, kind, changes)), set()
-    model, info = load_pretrained(
-        model_class, args.model, ignore_mismatched_sizes=True, output_loading_info=True, **changes
-    )
-    fresh = {name.split(".")[0] for name in info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}}
+    model, fresh = load_start(model_class, args.model, HEADS, **changes)
     if kind == "image":
         model.resize_position_embeddings(image_size=args.image_size)
         # images don't take it, and several processes want gradients of all there is
@@ -108,20 +106,28 @@ def _load(model_class: Any, args: ModelArguments, kind: str, changes: dict[str, 
     return model.resize_position_embeddings(image_size=args.image_size, num_frames=args.num_frames), fresh
 
 
+def check_input_size(args: StartArguments) -> None:
+    """Raises `ValueError` for a number of frames or a resolution that no processor makes."""
+    for setting, value in (("num_frames", args.num_frames), ("size", args.image_size)):
+        try:
+            check_processor_settings({setting: value})
+        except ValueError as error:
+            option = "--num-frames" if setting == "num_frames" else "--image-size"
+            raise ValueError(f"{option} {value}: {error}") from None
+
+
 def _config(args: ModelArguments, kind: str, changes: dict[str, Any]) -> VideoMambaConfig:
-    fields: dict[str, Any] = dict(VIDEOMAMBA_SIZES[args.size]) if args.size is not None else {}
-    if args.config is not None:
-        fields = json.loads(args.config.read_text("utf-8"))
-    fields |= changes
     if args.image_size is not None:
-        fields["image_size"] = args.image_size
+        changes["image_size"] = args.image_size
     if kind == "image":
-        fields["num_frames"] = None
+        changes["num_frames"] = None
     elif args.num_frames is not None:
-        fields["num_frames"] = args.num_frames
+        changes["num_frames"] = args.num_frames
     if args.tubelet_size is not None:
-        fields["tubelet_size"] = args.tubelet_size
-    return VideoMambaConfig(**fields)
+        changes["tubelet_size"] = args.tubelet_size
+    if args.config is not None:
+        return read_config(VideoMambaConfig, args.config, **changes)
+    return VideoMambaConfig(**VIDEOMAMBA_SIZES[str(args.size)], **changes)
 
 
 def load_processor(args: StartArguments, model: VideoMambaPreTrainedModel, kind: str) -> Processor:

@@ -408,7 +408,7 @@ def run_or_exit(make_run: Callable[[], TrainingRun]) -> None:
             try:
                 run = make_run()
             except (OSError, ValueError, StrictDataclassError) as error:
-                sys.exit(f"error: {error}")
+                sys.exit(f"error: {' '.join(str(error).split())}")  # a configuration's errors have two lines
             run.train()
     except KeyboardInterrupt:  # before the first step or after the last one; in between the loop saves a state
         print("interrupted: go on with --resume", file=sys.stderr)

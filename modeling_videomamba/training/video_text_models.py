@@ -1,6 +1,5 @@
 """The model of videos and texts that a run starts from, and its processor."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +11,12 @@ from videomamba_arguments import VideoTextModelArguments
 
 from ..configuration_videomamba import VideoMambaVideoTextConfig
 from ..image_processing_videomamba import VideoMambaImageProcessor
+from ..modeling_videomamba_pretraining import VideoMambaForMaskedPreTraining
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
 from ..video_processing_videomamba import VideoMambaVideoProcessor
-from .loading import load_model, load_pretrained, one_line_errors
+from .loading import load_model, load_pretrained, load_start, one_line_errors, read_config
+from .models import HEADS, check_input_size
 from .teacher_cache import digest
 
 NORMALIZATION = ("image_mean", "image_std", "rescale_factor")
@@ -33,17 +34,20 @@ def load_video_text_model(args: VideoTextModelArguments) -> VideoMambaForVideoTe
     Raises:
         `OSError`, `ValueError`: if there is no such model, or a value does not fit.
     """
+    check_input_size(args)
     changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
     if args.config is not None:
-        values = json.loads(args.config.read_text("utf-8"))
-        values["vision_config"] = {**values.get("vision_config", {}), **changes}
-        model = VideoMambaForVideoTextRetrieval(VideoMambaVideoTextConfig(**values))
+        config = read_config(VideoMambaVideoTextConfig, args.config)
+        for name, value in changes.items():
+            setattr(config.vision_config, name, value)
+        model = VideoMambaForVideoTextRetrieval(config)
     elif args.model is not None:
         model = load_trained(args.model, **changes)
     elif args.vision is not None and args.text is not None:
         options: dict[str, Any] = {f"vision_{name}": value for name, value in changes.items()}
         if args.fusion_layer is not None:
             options["fusion_layer"] = args.fusion_layer
+        load_start(VideoMambaForMaskedPreTraining, args.vision, HEADS)  # refuses what is no whole encoder
         with one_line_errors(args.vision, args.text):
             model = VideoMambaForVideoTextRetrieval.from_video_text_pretrained(args.vision, args.text, **options)
     encoder = model.videomamba
