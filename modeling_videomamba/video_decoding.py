@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import operator
@@ -180,7 +181,8 @@ class VideoFile:
 
     def _to_rgb(self, frame: Any, matrix: np.ndarray | None) -> np.ndarray:
         """`(height, width, 3)`, uint8, as the file asks (videos of phones are stored lying, or mirrored)."""
-        rgb = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+        with self.video.translated("damaged"):
+            rgb = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
         return np.ascontiguousarray(rgb if matrix is None else _turn(rgb, matrix))  # its rows may have padding
 
     def _frame(self, index: int) -> Frame:
@@ -270,7 +272,12 @@ class VideoFile:
     def _display_matrix(self, frame: Any) -> np.ndarray | None:
         """Where a point of a frame is shown: `(x, y) @ matrix`, `(2, 2)`."""
         # `frame.side_data` makes a reference cycle: frames would stay in memory until the garbage collector runs
-        side_data = self.video.av.sidedata.sidedata.SideDataContainer(frame)
+        container_class = self.video.av.sidedata.sidedata.SideDataContainer
+        side_data = container_class.__new__(container_class)
+        with contextlib.suppress(
+            ValueError
+        ):  # of a kind that PyAV doesn't know, such as EXIF, which follows the matrix
+            side_data.__init__(frame)
         matrix = side_data.get("DISPLAYMATRIX")
         return None if matrix is None else np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].copy()
 

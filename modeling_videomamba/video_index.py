@@ -1,6 +1,7 @@
 """Index of the frames of a video: how many there are, when each is shown, and where to seek to for each."""
 
 import itertools
+import operator
 import re
 from array import array
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,13 @@ HEAD = 64  # frames that are decoded to see whether they come in the order of th
 MAX_REORDERED = 32  # no codec shows a frame so many later than it decodes it
 # frames that are painted over the one before, where a file may have each of them marked as a keyframe
 DELTA_CODECS = ("cinepak", "flashsv", "flic", "msrle", "msvideo1", "qtrle", "rpza", "smc", "svq1", "zmbv")
+PROBED_HEAD, PROBES = 16, 3  # of so many frames at the start so many are decoded alone
+THUMBNAIL = 64  # height and width in which these are compared
+MIN_CONTRAST = 8  # standard deviation of the values of a picture that could not come out by chance
 NOT_CODED = 8  # bytes: in MPEG-4 a smaller packet shows nothing, or a frame from before
 RAW_RATE = 25  # the rate that FFmpeg gives raw streams
+PLACEHOLDER = 2**30  # frames, in the header of an AVI that was written as a stream
+END_OF_DIRAC = b"BBCD\x10"
 NO_FRAMES = np.empty(0, np.int64)
 
 
@@ -184,7 +190,8 @@ def _scan(video: OpenedVideo) -> _Packets:
     num_expected = 0 if format_name == "gxf" else len(video.stream.index_entries)  # GXF has one for each field
     if (is_short := is_truncated(video.file)) or is_cut or num_packets < num_expected:
         state = "damaged" if is_damaged and not is_short else "truncated"
-        reason = f"{state}: {len(packets)} of {video.stream.frames or 'more'} frames can be read"
+        stated = video.stream.frames if len(packets) < video.stream.frames < PLACEHOLDER else "more"
+        reason = f"{state}: {len(packets)} of {stated} frames can be read"
         raise BrokenVideoError(video.name, reason, len(packets))
     if len(packets) == 0:
         raise BrokenVideoError(video.name, "it has no frame, or is truncated before the first one")
@@ -194,7 +201,9 @@ def _scan(video: OpenedVideo) -> _Packets:
 def _gives_frame(video: OpenedVideo, packet: Any) -> bool:
     if packet.is_discard:
         return False
-    return video.codec != "vp8" or bool(memoryview(packet)[0] & 0x10)  # VP8 has frames that are not shown
+    if video.codec == "vp8":  # it has frames that are not shown
+        return bool(memoryview(packet)[0] & 0x10)
+    return video.codec != "dirac" or bytes(packet)[:5] != END_OF_DIRAC
 
 
 def _order_is_unknown(video: OpenedVideo, packets: _Packets) -> bool:
@@ -255,7 +264,7 @@ def _index_by_timestamps(video: OpenedVideo, packets: _Packets, shown: np.ndarra
     """Frames known by their timestamps, of the packets with the numbers `shown`."""
     timestamps = np.sort(packets.pts[shown])
     seeks = np.sort(packets.pts[shown][packets.is_keyframe[shown] == 1])
-    keyframes, seeks = _can_be_sought(video, len(timestamps), np.searchsorted(timestamps, seeks), seeks)
+    keyframes, seeks = _can_be_sought(video, len(timestamps), np.searchsorted(timestamps, seeks), seeks, "pts")
     return FrameIndex(
         num_frames=len(timestamps),
         timestamps=timestamps,
@@ -277,7 +286,9 @@ def _index_by_order(video: OpenedVideo, packets: _Packets, order: np.ndarray) ->
     label = next((name for name in ("pos", "dts", "pts") if _is_usable(getattr(packets, name)[order])), None)
     seeks = np.where(packets.dts == MISSING, packets.pts, packets.dts)[order]
     keyframes = np.flatnonzero((packets.is_keyframe[order] == 1) & (seeks != MISSING) & (label is not None))
-    keyframes, seeks = _can_be_sought(video, len(order), keyframes, seeks[keyframes])
+    if _may_be_packed(video):
+        keyframes = NO_FRAMES
+    keyframes, seeks = _can_be_sought(video, len(order), keyframes, seeks[keyframes], label)
     return FrameIndex(
         num_frames=len(order),
         timestamps=timestamps,
@@ -292,17 +303,60 @@ def _index_by_order(video: OpenedVideo, packets: _Packets, order: np.ndarray) ->
 
 
 def _can_be_sought(
-    video: OpenedVideo, num_frames: int, keyframes: np.ndarray, seeks: np.ndarray
+    video: OpenedVideo, num_frames: int, keyframes: np.ndarray, seeks: np.ndarray, label: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The keyframes and what to seek to for each, none where a seek would not lead to the frames that belong there."""
+    if not len(keyframes):
+        return keyframes, seeks
     codec = video.stream.codec_context
     has_palette = codec.format is not None and codec.format.name == "pal8"  # `pix_fmt` can crash PyAV 17.1
     # in program streams the packets have other times after a seek, and palettes are not sent again
     if video.container.format.name == "mpeg" or has_palette:
         return NO_FRAMES, NO_FRAMES
-    if video.codec in DELTA_CODECS and len(keyframes) == num_frames:
+    if len(keyframes) < num_frames or codec.codec.intra_only:
+        return keyframes, seeks
+    if label is None or video.codec in DELTA_CODECS or not _are_independent(video, seeks, label):
         return NO_FRAMES, NO_FRAMES
     return keyframes, seeks
+
+
+def _may_be_packed(video: OpenedVideo) -> bool:
+    """Whether a frame of MPEG-4 may share its packet with another one, whose keyframes only AVI marks right."""
+    return video.codec == "mpeg4" and video.container.format.name != "avi"
+
+
+def _are_independent(video: OpenedVideo, seeks: np.ndarray, label: str) -> bool:
+    """
+    Whether frames at the start are the same alone as in order. Raw streams, AVI without an index and MOV without a
+    table of keyframes have each packet marked as a keyframe, also where a frame needs the one before.
+    """
+    video.restart()
+    head = _thumbnails(video, label, PROBED_HEAD)
+    contrasts = np.array([thumbnail.std() for _, thumbnail in head])
+    numbers = {value: number for number, (value, _) in enumerate(head)}
+    proven = 0
+    for place in [place for place in np.argsort(-contrasts) if place > 0][:PROBES]:
+        video.restart()  # a decoder that goes on has the frame before
+        try:
+            video.seek(int(seeks[place]))
+        except BrokenVideoError:
+            return False
+        for value, alone in _thumbnails(video, label, 1):
+            number = numbers.get(value, 0)
+            if number == 0 or contrasts[number] < MIN_CONTRAST:  # the seek went elsewhere, or nothing is to be seen
+                continue
+            if not np.array_equal(alone, head[number][1]):
+                return False
+            proven += 1
+    return proven > 0
+
+
+def _thumbnails(video: OpenedVideo, label: str, number: int) -> list[tuple[int | None, np.ndarray]]:
+    """Labels and pictures of the next frames."""
+    size = {"width": THUMBNAIL, "height": THUMBNAIL}
+    decoded = itertools.islice(video.decoded(operator.attrgetter(label)), number)
+    with video.translated("damaged"):
+        return [(value, frame.to_ndarray(format="rgb24", **size)) for value, frame in decoded]
 
 
 def _end(video: OpenedVideo, timestamps: np.ndarray, packet_ends: np.ndarray) -> int:

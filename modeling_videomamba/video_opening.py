@@ -92,7 +92,7 @@ class OpenedVideo:
         # "file:" keeps FFmpeg from reading a path as one of its protocols
         source = f"file:{self.file}" if isinstance(self.file, str) else self.file
         options = {"format_whitelist": CONTAINERS}
-        with self._translated("not a video, or truncated so that no frame can be read"):
+        with self.translated("not a video, or truncated so that no frame can be read"):
             self.container = self.av.open(source, options=options, metadata_errors="ignore")
         try:
             self.stream = self._choose_stream()
@@ -146,7 +146,7 @@ class OpenedVideo:
         return self.stream.codec_context.codec.reorder
 
     @contextlib.contextmanager
-    def _translated(self, reason: str) -> Iterator[None]:
+    def translated(self, reason: str) -> Iterator[None]:
         """Whatever PyAV raises is a broken file: not only its own errors, but also an `IndexError`, say."""
         try:
             yield
@@ -164,14 +164,14 @@ class OpenedVideo:
 
     def packets(self) -> Iterator[Any]:
         """Packets from where the file stands. Raises `BrokenVideoError` where it can't be read further."""
-        with self._translated("damaged or truncated"):
+        with self.translated("damaged or truncated"):
             for packet in self.container.demux(self.stream):
                 if packet.size:  # an empty one repeats a picture, and is none
                     yield packet
 
     def seek(self, timestamp: int) -> None:
         """To a keyframe at this time, or before it. Raises `BrokenVideoError` if the file can't be sought."""
-        with self._translated("can't be sought"):
+        with self.translated("can't be sought"):
             self.container.seek(timestamp, stream=self.stream)
 
     def decoded(self, label: Callable[[Any], int | None]) -> Iterator[tuple[int | None, Any]]:
@@ -195,7 +195,7 @@ class OpenedVideo:
 
     def _frames(self, packet: Any | None, has_begun: bool) -> list[Any]:
         try:
-            with self._translated("damaged"):
+            with self.translated("damaged"):
                 return self.stream.codec_context.decode(packet)
         except BrokenVideoError:
             if has_begun:  # what comes before the first keyframe may lack its headers

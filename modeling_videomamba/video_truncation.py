@@ -9,7 +9,12 @@ from typing import BinaryIO
 
 UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # of files that were written as streams
 TAIL = 2**17  # bytes, more than an Ogg page has
-BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot", b"uuid")
+MAX_TIME = 2**48  # in units of an IVF file: more is no time
+MXF_KEY = b"\x06\x0e\x2b\x34"
+BOXES = (
+    *(b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"pnot", b"uuid"),
+    *(b"sidx", b"ssix", b"mfra", b"meta", b"emsg", b"prft", b"pdin"),
+)
 
 
 def open_binary(file: str | io.BytesIO) -> BinaryIO:
@@ -43,14 +48,14 @@ def _read(file: BinaryIO, position: int, layout: str) -> tuple:
 
 
 def _is_cut_mp4(file: BinaryIO, size: int) -> bool:
-    """Boxes: size and type."""
-    position = 0
+    """Boxes: size and type. What no box begins with, and would reach behind the end, is no box."""
+    position, kind = 0, b""
     while position + 8 <= size:
         length, kind = _read(file, position, ">I4s")
         if length == 0 or not kind.isalnum():  # up to the end of the file, or no box
             return False
         position += _read(file, position + 8, ">Q")[0] if length == 1 else max(length, 8)
-    return position > size
+    return position > size and kind in BOXES
 
 
 def _is_cut_avi(file: BinaryIO, size: int) -> bool:
@@ -101,7 +106,7 @@ def _is_cut_ogg(file: BinaryIO, size: int) -> bool:
     if not found or len(page) < 23:
         return True
     segments = page[23 : 23 + page[22]]
-    return len(segments) < page[22] or len(page) != 23 + len(segments) + sum(segments)
+    return len(segments) < page[22] or len(page) < 23 + len(segments) + sum(segments)
 
 
 def _is_cut_gif(file: BinaryIO, size: int) -> bool:
@@ -135,10 +140,16 @@ def _is_cut_png(file: BinaryIO, size: int) -> bool:
 
 
 def _is_cut_ivf(file: BinaryIO, size: int) -> bool:
-    """Frames with a header each."""
+    """Frames with a header each: length and time. What follows them has no header."""
     (position,) = _read(file, 6, "<H")
     while position < size:
-        position += 12 + _read(file, position, "<I")[0]
+        file.seek(position)
+        if not any(header := file.read(12)):
+            return False
+        length, time = struct.unpack("<IQ", header)
+        if time >= MAX_TIME:
+            return False
+        position += 12 + length
     return position > size
 
 
@@ -150,9 +161,11 @@ def _is_cut_mxf(file: BinaryIO, size: int) -> bool:
     """Keys of 16 bytes, lengths and values; the first one tells where the footer is."""
     position = 0
     while position < size:
-        key, first = _read(file, position, "4s12xB")
-        if key != b"\x06\x0e\x2b\x34":
+        file.seek(position)
+        key = file.read(4)
+        if not MXF_KEY.startswith(key):
             return False
+        (first,) = _read(file, position + 16, "B")
         width = first - 0x80 if first > 0x7F else 0
         length = int.from_bytes(_read(file, position + 17, f"{width}s")[0], "big") if width else first
         if position == 0 and _read(file, 17 + width + 24, ">Q")[0] >= size:
@@ -166,13 +179,13 @@ def _is_cut_mpeg(file: BinaryIO, size: int) -> bool:
     file.seek(max(0, size - TAIL))
     _, found, pack = file.read().rpartition(b"\0\0\1\xba")
     pack = found + pack
-    position = 0
-    while (code := pack[position : position + 4]).startswith(b"\0\0\1") and len(pack) >= position + 14:
+    position, end = 0, b"\0\0\1\xb9"
+    while (code := pack[position : position + 4]).startswith(b"\0\0\1") and code != end and len(pack) >= position + 14:
         if code == b"\0\0\1\xba":
             position += 14 + pack[position + 13] % 8 if pack[position + 4] & 0xC0 == 0x40 else 12
         else:
             position += 6 + int.from_bytes(pack[position + 4 : position + 6], "big")
-    return position > len(pack) or pack[position:] not in (b"", b"\0\0\1\xb9")
+    return position > len(pack) or (code.startswith(b"\0\0\1") and code != end)
 
 
 def _is_cut_rm(file: BinaryIO, size: int) -> bool:
@@ -196,7 +209,7 @@ CHECKS: dict[bytes, Callable[[BinaryIO, int], bool]] = {
     b"\x89PNG": _is_cut_png,
     b"DKIF": _is_cut_ivf,
     b"FWS": _is_cut_swf,
-    b"\x06\x0e\x2b\x34": _is_cut_mxf,
+    MXF_KEY: _is_cut_mxf,
     b".RMF": _is_cut_rm,
     b"\0\0\1\xba": _is_cut_mpeg,
 }

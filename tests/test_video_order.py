@@ -36,6 +36,7 @@ STREAMS = {
     "gif": ("gif", {}, "gif"),
     "apng": ("apng", {}, "apng"),
     "qtrle": ("qtrle", {}, "mov"),
+    "dirac": ("vc2", {"strict": "-2", "b": "20000000"}, "drc mkv"),
 }
 FORMATS = {"mjpeg": "yuvj420p", "gif": "rgb8", "apng": "rgb24", "qtrle": "rgb24"}
 
@@ -146,6 +147,51 @@ def test_frames_that_are_all_marked_as_keyframes(tmp_path, codec):
     with VideoFile("video", str(path)) as reader:
         assert len(reader.index.keyframes) == (30 if codec == "png" else 0)
         check_frames(path, reader, 30)
+
+
+# encoder, its options, its pixels, containers; whether each frame is one to begin with
+MARKED = [
+    *((codec, {"g": "8"}, "yuv420p", "avi", False) for codec in ("msmpeg4", "wmv1", "wmv2", "flv", "mpeg4", "snow")),
+    *((codec, {"g": "8"}, "yuv420p", "mov", False) for codec in ("mpeg4", "h263")),
+    ("msmpeg4", {"g": "8"}, "yuv420p", "mkv", False),
+    ("flv", {"g": "8"}, "yuv420p", "flv", False),
+    *((codec, {"g": "8"}, "yuv420p", "wmv", False) for codec in ("wmv1", "wmv2")),
+    *((codec, {"g": "8"}, "yuv420p", codec, False) for codec in ("h261", "h263")),
+    *(("libx264", {"g": "1"}, "yuv420p", suffix, True) for suffix in ("mp4", "mkv", "avi")),
+    ("mpeg2video", {"g": "1"}, "yuv420p", "mkv", True),
+    ("ffv1", {"g": "1"}, "yuv420p", "mkv", True),
+    ("png", {}, "rgb24", "mov", True),
+    ("prores", {}, "yuv422p10le", "mov", True),
+]
+
+
+@pytest.mark.parametrize("begins_black", [False, True])
+@pytest.mark.parametrize(("codec", "options", "pixels", "suffix", "is_true"), MARKED)
+def test_every_packet_is_marked_as_a_keyframe(tmp_path, codec, options, pixels, suffix, is_true, begins_black):
+    path, size = tmp_path / f"video.{suffix}", (176, 144) if codec.startswith("h26") else (64, 48)
+    with av.open(str(path), "w") as container:
+        output = container.add_stream(codec, rate=25, options={**options, "strict": "-2"})
+        (output.width, output.height), output.pix_fmt = size, pixels
+        for number, picture in enumerate(pictures(30)):
+            picture = 0 * picture if begins_black and number < 5 else picture
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(*size)
+            for packet in output.encode(frame):
+                packet.is_keyframe = True
+                container.mux(packet)
+        for packet in output.encode():
+            packet.is_keyframe = True
+            container.mux(packet)
+    with VideoFile("video", str(path)) as reader:
+        assert (len(reader.index.keyframes) == 30) == is_true
+        check_frames(path, reader, 30)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "nut", "ts", "avi"])
+def test_packed_b_frames_of_xvid(tmp_path, suffix):
+    """Whose empty packets are marked as keyframes."""
+    path = copy(CASES / "xvid_packed.mp4", tmp_path / f"video.{suffix}")
+    with VideoFile("video", str(path)) as reader:
+        check_frames(path, reader, 47)
 
 
 @pytest.mark.parametrize(("name", "num_frames"), [("bframes_h264.avi", 75), ("bframes_copied.mp4", 75)])

@@ -1,10 +1,13 @@
 """Frames are turned and mirrored as the file asks."""
 
+import io
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from modeling_videomamba.video_decoding import VideoFile
 from tests.test_video_order import CASES, decode_in_order, encode, pictures
@@ -55,6 +58,31 @@ def test_an_orientation_that_is_said_once_holds_for_all_frames(tmp_path):
         with VideoFile("video", str(path)) as reader:
             assert np.array_equal(next(reader.decode([index])), expected[index])
             assert np.array_equal(list(reader.decode(range(index, 30))), expected[index:])
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mov", "mkv", "mjpeg"])
+@pytest.mark.parametrize("orientation", [None, 1, 2, 3, 6])
+def test_pictures_of_a_camera(tmp_path, suffix, orientation):
+    """With EXIF, which PyAV does not know."""
+    path, exif = tmp_path / f"video.{suffix}", Image.Exif()
+    exif[0x10F] = "Maker of a camera"
+    if orientation is not None:
+        exif[0x112] = orientation
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number, picture in enumerate(pictures(20)):
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "jpeg", exif=exif)
+            packet = av.Packet(file.getvalue())
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 25), stream, True
+            container.mux(packet)
+    turned = {2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 6: (0, 1, -1, 0)}.get(orientation, (1, 0, 0, 1))
+    expected = [ORIENTATIONS[turned](frame) for frame in decode_in_order(path)]
+    with VideoFile("video", str(path)) as reader:
+        assert np.array_equal(list(reader.decode(range(20))), expected)
+        assert np.array_equal(next(reader.decode([13])), expected[13])
 
 
 def test_a_file_of_ffmpeg():

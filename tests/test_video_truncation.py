@@ -75,6 +75,14 @@ def test_a_file_that_was_cut_off_is_truncated(tmp_path, name):
         assert "output error" not in str(raised.value) and 0 <= raised.value.num_readable_frames <= 30
 
 
+@pytest.mark.parametrize("tail", [b"\0", b"\0" * 3000, b"\xff" * 100, b"TAG a text that follows the file " * 20])
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"ivf", "swf"}))  # FFmpeg takes what follows for a frame
+def test_what_follows_a_whole_file_is_no_part_of_it(tmp_path, name, tail):
+    path = write(tmp_path / f"video.{name}", *FILES[name])
+    path.write_bytes(path.read_bytes() + tail)
+    assert len(read_frames(path)[0]) == 30
+
+
 def test_bytes_are_checked_as_files_are(tmp_path):
     data = write(tmp_path / "video.gif", *FILES["gif"]).read_bytes()
     assert len(read_frames(data)[0]) == 30
