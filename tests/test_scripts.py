@@ -16,6 +16,9 @@ import classify as classify_script
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
 from tests.conftest import NANO
 from tests.launching import SCRIPTS, call, run
+from tests.test_video_order import CASES
+
+BROKEN = [CASES / name for name in ("unknown_fourcc.mp4", "h264-ts-225-flips.ts", "half_wmv.wmv")]
 
 
 def classify(*arguments):
@@ -72,13 +75,15 @@ def test_features_are_the_pooled_outputs(tmp_path):
 
 def test_unreadable_videos_are_reported_and_counted_and_the_rest_goes_on(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
-    videos = tmp_path / "nowhere.mp4", NANO / "example.mp4", tmp_path / "text.mp4"
+    videos = tmp_path / "nowhere.mp4", NANO / "example.mp4", tmp_path / "text.mp4", *BROKEN
     result = classify(*videos, "--json")
     assert result.returncode == 1
     report = json.loads(result.stdout)
-    assert [("labels" in item, "error" in item) for item in report] == [(True, False), (False, True), (False, True)]
+    assert [("labels" in item, "error" in item) for item in report] == [(True, False), *[(False, True)] * 5]
     assert "nowhere.mp4: no such video file" in result.stderr and "text.mp4: not a video" in result.stderr
-    assert "2 of 3 videos could not be read" in result.stderr and "Traceback" not in result.stderr
+    assert "unknown_fourcc.mp4: there is no decoder for its video codec" in result.stderr
+    assert "h264-ts-225-flips.ts: damaged" in result.stderr and "half_wmv.wmv: truncated" in result.stderr
+    assert "5 of 6 videos could not be read" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.fixture

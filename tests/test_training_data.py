@@ -34,6 +34,7 @@ from modeling_videomamba.training.workers import iterate
 from modeling_videomamba.video_decoding import BrokenVideoError, read_frames
 from modeling_videomamba.video_processing_videomamba import sample_frame_indices
 from tests.conftest import moving_square, tiny_config, write_video
+from tests.test_video_order import CASES
 from videomamba_arguments import LabelledAugmentationArguments
 
 test_batches.__test__ = TestViews.__test__ = False  # not tests of pytest
@@ -185,16 +186,17 @@ def test_broken_images(tmp_path, content):
 
 def test_a_broken_file_keeps_its_place(tmp_path, video):
     (tmp_path / "text.mp4").write_text("no video")
-    split = videos(video, tmp_path / "text.mp4", tmp_path / "missing.mp4")
-    examples = Examples(split, TestViews(processor()), skip_broken=True)
-    batch = collate([examples[0, index] for index in (0, 1, 2, -1)])
-    assert batch["pixel_values"].shape == (4, 4, 3, 32, 32) and not batch["pixel_values"][1:].any()
-    assert batch["valid"].tolist() == [True, False, False, False]
-    assert batch["labels"].tolist() == [0, 1, 2, 0] and batch["indices"].tolist() == [0, 1, 2, -1]
-    assert [name for name, _ in batch["broken"]] == [str(tmp_path / "text.mp4"), str(tmp_path / "missing.mp4")]
+    broken = [tmp_path / "text.mp4", tmp_path / "missing.mp4", CASES / "unknown_fourcc.mp4"]
+    examples = Examples(videos(video, *broken), TestViews(processor()), skip_broken=True)
+    batch = collate([examples[0, index] for index in (0, 1, 2, 3, -1)])
+    assert batch["pixel_values"].shape == (5, 4, 3, 32, 32) and not batch["pixel_values"][1:].any()
+    assert batch["valid"].tolist() == [True, False, False, False, False]
+    assert batch["labels"].tolist() == [0, 1, 2, 3, 0] and batch["indices"].tolist() == [0, 1, 2, 3, -1]
+    assert [name for name, _ in batch["broken"]] == list(map(str, broken))
     assert "not a video" in batch["broken"][0][1] and "no such video file" in batch["broken"][1][1]
+    assert "there is no decoder for its video codec" in batch["broken"][2][1]
     with pytest.raises(BrokenVideoError, match=r"text\.mp4: not a video"):
-        Examples(split, TestViews(processor()), skip_broken=False)[0, 1]
+        Examples(videos(video, *broken), TestViews(processor()), skip_broken=False)[0, 1]
 
 
 def test_captions_are_drawn_and_files_told_apart(tmp_path, video):
