@@ -97,11 +97,15 @@ SHAPES = [
     (1, 33, 2, 5, ("z", "dt_bias", "add")),
     (1, 2, 19, 3, ("z", "add")),
 ]
+INTERPRETED = (SHAPES[0], SHAPES[3], SHAPES[5])  # a second each; more shapes are in test_selective_scan_triton.py
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("batch", "length", "channels", "state", "without"), SHAPES)
 def test_parity_of_outputs_and_gradients(backend, inputs_of, batch, length, channels, state, without, reverse):
+    is_interpreted = backend is module._BACKENDS["triton"] and DEVICE == "cpu"
+    if is_interpreted and (batch, length, channels, state, without) not in INTERPRETED:
+        pytest.skip("the interpreter of Triton takes long")
     inputs = inputs_of(batch, length, channels, state, without=without)
     assert_same(backend.scan, naive_scan, inputs.values(), reverse)
 

@@ -31,16 +31,15 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(kernels, constant, value)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "length", "channels", "state", "without"),
+    ("batch", "length", "channels", "state", "without", "reverse"),
     [
-        (1, 19, 6, 4, ()),
-        (1, 1, 3, 16, ("z",)),
-        (1, 5, 5, 3, ("add",)),
-        (2, 13, 1, 8, ("z", "add")),
-        (1, 8, 4, 64, ("dt_bias",)),
-        (1, 9, 2, 1, ("z", "dt_bias", "add")),
+        (1, 19, 6, 4, (), False),
+        (1, 1, 3, 16, ("z",), True),
+        (1, 5, 5, 3, ("add",), True),
+        (2, 13, 1, 8, ("z", "add"), False),
+        (1, 8, 4, 64, ("dt_bias",), True),
+        (1, 9, 2, 1, ("z", "dt_bias", "add"), False),
     ],
 )
 def test_outputs_and_gradients_are_those_of_the_recurrence(batch, length, channels, state, without, reverse):
