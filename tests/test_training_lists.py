@@ -5,6 +5,7 @@ import json
 import pickle
 import tarfile
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -402,6 +403,131 @@ def test_metadata_stays_in_its_folder(tmp_path, clip, name):
     write(tmp_path, "train/x.mp4", clip)
     path = write(tmp_path, "train/metadata.csv", f"file_name,label\nx.mp4,a\n{name},b\n")
     refuses(tmp_path, f"{path}: line 3: `file_name` must be a file below {path.parent}, got {name!r}")
+
+
+# Splits: none is trained on, and no file is left out, because of how a folder or a list is called
+
+
+@pytest.mark.parametrize("test", ["Test", "TEST", "test", "Testing", "EVAL", "Val", "VALIDATION", "Dev"])
+@pytest.mark.parametrize("train", ["Train", "TRAIN", "train", "Training"])
+def test_folders_of_splits_in_any_case(tmp_path, clip, train, test):
+    for split in (train, test):
+        write(tmp_path, f"{split}/a/1.mp4", clip)
+    assert load(tmp_path) == [(f"{train}/a/1.mp4", "a")]
+    assert len(split_names(str(tmp_path))) == 2 and find_evaluation_split(str(tmp_path)) in ("validation", "test")
+
+
+@pytest.mark.parametrize("name", ["train.CSV", "Train.csv", "TRAIN.Csv", "Train.JSONL", "train.Json", "train.TSV"])
+def test_lists_in_any_case(tmp_path, clip, name):
+    write(tmp_path, "x/1.mp4", clip)
+    is_json = "json" in name.lower()
+    write(tmp_path, name, as_lines([("x/1.mp4", "a")], "label") if is_json else "x/1.mp4,a\n")
+    write(tmp_path, "Val.CSV", "y/2.mp4,a\n")
+    assert load(tmp_path) == [("x/1.mp4", "a")] and load(tmp_path, "validation") == [("y/2.mp4", "a")]
+    assert split_names(str(tmp_path)) == ["train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("train", "Train"), ("train", "training"), ("x/train", "y/TRAIN"), ("train", "train/Train")]
+)
+def test_two_names_of_a_folder_for_one_split(tmp_path, clip, one, other):
+    write(tmp_path, f"{one}/a/1.mp4", clip)
+    write(tmp_path, f"{other}/a/2.mp4", clip)
+    if other == "train/Train":  # the first folder on a path counts
+        assert len(load(tmp_path, target=None)) == 2
+    else:
+        names = " and ".join(Path(name).name for name in sorted((one, other)))
+        refuses(tmp_path, f"{tmp_path}: the folders {names} both mean the split train")
+
+
+def test_two_lists_of_one_split(tmp_path):
+    for name in ("train.csv", "Train.csv"):
+        write(tmp_path, name, "x.mp4,a\n")
+    refuses(tmp_path, "Split 'train' must be one list of files, got ")
+
+
+@pytest.mark.parametrize("target", ["label", None])
+@pytest.mark.parametrize(
+    "folder", ["train station", "Train-station", "my_train", "test drive", "train.2", "valid7", "Test Set", "TEST_1"]
+)
+@pytest.mark.parametrize("other", ["beach", "test drive", "Train"])
+def test_folders_that_may_be_a_split_or_not(tmp_path, clip, folder, other, target):
+    for name in (folder, other):
+        write(tmp_path, f"{name}/x/a.mp4", clip)
+    files = [f"{tmp_path}/{name}/x/a.mp4: the folder {name!r} may be a split or a class" for name in (folder, other)]
+    with pytest.raises(ValueError) as error:
+        load_split(str(tmp_path), "train", target=target)
+    assert any(file in str(error.value) for file in files), str(error.value)
+
+
+@pytest.mark.parametrize("target", ["label", None])
+def test_below_the_folder_of_a_split_names_are_free(tmp_path, clip, target):
+    names = ("train station", "test", "beach", "my-val")
+    for name in names:
+        write(tmp_path, f"train/{name}/a.mp4", clip)
+    assert [path for path, _ in load(tmp_path, target=target)] == [f"train/{name}/a.mp4" for name in sorted(names)]
+    write(tmp_path, "preview/a.mp4", clip)
+    refuses(tmp_path, f"{tmp_path}/preview/a.mp4 must be in the folder of a split, as {tmp_path}/train/", target=target)
+
+
+def test_a_split_without_its_list_is_not_all_that_there_is(tmp_path, clip):
+    write(tmp_path, "a/1.mp4", clip)
+    write(tmp_path, "val.csv", "a/1.mp4,a\n")
+    refuses(tmp_path, f"{tmp_path} has no split train, it has validation")
+
+
+@pytest.mark.parametrize("name", ["train.txt", "Train.TXT", "val.xlsx", "test.lst", "train.csv.gz", "dev.csv"])
+def test_lists_that_are_not_read(tmp_path, clip, name):
+    for label in ("a", "b"):
+        write(tmp_path, f"{label}/1.mp4", clip)
+    write(tmp_path, name, "a/1.mp4,walk\nb/1.mp4,run\n")
+    for target in ("label", None):
+        refuses(tmp_path, f"{tmp_path / name} seems to be a list, and is not read", target=target)
+
+
+# Metadata
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV", "metadata.jsonl", "metadata.tsv", "metadata.json"])
+@pytest.mark.parametrize("folder", ["", "train/"])
+def test_metadata_is_not_passed_over(tmp_path, clip, name, folder):
+    rows = [("q/1.mp4", "walk"), ("p/1.mp4", "run")]
+    for path, _ in rows:
+        write(tmp_path, f"{folder}{path}", clip)
+    text = as_lines(rows, "label") if "json" in name else as_csv(rows, "label", "\t" if "tsv" in name else ",")
+    write(tmp_path, folder + name, text.replace("path", "file_name"))
+    assert load(tmp_path) == [(f"{folder}{path}", label) for path, label in rows]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "METADATA.JSONL"])
+@pytest.mark.parametrize("target", ["label", "captions", None])
+def test_metadata_above_the_folders_of_splits(tmp_path, clip, name, target):
+    for label in ("p", "q"):
+        write(tmp_path, f"train/{label}/1.mp4", clip)
+    write(tmp_path, name, "file_name,label\ntrain/q/1.mp4,walk\ntrain/p/1.mp4,run\n")
+    refuses(tmp_path, f"{tmp_path / name} must be in the folder of a split, as ", target=target)
+
+
+@pytest.mark.parametrize("folders", [(".", "."), ("train", "train"), (".", "a"), ("train", "train/a/b")])
+def test_two_files_of_metadata_for_one_file(tmp_path, clip, folders):
+    write(tmp_path, f"{folders[1]}/1.mp4", clip)
+    first = write(tmp_path, f"{folders[0]}/metadata.csv", "file_name,label\n1.mp4,a\n")
+    second = write(tmp_path, f"{folders[1]}/metadata.jsonl", '{"file_name": "1.mp4", "label": "b"}\n')
+    refuses(tmp_path, f"{second} must be the only list of the files below {second.parent}, and {first} lists them too")
+
+
+def test_files_without_metadata_beside_files_with(tmp_path, clip):
+    for label in ("p", "q"):
+        write(tmp_path, f"train/{label}/1.mp4", clip)
+    metadata = write(tmp_path, "train/q/metadata.csv", "file_name,label\n1.mp4,walk\n")
+    refuses(tmp_path, f"{tmp_path}/train/p/1.mp4 must be below a file of metadata, as all below {metadata.parent} are")
+
+
+@pytest.mark.parametrize("name", ["metadata.txt", "train/a/Metadata.xlsx"])
+def test_metadata_that_is_not_read(tmp_path, clip, name):
+    write(tmp_path, "train/a/1.mp4", clip)
+    write(tmp_path, name, "file_name,label\n1.mp4,walk\n")
+    refuses(tmp_path, f"{tmp_path / name} seems to be a list, and is not read")
 
 
 # Accents: composed (NFC) as editors write them, decomposed (NFD) as some file systems have them

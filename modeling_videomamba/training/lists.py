@@ -53,7 +53,7 @@ def read_list(path: Path, target: Target | None, path_columns: tuple[str, ...] =
         `OSError`, `ValueError`: if it can't be read; the message names the line.
     """
     text = read_text(path)
-    is_json = path.suffix in JSON_SUFFIXES
+    is_json = path.suffix.lower() in JSON_SUFFIXES
     rows = list((_json_rows if is_json else _csv_rows)(path, text, target, path_columns))
     if not rows:
         raise ValueError(f"{path} lists nothing.")

@@ -87,6 +87,8 @@ def load_split(
     root = Path(data_root or data)
     if rows is not None:
         rows = _with_files(rows, root)
+    elif listed := _listed_splits(data):
+        raise ValueError(f"{data} has no split {split}, it has {', '.join(listed)}.")
     elif data_root is not None:
         raise ValueError(f"`data_root` is for lists of files: {data} has no {split}.csv or {split}.jsonl.")
     elif splits := _folder_splits(data):
@@ -115,7 +117,7 @@ def find_evaluation_split(data: str) -> str:
 
 def split_names(data: str) -> list[str]:
     """The splits that there are."""
-    if listed := [split for split in LIST_NAMES if _lists(data, split)]:
+    if listed := _listed_splits(data):
         return listed
     if splits := _folder_splits(data):
         return list(splits)
@@ -143,9 +145,19 @@ def media_kind(split: Split) -> str:
 # Lists and folders
 
 
+def _listed_splits(data: str) -> list[str]:
+    return [split for split in LIST_NAMES if _lists(data, split)]
+
+
 def _lists(data: str, split: str) -> list[Path]:
-    names = [f"{name}{suffix}" for name in LIST_NAMES.get(split, (split,)) for suffix in LIST_SUFFIXES]
-    return [path for name in names if (path := Path(data) / name).is_file()]
+    """The lists of a split, whatever the case of their names."""
+    names = [name.casefold() for name in LIST_NAMES.get(split, (split,))]
+    files = sorted(Path(data).iterdir()) if Path(data).is_dir() else []
+    return [
+        file
+        for file in files
+        if file.stem.casefold() in names and file.suffix.lower() in LIST_SUFFIXES and file.is_file()
+    ]
 
 
 def _list_rows(data: str, split: str, target: Target | None) -> list[Row] | None:
