@@ -66,6 +66,15 @@ def check_line(text: str, what: str) -> None:
         raise ValueError(f"{what} must be one line without control characters, got {text!r}.")
 
 
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (`object_pairs_hook`). Raises `ValueError` for a key that comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {name!r} comes twice")
+    return found
+
+
 def distinct_names(names: Sequence[str]) -> list[str]:
     """The names, with its index after each that occurs more than once, as in lists of ImageNet's classes."""
     counts = Counter(names)
@@ -116,8 +125,8 @@ def _unique(path: Path, names: Iterable[tuple[str, str]]) -> list[str]:
 
 def _names_in_json(path: Path, text: str) -> list[str]:
     try:
-        labels: Any = json.loads(text)
-    except ValueError as error:
+        labels: Any = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if isinstance(labels, dict):
         by_index = {str(index): name for index, name in labels.items()}

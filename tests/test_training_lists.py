@@ -1,6 +1,8 @@
 """Lists and folders as people have them: each is read right, or refused with the file and the line."""
 
 import codecs
+import gzip
+import io
 import json
 import pickle
 import tarfile
@@ -11,9 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modeling_videomamba import VideoMambaVideoProcessor
+from modeling_videomamba.training.data import Examples, StreamedExamples, TrainingViews, errors_as_lines
 from modeling_videomamba.training.lists import LIST_SUFFIXES, read_list
 from modeling_videomamba.training.sources import find_evaluation_split, load_split, split_names
-from tests.conftest import moving_square, write_video
+from modeling_videomamba.training.workers import iterate
+from tests.conftest import moving_square, tiny_config, write_video
 
 ODD_NAMES = ["None", "NA", "N/A", "null", "nan", "NaN", "n/a", "<NA>", "#N/A", "-", "True", "false", "é", "a b", "007x"]
 
@@ -530,6 +535,51 @@ def test_metadata_that_is_not_read(tmp_path, clip, name):
     refuses(tmp_path, f"{tmp_path / name} seems to be a list, and is not read")
 
 
+# Shards: `datasets` knows their splits by words in lower case
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("Train-0", "Test-0"), "Test-0.tar must be in lower case, if it is the name of a split"),
+        (("train-0", "Test-0"), "Test-0.tar must be in lower case"),
+        (("Train/0", "TEST/0"), "TEST must be in lower case"),
+        (("train-0", "extra-0"), "extra-0.tar is in no split"),
+        (("train/0", "more/0"), "more/0.tar is in no split"),
+        (("train-0", "train/a/1.mp4"), "has both shards and videos: "),
+    ],
+)
+def test_shards_that_would_be_left_out_or_trained_on(tmp_path, clip, names, message):
+    for name in names:
+        write_shard(tmp_path / f"{name}.tar", {"1.mp4": clip, "1.cls": b"1"}) if "." not in name else write(
+            tmp_path, name, clip
+        )
+    refuses(tmp_path, message)
+    with pytest.raises(ValueError, match=message):
+        split_names(str(tmp_path))
+
+
+@pytest.mark.parametrize("link", ["data", "data/train-1.tar"])
+def test_links_to_shards(tmp_path, clip, link, monkeypatch):
+    write_shard(tmp_path / "real/train/0.tar", {"1.mp4": clip, "1.cls": b"1"})
+    (tmp_path / "data").mkdir() if link != "data" else None
+    target = "real" if link == "data" else "real/train/0.tar"
+    (tmp_path / link).symlink_to(tmp_path / target)
+    monkeypatch.chdir(tmp_path / "real")
+    for data in (tmp_path / "data", "../data"):
+        assert len(load_split(str(data), "train", target=None)) == 1
+
+
+def write_shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
 # Accents: composed (NFC) as editors write them, decomposed (NFD) as some file systems have them
 
 
@@ -588,6 +638,106 @@ def test_labels_in_shards(tmp_path, clip, labels, message):
     else:
         with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
             load_split(str(tmp_path), "train", label_names=["a"] if "1 classes" in message else None)
+
+
+GOOD = {"cls": b"1", "txt": b"a", "json": b'{"label": 1, "caption": "a"}'}
+
+
+def samples(clip, suffix, values):
+    """Members of a shard with a sample for each value."""
+    pairs = (
+        (index, kind, data) for index, value in enumerate(values) for kind, data in (("mp4", clip), (suffix, value))
+    )
+    return {f"{index}.{kind}": data for index, kind, data in pairs}
+
+
+def refuses_shards(folder, message, **options):
+    assert split_names(str(folder)) == ["train"]
+    with pytest.raises(ValueError) as error:
+        list(load_split(str(folder), "train", label_names=["a", "b"], **options))
+    assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        ("cls", b"cat", "invalid literal for int() with base 10: b'cat'"),
+        ("cls", b"", "invalid literal for int() with base 10: b''"),
+        ("json", b"{", "Expecting property name"),
+        ("json", b'{"label": 1, "label": 0}', "the key 'label' comes twice"),
+        ("json", rb'{"label": 1, "caption": "\ud800"}', r"'utf-8' codec can't encode character '\ud800'"),
+        ("json", b"[" * 100_000, "maximum recursion depth exceeded"),
+        ("json", b'{"caption": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
+        ("txt", b"\xe9", "'utf-8' codec can't decode byte 0xe9"),
+    ],
+)
+def test_files_in_shards_that_can_not_be_read(tmp_path, clip, suffix, content, message, number, streaming):
+    """In the last of the samples from which `datasets` infers types, and in a shard whose types are known."""
+    if number:
+        write_shard(tmp_path / "train-0.tar", samples(clip, suffix, [GOOD[suffix]] * 3))
+    path = write_shard(tmp_path / f"train-{number}.tar", samples(clip, suffix, [GOOD[suffix], content]))
+    target = "captions" if suffix == "txt" else "label"
+    refuses_shards(tmp_path, f"shard {path}, 1.{suffix}: {message}", streaming=streaming, target=target)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("content", [b'{"class": 1}', b"[1]", b'"a"'])
+def test_json_in_shards_without_a_label(tmp_path, clip, content, streaming):
+    path = write_shard(tmp_path / "train-0.tar", samples(clip, "json", [content] * 2))
+    refuses_shards(tmp_path, f"shard {path}, 0.json: must have `label`, got", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("damage", "place"),
+    [
+        (lambda data, end: b"", ""),
+        (lambda data, end: data[:100], ""),
+        (lambda data, end: b"path,label\n" * 100, ""),
+        (lambda data, end: gzip.compress(data)[:-100], None),
+        (lambda data, end: data[: end - 600], ", 0.mp4"),
+        (lambda data, end: data[:end], ", after 0.mp4"),  # which `tarfile` takes for the end
+        (lambda data, end: data[: end + 100], ", after 0.mp4"),
+        (lambda data, end: data[:end] + b"x" * 512 + data[end + 512 :], ", after 0.mp4"),
+    ],
+)
+def test_damaged_shards(tmp_path, clip, damage, place, number, streaming):
+    for index in range(number + 1):
+        path = write_shard(tmp_path / f"train-{index}.tar", samples(clip, "cls", [b"1"] * 3))
+    end = 512 + -(-len(clip) // 512) * 512  # of the first member
+    path.write_bytes(damage(path.read_bytes(), end))
+    message = f"shard {path}" + ("" if place is None else f"{place}: damaged or truncated")
+    for target in ("label", None):
+        refuses_shards(tmp_path, message, streaming=streaming, target=target)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_shards_without_samples(tmp_path, clip, number):
+    write_shard(tmp_path / "train-0.tar", samples(clip, "cls", [b"1"] * 3))
+    path = write_shard(tmp_path / f"train-{number}.tar", {})
+    refuses_shards(tmp_path, f"shard {path}: has no sample")
+
+
+def test_labels_of_shards_are_named_with_their_sample(tmp_path, clip):
+    path = write_shard(tmp_path / "train-0.tar", samples(clip, "json", [b'{"label": "a"}', b'{"label": null}']))
+    with pytest.raises(ValueError, match=f"shard {path}, 1: a label is missing"):
+        load_split(str(tmp_path), "train")
+    refuses_shards(tmp_path, f"shard {path}, 1: the label None is not one of the 2 classes")
+    refuses_shards(tmp_path, f"shard {path}, 1: the label None is not one of the 2 classes", streaming=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_stream_ends_with_a_line_at_a_broken_sample(tmp_path, clip, num_workers):
+    path = write_shard(tmp_path / "train-0.tar", samples(clip, "cls", [b"1"] * 8 + [b"7"]))
+    split = load_split(str(tmp_path), "train", streaming=True, label_names=["a", "b"])
+    views = TrainingViews(VideoMambaVideoProcessor.for_model(tiny_config()))
+    examples = StreamedExamples(Examples(split, views, skip_broken=True), 1, buffer_size=1)
+    with pytest.raises(SystemExit) as error, errors_as_lines():
+        list(iterate(examples, num_workers, batch_size=1))
+    assert str(error.value) == f"error: shard {path}, 8: the label 7 is not one of the 2 classes (a, b)."
 
 
 # Any table

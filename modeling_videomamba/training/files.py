@@ -1,6 +1,7 @@
-"""Files of videos in folders."""
+"""Files of videos in folders and archives."""
 
 import os
+import tarfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -28,3 +29,16 @@ def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
         folders.sort(key=lambda name: ((real / name).is_symlink(), name))  # a folder goes before links to it
         found += [Path(root, name) for name in files if Path(name).suffix.lower() in suffixes]
     return sorted(found)
+
+
+class TarMember(tarfile.TarInfo):
+    """`tarfile` takes an archive that is damaged or cut at a header for one that ends there."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "TarMember":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged or truncated: {error}") from error
