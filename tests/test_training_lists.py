@@ -9,6 +9,7 @@ import tarfile
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -155,6 +156,11 @@ def test_other_encodings_are_refused_with_line_and_byte(tmp_path, name):
         ("path,label\n1.0,a\n1e5,b\n", [("1.0", "a"), ("1e5", "b")]),
         ('"a, b.mp4",dance\nx.mp4,art\n', [("a, b.mp4", "dance"), ("x.mp4", "art")]),
         ("a,b.mp4 0\nc.mp4 1\n", [("a,b.mp4", "0"), ("c.mp4", "1")]),
+        ("v1.0,z.mp4 0\nv1.0,y.mp4 1\n", [("v1.0,z.mp4", "0"), ("v1.0,y.mp4", "1")]),
+        ("v1.0;z.mp4\t0\n", [("v1.0;z.mp4", "0")]),
+        ("v1.0 z.mp4,0\n", [("v1.0 z.mp4", "0")]),
+        ("x.mp4,riding y.bike\n", [("x.mp4", "riding y.bike")]),
+        ("x.mp4,label\ny.JPEG.webm,path\n", [("x.mp4", "label"), ("y.JPEG.webm", "path")]),
         ("v/x.mp4 0\nv/y z.mp4  1 \n", [("v/x.mp4", "0"), ("v/y z.mp4", "1")]),  # as Kinetics' lists
         ("v_Apply g01.avi 1\nw.avi 2", [("v_Apply g01.avi", "1"), ("w.avi", "2")]),  # as UCF101's
         ("x.mp4 dance\ny.mp4 art\n", [("x.mp4", "dance"), ("y.mp4", "art")]),
@@ -215,6 +221,11 @@ def test_numbers_with_a_point_are_values(tmp_path, text, values):
         ("# a comment\nx.mp4,1\n", "must have the columns `path` and `label`, got # a comment"),
         ("x.mp4,10,1\n", "must have the columns `path` and `label`, got more than two columns without a header"),
         ("x.mp4 10 1\n", "must have the columns `path` and `label`"),
+        ("file.path,label\nx.mp4,1\n", "line 1 must have the columns `path` and `label`, got file.path, label"),
+        ("video.name,class\nx.mp4,1\n", "line 1 must have the columns `path` and `label`, got video.name, class"),
+        ("clip.id label\nx.mp4 1\n", "line 1 must have the columns `path` and `label`, got clip.id label"),
+        ("a.mp4,b.mp4 0\n", "train.csv: line 1 can be separated in two ways, got 'a.mp4,b.mp4 0': put the path in"),
+        ("a.mp4;b.mp4,0\n", "train.csv: line 1 can be separated in two ways"),
         ("path,path,label\nx.mp4,y.mp4,1\n", "train.csv: line 1 has the column `path` twice"),
         ("path,label,label\nx.mp4,0,1\n", "train.csv: line 1 has the column `label` twice"),
         ("Path,Label\nx.mp4,1\n", "must have the columns `path` and `label`, got Path, Label"),
@@ -260,6 +271,17 @@ def test_lists_are_refused_with_the_line(tmp_path, text, message):
         ("[1]", "line 1 must be an object with names and values, got 1"),
         ("[" * 100_000, "line 1 is not valid JSON"),
         ('[{"path": "x.mp4", "label": ""}]', "line 1: `label` must not be empty"),
+        (
+            '[{"path": "x.mp4", "label": 1},\n{"path": "y.mp4", "label": 0, "label": 1}]',
+            "line 2 is not valid JSON: the key",
+        ),
+        ('[{"path": "x.mp4", "path": "y.mp4", "label": 1}]', "not valid JSON: the key 'path' comes twice"),
+        ('[{"path": "x.mp4", "label": 1, "more": {"a": 1, "a": 2}}]', "not valid JSON: the key 'a' comes twice"),
+        (
+            r'[{"path": "\ud800.mp4", "label": 1}]',
+            r"line 1: the path must be one line without control characters, got '\ud",
+        ),
+        (r'[{"path": "x.mp4", "label": "\udfff"}]', r"line 1: the name of a class must be one line without"),
     ],
 )
 def test_json_is_refused_with_the_line(tmp_path, entries, message):
@@ -272,6 +294,50 @@ def test_words_in_json_stay_words(tmp_path):
     assert load_split(str(tmp_path), "train").features["label"].names == ["10", "2"]
     write(tmp_path, "val.csv", "x.mp4,2\ny.mp4,10\n")
     assert load(tmp_path, "validation", label_names=["10", "2"]) == [("x.mp4", "2"), ("y.mp4", "10")]
+
+
+BEYOND = ["1e39", "-3.5e38", "1e-60", "16777217", "-33554433", "1" + "0" * 399]
+FITTING = ["3.4e38", "16777216", "33554436", "16777218", "-16777217.0", "0.1", "1e-40", "0", "0.0"]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.json"])
+@pytest.mark.parametrize("other", ["0.5", "2"])
+@pytest.mark.parametrize("value", BEYOND + FITTING)
+def test_values_that_float32_does_not_hold(tmp_path, name, other, value):
+    rows = [("x.mp4", other), ("y.mp4", value)]
+    entries = [f'{{"path": "{path}", "label": {number}}}\n' for path, number in rows]
+    path = write(tmp_path, name, as_csv(rows, "label") if name == "train.csv" else "".join(entries))
+    if value in FITTING:
+        assert [label for _, label in load(tmp_path, regression=True)] == [np.float32(other), np.float32(value)]
+    elif name == "train.csv" and len(value) > 308:  # is text, because no float holds it
+        refuses(tmp_path, f"{path}: line 3: ", regression=True)
+    else:
+        refuses(
+            tmp_path, f"{path}: line {2 + (name == 'train.csv')}: a value to predict must fit float32", regression=True
+        )
+
+
+@pytest.mark.parametrize("suffix", ["cls", "json"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("value", BEYOND + FITTING)
+def test_values_in_shards_that_float32_does_not_hold(tmp_path, clip, suffix, value, streaming):
+    if suffix == "cls" and not set(value) <= set("-0123456789"):
+        return
+    text = value if suffix == "cls" else f'{{"label": {value}}}'
+    path = write_shard(tmp_path / "train-0.tar", samples(clip, suffix, [text.encode()] * 2))
+    if value in FITTING:
+        split = load_split(str(tmp_path), "train", regression=True, streaming=streaming)
+        assert [example["label"] for example in split] == [np.float32(value)] * 2
+    else:
+        message = f"0.{suffix}: must fit 64 bits" if len(value) > 308 else "0: a value to predict must fit float32"
+        refuses_shards(tmp_path, f"shard {path}, {message}", streaming=streaming, regression=True)
+
+
+@pytest.mark.parametrize("value", [r'"\ud800"', r'["a", "b \udc00"]'])
+def test_captions_that_are_no_unicode(tmp_path, value):
+    write(tmp_path, "train.json", f'[{{"path": "x.mp4", "caption": "a"}},\n{{"path": "y.mp4", "caption": {value}}}]')
+    refuses(tmp_path, r"train.json: line 2: a caption must be Unicode, got", target="captions")
+    assert len(load(tmp_path, target=None)) == 2
 
 
 @pytest.mark.parametrize("value", ["null", '["a", null]', '["a", 1]', "true", '{"a": 1}'])

@@ -3,10 +3,33 @@
 import os
 import tarfile
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
+
+from PIL import Image as PILImage
 
 VIDEO_SUFFIXES = {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
 VIDEO_SUFFIXES |= {".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
+
+
+@cache
+def image_suffixes() -> set[str]:
+    """Of what Pillow opens; its MPEG plugin opens no pictures."""
+    known = PILImage.registered_extensions()
+    return {suffix for suffix, name in known.items() if name in PILImage.OPEN} - VIDEO_SUFFIXES
+
+
+def is_image(path: str) -> bool:
+    return _suffix(path) in image_suffixes()
+
+
+def is_media(path: str) -> bool:
+    """Whether a path ends in a suffix of videos or images."""
+    return _suffix(path) in VIDEO_SUFFIXES or is_image(path)
+
+
+def _suffix(path: str) -> str:
+    return f".{path.rpartition('.')[2].lower()}"
 
 
 def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:

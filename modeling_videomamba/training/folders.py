@@ -2,13 +2,10 @@
 
 import re
 import unicodedata
-from functools import cache
 from pathlib import Path, PurePath
 
-from PIL import Image as PILImage
-
 from ..labels import check_line
-from .files import VIDEO_SUFFIXES, walk_files
+from .files import VIDEO_SUFFIXES, image_suffixes, walk_files
 from .lists import LIST_SUFFIXES, Row, Target, read_list
 
 SPLIT_WORDS = {
@@ -22,17 +19,6 @@ METADATA = "metadata"
 METADATA_PATHS = ("file_name",)
 OTHER_SUFFIXES = {".arrow", ".parquet", ".tar", ".zip"}  # which `datasets` loads
 UNREAD_SUFFIXES = {".txt", ".lst", ".list", ".dat", ".xls", ".xlsx", ".ods", ".gz"}  # of lists in other formats
-
-
-@cache
-def image_suffixes() -> set[str]:
-    """Of what Pillow opens; its MPEG plugin opens no pictures."""
-    known = PILImage.registered_extensions()
-    return {suffix for suffix, name in known.items() if name in PILImage.OPEN} - VIDEO_SUFFIXES
-
-
-def is_image(path: str) -> bool:
-    return f".{path.rpartition('.')[2].lower()}" in image_suffixes()
 
 
 def find_splits(folder: Path) -> dict[str, list[Path]]:

@@ -10,15 +10,24 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from ..labels import unique_keys
 from .files import TarMember
+from .lists import MAX_SHOWN
 
 
 class BrokenSampleError(ValueError):
     """A sample of a shard that can't be read, or a shard."""
 
 
+def read_whole(text: str | bytes) -> int:
+    """Raises `ValueError` for what is no whole number, or doesn't fit a column of a table."""
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"must fit 64 bits, got {str(number)[:MAX_SHOWN]}")
+    return number
+
+
 def read_json(data: bytes) -> Any:
     """Raises `ValueError` for what is no JSON, has a key twice or holds text that is no Unicode."""
-    value = json.loads(data, object_pairs_hook=unique_keys)
+    value = json.loads(data, object_pairs_hook=unique_keys, parse_int=read_whole)
     json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -26,7 +35,7 @@ def read_json(data: bytes) -> Any:
 class Shards(WebDataset):
     """`datasets`' own builder for local shards, with errors that name the shard and the file in it."""
 
-    DECODERS = {**WebDataset.DECODERS, "json": read_json, "jsn": read_json}
+    DECODERS = {**WebDataset.DECODERS, "cls": read_whole, "json": read_json, "jsn": read_json}
 
     @classmethod
     def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Any) -> Iterator[dict[str, Any]]:

@@ -27,8 +27,9 @@ from datasets.data_files import get_data_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
 from datasets.inspect import SplitsNotFoundError
 
-from .class_labels import ClassLookup, Labels, labels_of_rows
-from .folders import FileFinder, find_splits, find_tables, folder_rows, is_image
+from .class_labels import ClassLookup, Labels, as_value, labels_of_rows
+from .files import is_image
+from .folders import FileFinder, find_splits, find_tables, folder_rows
 from .lists import CAPTION_COLUMNS, LIST_SUFFIXES, Row, Target, read_list
 from .names import check_name, unreachable
 from .output import writing
@@ -379,7 +380,10 @@ def _as_number(example: dict[str, Any], name: str) -> dict[str, Any]:
     label = example["label"]
     if label is None or label != label:
         raise BrokenSampleError(f"{_place(example, name)}: the label must be a number, got {label}.")
-    return {"label": label}
+    try:
+        return {"label": as_value(label, _place(example, name))}
+    except ValueError as error:
+        raise BrokenSampleError(str(error)) from error
 
 
 def _numbered(example: dict[str, Any], names: list[str] | None, lookup: ClassLookup, name: str) -> dict[str, Any]:
