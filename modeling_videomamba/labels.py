@@ -18,6 +18,7 @@ ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 NOT_IN_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -64,6 +65,12 @@ def check_line(text: str, what: str) -> None:
     """Raises `ValueError` for control characters, such as line breaks, and for what is no Unicode."""
     if NOT_IN_LINE.search(text):
         raise ValueError(f"{what} must be one line without control characters, got {text!r}.")
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raises `ValueError` for half a character (a lone surrogate), which JSON can hold and no file."""
+    if SURROGATE.search(text):
+        raise ValueError(f"{what} must be Unicode, got {text!r}.")
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..labels import check_line, read_text, unique_keys
+from ..labels import check_line, check_unicode, read_text, unique_keys
 from .files import is_media
 
 PATH_COLUMNS = ("path", "video", "image")  # the latter in the lists of the original release
@@ -20,7 +20,6 @@ LIST_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES)
 SEPARATORS = (",", "\t", ";", " ")
 FILE_NAME = re.compile(r".*\.\w{1,5}|\S+://\S+")
 ADDRESS = re.compile(r"\S+://\S+")
-SURROGATE = re.compile(r"[\ud800-\udfff]")
 WHOLE = re.compile(r"[+-]?[0-9]+")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MAX_SHOWN = 80
@@ -267,8 +266,7 @@ def _json_captions(value: Any, where: str) -> list[str]:
     for caption in captions:
         if not isinstance(caption, str):
             raise ValueError(f"{where}: a caption must be text, got {_shown(caption)}.")
-        if SURROGATE.search(caption):
-            raise ValueError(f"{where}: a caption must be Unicode, got {_shown(caption)}.")
+        check_unicode(caption, f"{where}: a caption")
     return captions
 
 
