@@ -18,6 +18,7 @@ ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 NOT_IN_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -64,6 +65,21 @@ def check_line(text: str, what: str) -> None:
     """Raises `ValueError` for control characters, such as line breaks, and for what is no Unicode."""
     if NOT_IN_LINE.search(text):
         raise ValueError(f"{what} must be one line without control characters, got {text!r}.")
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raises `ValueError` for half a character (a lone surrogate), which JSON can hold and no file."""
+    if SURROGATE.search(text):
+        raise ValueError(f"{what} must be Unicode, got {text!r}.")
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (`object_pairs_hook`). Raises `ValueError` for a key that comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {name!r} comes twice")
+    return found
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
@@ -116,8 +132,8 @@ def _unique(path: Path, names: Iterable[tuple[str, str]]) -> list[str]:
 
 def _names_in_json(path: Path, text: str) -> list[str]:
     try:
-        labels: Any = json.loads(text)
-    except ValueError as error:
+        labels: Any = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if isinstance(labels, dict):
         by_index = {str(index): name for index, name in labels.items()}

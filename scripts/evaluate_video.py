@@ -14,6 +14,7 @@ from pathlib import Path
 
 from command_line import parse_dataclasses
 from videomamba_arguments import MIXED_PRECISION, LabelledDataArguments
+from videomamba_arguments.data import DATA
 
 
 @dataclass
@@ -36,7 +37,16 @@ class Arguments:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
 
-CLASSES = (Arguments, LabelledDataArguments)
+@dataclass
+class TestDataArguments(LabelledDataArguments):
+    """Data: videos or images with labels."""
+
+    data: str = field(
+        metadata={"help": f"{DATA}; whole numbers are indices of the model's classes, unless one is called by a number"}
+    )
+
+
+CLASSES = (Arguments, TestDataArguments)
 
 
 def main() -> None:

@@ -56,7 +56,18 @@ def test_files_are_refused_with_the_line(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    "content", ['["a", "a"]', '["a", ""]', '["a", null]', '["a"', "[]", "1", '{"0": "a", "2": "b"}']
+    "content",
+    [
+        '["a", "a"]',
+        '["a", ""]',
+        '["a", null]',
+        '["a"',
+        "[]",
+        "1",
+        '{"0": "a", "2": "b"}',
+        '{"0": "a", "0": "b"}',
+        "[" * 100000,
+    ],
 )
 def test_json_is_refused_with_its_name(tmp_path, content):
     path = write(tmp_path, content, "labels.json")

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from unicodedata import normalize
 
 import pytest
@@ -128,6 +129,28 @@ def test_splits_of_msr_vtt(write):
     ("content", "message"),
     [
         ('[{"video": "1.mp4"', "annotations is not valid JSON"),
+        ("[" * 100_000, "annotations is not valid JSON: maximum recursion depth"),
+        ('{"a":' * 100_000, "annotations is not valid JSON: maximum recursion depth"),
+        ('[{"video": "1.mp4", "caption": ' + "[" * 100_000, "annotations is not valid JSON: maximum recursion depth"),
+        (
+            r'[{"video": "1.mp4", "caption": "\ud800"}]',
+            r"caption 1: the caption of 1.mp4 must be Unicode, got '\\ud800'",
+        ),
+        (r'[{"video": "\ud800", "caption": "a"}]', r"caption 1: the name of a video must be Unicode, got '\\ud800'"),
+        *(
+            (
+                {"videos": [{"video_id": "a"}, {"video_id": video}], "sentences": [{"video_id": sentence}]},
+                rf"annotations: `{name}`, entry {number}: `video_id` must be text, got {re.escape(str(found))}",
+            )
+            for video, sentence, name, number, found in (
+                (["a"], "a", "videos", 2, ["a"]),
+                ({"a": 1}, "a", "videos", 2, {"a": 1}),
+                (7, "a", "videos", 2, 7),
+                (None, "a", "videos", 2, None),
+                ("b", ["a"], "sentences", 1, ["a"]),
+                ("b", {}, "sentences", 1, {}),
+            )
+        ),
         ([{"path": "1.mp4", "text": "a"}], "JSON of no known format(.|\n)*DiDeMo(.|\n)*LSMDC"),
         ([], "no known format"),
         ("path,label\n1.mp4,a\n", "no known format(.|\n)*ActivityNet"),

@@ -1,18 +1,25 @@
 """Lists and folders as people have them: each is read right, or refused with the file and the line."""
 
 import codecs
+import gzip
+import io
 import json
 import pickle
 import tarfile
 import unicodedata
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modeling_videomamba import VideoMambaVideoProcessor
+from modeling_videomamba.training.data import Examples, StreamedExamples, TrainingViews, errors_as_lines
 from modeling_videomamba.training.lists import LIST_SUFFIXES, read_list
 from modeling_videomamba.training.sources import find_evaluation_split, load_split, split_names
-from tests.conftest import moving_square, write_video
+from modeling_videomamba.training.workers import iterate
+from tests.conftest import moving_square, tiny_config, write_video
 
 ODD_NAMES = ["None", "NA", "N/A", "null", "nan", "NaN", "n/a", "<NA>", "#N/A", "-", "True", "false", "é", "a b", "007x"]
 
@@ -149,6 +156,11 @@ def test_other_encodings_are_refused_with_line_and_byte(tmp_path, name):
         ("path,label\n1.0,a\n1e5,b\n", [("1.0", "a"), ("1e5", "b")]),
         ('"a, b.mp4",dance\nx.mp4,art\n', [("a, b.mp4", "dance"), ("x.mp4", "art")]),
         ("a,b.mp4 0\nc.mp4 1\n", [("a,b.mp4", "0"), ("c.mp4", "1")]),
+        ("v1.0,z.mp4 0\nv1.0,y.mp4 1\n", [("v1.0,z.mp4", "0"), ("v1.0,y.mp4", "1")]),
+        ("v1.0;z.mp4\t0\n", [("v1.0;z.mp4", "0")]),
+        ("v1.0 z.mp4,0\n", [("v1.0 z.mp4", "0")]),
+        ("x.mp4,riding y.bike\n", [("x.mp4", "riding y.bike")]),
+        ("x.mp4,label\ny.JPEG.webm,path\n", [("x.mp4", "label"), ("y.JPEG.webm", "path")]),
         ("v/x.mp4 0\nv/y z.mp4  1 \n", [("v/x.mp4", "0"), ("v/y z.mp4", "1")]),  # as Kinetics' lists
         ("v_Apply g01.avi 1\nw.avi 2", [("v_Apply g01.avi", "1"), ("w.avi", "2")]),  # as UCF101's
         ("x.mp4 dance\ny.mp4 art\n", [("x.mp4", "dance"), ("y.mp4", "art")]),
@@ -209,6 +221,11 @@ def test_numbers_with_a_point_are_values(tmp_path, text, values):
         ("# a comment\nx.mp4,1\n", "must have the columns `path` and `label`, got # a comment"),
         ("x.mp4,10,1\n", "must have the columns `path` and `label`, got more than two columns without a header"),
         ("x.mp4 10 1\n", "must have the columns `path` and `label`"),
+        ("file.path,label\nx.mp4,1\n", "line 1 must have the columns `path` and `label`, got file.path, label"),
+        ("video.name,class\nx.mp4,1\n", "line 1 must have the columns `path` and `label`, got video.name, class"),
+        ("clip.id label\nx.mp4 1\n", "line 1 must have the columns `path` and `label`, got clip.id label"),
+        ("a.mp4,b.mp4 0\n", "train.csv: line 1 can be separated in two ways, got 'a.mp4,b.mp4 0': put the path in"),
+        ("a.mp4;b.mp4,0\n", "train.csv: line 1 can be separated in two ways"),
         ("path,path,label\nx.mp4,y.mp4,1\n", "train.csv: line 1 has the column `path` twice"),
         ("path,label,label\nx.mp4,0,1\n", "train.csv: line 1 has the column `label` twice"),
         ("Path,Label\nx.mp4,1\n", "must have the columns `path` and `label`, got Path, Label"),
@@ -254,6 +271,17 @@ def test_lists_are_refused_with_the_line(tmp_path, text, message):
         ("[1]", "line 1 must be an object with names and values, got 1"),
         ("[" * 100_000, "line 1 is not valid JSON"),
         ('[{"path": "x.mp4", "label": ""}]', "line 1: `label` must not be empty"),
+        (
+            '[{"path": "x.mp4", "label": 1},\n{"path": "y.mp4", "label": 0, "label": 1}]',
+            "line 2 is not valid JSON: the key",
+        ),
+        ('[{"path": "x.mp4", "path": "y.mp4", "label": 1}]', "not valid JSON: the key 'path' comes twice"),
+        ('[{"path": "x.mp4", "label": 1, "more": {"a": 1, "a": 2}}]', "not valid JSON: the key 'a' comes twice"),
+        (
+            r'[{"path": "\ud800.mp4", "label": 1}]',
+            r"line 1: the path must be one line without control characters, got '\ud",
+        ),
+        (r'[{"path": "x.mp4", "label": "\udfff"}]', r"line 1: the name of a class must be one line without"),
     ],
 )
 def test_json_is_refused_with_the_line(tmp_path, entries, message):
@@ -266,6 +294,50 @@ def test_words_in_json_stay_words(tmp_path):
     assert load_split(str(tmp_path), "train").features["label"].names == ["10", "2"]
     write(tmp_path, "val.csv", "x.mp4,2\ny.mp4,10\n")
     assert load(tmp_path, "validation", label_names=["10", "2"]) == [("x.mp4", "2"), ("y.mp4", "10")]
+
+
+BEYOND = ["1e39", "-3.5e38", "1e-60", "16777217", "-33554433", "1" + "0" * 399]
+FITTING = ["3.4e38", "16777216", "33554436", "16777218", "-16777217.0", "0.1", "1e-40", "0", "0.0"]
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.json"])
+@pytest.mark.parametrize("other", ["0.5", "2"])
+@pytest.mark.parametrize("value", BEYOND + FITTING)
+def test_values_that_float32_does_not_hold(tmp_path, name, other, value):
+    rows = [("x.mp4", other), ("y.mp4", value)]
+    entries = [f'{{"path": "{path}", "label": {number}}}\n' for path, number in rows]
+    path = write(tmp_path, name, as_csv(rows, "label") if name == "train.csv" else "".join(entries))
+    if value in FITTING:
+        assert [label for _, label in load(tmp_path, regression=True)] == [np.float32(other), np.float32(value)]
+    elif name == "train.csv" and len(value) > 308:  # is text, because no float holds it
+        refuses(tmp_path, f"{path}: line 3: ", regression=True)
+    else:
+        refuses(
+            tmp_path, f"{path}: line {2 + (name == 'train.csv')}: a value to predict must fit float32", regression=True
+        )
+
+
+@pytest.mark.parametrize("suffix", ["cls", "json"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("value", BEYOND + FITTING)
+def test_values_in_shards_that_float32_does_not_hold(tmp_path, clip, suffix, value, streaming):
+    if suffix == "cls" and not set(value) <= set("-0123456789"):
+        return
+    text = value if suffix == "cls" else f'{{"label": {value}}}'
+    path = write_shard(tmp_path / "train-0.tar", samples(clip, suffix, [text.encode()] * 2))
+    if value in FITTING:
+        split = load_split(str(tmp_path), "train", regression=True, streaming=streaming)
+        assert [example["label"] for example in split] == [np.float32(value)] * 2
+    else:
+        message = f"0.{suffix}: must fit 64 bits" if len(value) > 308 else "0: a value to predict must fit float32"
+        refuses_shards(tmp_path, f"shard {path}, {message}", streaming=streaming, regression=True)
+
+
+@pytest.mark.parametrize("value", [r'"\ud800"', r'["a", "b \udc00"]'])
+def test_captions_that_are_no_unicode(tmp_path, value):
+    write(tmp_path, "train.json", f'[{{"path": "x.mp4", "caption": "a"}},\n{{"path": "y.mp4", "caption": {value}}}]')
+    refuses(tmp_path, r"train.json: line 2: a caption must be Unicode, got", target="captions")
+    assert len(load(tmp_path, target=None)) == 2
 
 
 @pytest.mark.parametrize("value", ["null", '["a", null]', '["a", 1]', "true", '{"a": 1}'])
@@ -404,6 +476,176 @@ def test_metadata_stays_in_its_folder(tmp_path, clip, name):
     refuses(tmp_path, f"{path}: line 3: `file_name` must be a file below {path.parent}, got {name!r}")
 
 
+# Splits: none is trained on, and no file is left out, because of how a folder or a list is called
+
+
+@pytest.mark.parametrize("test", ["Test", "TEST", "test", "Testing", "EVAL", "Val", "VALIDATION", "Dev"])
+@pytest.mark.parametrize("train", ["Train", "TRAIN", "train", "Training"])
+def test_folders_of_splits_in_any_case(tmp_path, clip, train, test):
+    for split in (train, test):
+        write(tmp_path, f"{split}/a/1.mp4", clip)
+    assert load(tmp_path) == [(f"{train}/a/1.mp4", "a")]
+    assert len(split_names(str(tmp_path))) == 2 and find_evaluation_split(str(tmp_path)) in ("validation", "test")
+
+
+@pytest.mark.parametrize("name", ["train.CSV", "Train.csv", "TRAIN.Csv", "Train.JSONL", "train.Json", "train.TSV"])
+def test_lists_in_any_case(tmp_path, clip, name):
+    write(tmp_path, "x/1.mp4", clip)
+    is_json = "json" in name.lower()
+    write(tmp_path, name, as_lines([("x/1.mp4", "a")], "label") if is_json else "x/1.mp4,a\n")
+    write(tmp_path, "Val.CSV", "y/2.mp4,a\n")
+    assert load(tmp_path) == [("x/1.mp4", "a")] and load(tmp_path, "validation") == [("y/2.mp4", "a")]
+    assert split_names(str(tmp_path)) == ["train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("train", "Train"), ("train", "training"), ("x/train", "y/TRAIN"), ("train", "train/Train")]
+)
+def test_two_names_of_a_folder_for_one_split(tmp_path, clip, one, other):
+    write(tmp_path, f"{one}/a/1.mp4", clip)
+    write(tmp_path, f"{other}/a/2.mp4", clip)
+    if other == "train/Train":  # the first folder on a path counts
+        assert len(load(tmp_path, target=None)) == 2
+    else:
+        names = " and ".join(Path(name).name for name in sorted((one, other)))
+        refuses(tmp_path, f"{tmp_path}: the folders {names} both mean the split train")
+
+
+def test_two_lists_of_one_split(tmp_path):
+    for name in ("train.csv", "Train.csv"):
+        write(tmp_path, name, "x.mp4,a\n")
+    refuses(tmp_path, "Split 'train' must be one list of files, got ")
+
+
+@pytest.mark.parametrize("target", ["label", None])
+@pytest.mark.parametrize(
+    "folder", ["train station", "Train-station", "my_train", "test drive", "train.2", "valid7", "Test Set", "TEST_1"]
+)
+@pytest.mark.parametrize("other", ["beach", "test drive", "Train"])
+def test_folders_that_may_be_a_split_or_not(tmp_path, clip, folder, other, target):
+    for name in (folder, other):
+        write(tmp_path, f"{name}/x/a.mp4", clip)
+    files = [f"{tmp_path}/{name}/x/a.mp4: the folder {name!r} may be a split or a class" for name in (folder, other)]
+    with pytest.raises(ValueError) as error:
+        load_split(str(tmp_path), "train", target=target)
+    assert any(file in str(error.value) for file in files), str(error.value)
+
+
+@pytest.mark.parametrize("target", ["label", None])
+def test_below_the_folder_of_a_split_names_are_free(tmp_path, clip, target):
+    names = ("train station", "test", "beach", "my-val")
+    for name in names:
+        write(tmp_path, f"train/{name}/a.mp4", clip)
+    assert [path for path, _ in load(tmp_path, target=target)] == [f"train/{name}/a.mp4" for name in sorted(names)]
+    write(tmp_path, "preview/a.mp4", clip)
+    refuses(tmp_path, f"{tmp_path}/preview/a.mp4 must be in the folder of a split, as {tmp_path}/train/", target=target)
+
+
+def test_a_split_without_its_list_is_not_all_that_there_is(tmp_path, clip):
+    write(tmp_path, "a/1.mp4", clip)
+    write(tmp_path, "val.csv", "a/1.mp4,a\n")
+    refuses(tmp_path, f"{tmp_path} has no split train, it has validation")
+
+
+@pytest.mark.parametrize("name", ["train.txt", "Train.TXT", "val.xlsx", "test.lst", "train.csv.gz", "dev.csv"])
+def test_lists_that_are_not_read(tmp_path, clip, name):
+    for label in ("a", "b"):
+        write(tmp_path, f"{label}/1.mp4", clip)
+    write(tmp_path, name, "a/1.mp4,walk\nb/1.mp4,run\n")
+    for target in ("label", None):
+        refuses(tmp_path, f"{tmp_path / name} seems to be a list, and is not read", target=target)
+
+
+# Metadata
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV", "metadata.jsonl", "metadata.tsv", "metadata.json"])
+@pytest.mark.parametrize("folder", ["", "train/"])
+def test_metadata_is_not_passed_over(tmp_path, clip, name, folder):
+    rows = [("q/1.mp4", "walk"), ("p/1.mp4", "run")]
+    for path, _ in rows:
+        write(tmp_path, f"{folder}{path}", clip)
+    text = as_lines(rows, "label") if "json" in name else as_csv(rows, "label", "\t" if "tsv" in name else ",")
+    write(tmp_path, folder + name, text.replace("path", "file_name"))
+    assert load(tmp_path) == [(f"{folder}{path}", label) for path, label in rows]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "METADATA.JSONL"])
+@pytest.mark.parametrize("target", ["label", "captions", None])
+def test_metadata_above_the_folders_of_splits(tmp_path, clip, name, target):
+    for label in ("p", "q"):
+        write(tmp_path, f"train/{label}/1.mp4", clip)
+    write(tmp_path, name, "file_name,label\ntrain/q/1.mp4,walk\ntrain/p/1.mp4,run\n")
+    refuses(tmp_path, f"{tmp_path / name} must be in the folder of a split, as ", target=target)
+
+
+@pytest.mark.parametrize("folders", [(".", "."), ("train", "train"), (".", "a"), ("train", "train/a/b")])
+def test_two_files_of_metadata_for_one_file(tmp_path, clip, folders):
+    write(tmp_path, f"{folders[1]}/1.mp4", clip)
+    first = write(tmp_path, f"{folders[0]}/metadata.csv", "file_name,label\n1.mp4,a\n")
+    second = write(tmp_path, f"{folders[1]}/metadata.jsonl", '{"file_name": "1.mp4", "label": "b"}\n')
+    refuses(tmp_path, f"{second} must be the only list of the files below {second.parent}, and {first} lists them too")
+
+
+def test_files_without_metadata_beside_files_with(tmp_path, clip):
+    for label in ("p", "q"):
+        write(tmp_path, f"train/{label}/1.mp4", clip)
+    metadata = write(tmp_path, "train/q/metadata.csv", "file_name,label\n1.mp4,walk\n")
+    refuses(tmp_path, f"{tmp_path}/train/p/1.mp4 must be below a file of metadata, as all below {metadata.parent} are")
+
+
+@pytest.mark.parametrize("name", ["metadata.txt", "train/a/Metadata.xlsx"])
+def test_metadata_that_is_not_read(tmp_path, clip, name):
+    write(tmp_path, "train/a/1.mp4", clip)
+    write(tmp_path, name, "file_name,label\n1.mp4,walk\n")
+    refuses(tmp_path, f"{tmp_path / name} seems to be a list, and is not read")
+
+
+# Shards: `datasets` knows their splits by words in lower case
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("Train-0", "Test-0"), "Test-0.tar must be in lower case, if it is the name of a split"),
+        (("train-0", "Test-0"), "Test-0.tar must be in lower case"),
+        (("Train/0", "TEST/0"), "TEST must be in lower case"),
+        (("train-0", "extra-0"), "extra-0.tar is in no split"),
+        (("train/0", "more/0"), "more/0.tar is in no split"),
+        (("train-0", "train/a/1.mp4"), "has both shards and videos: "),
+    ],
+)
+def test_shards_that_would_be_left_out_or_trained_on(tmp_path, clip, names, message):
+    for name in names:
+        write_shard(tmp_path / f"{name}.tar", {"1.mp4": clip, "1.cls": b"1"}) if "." not in name else write(
+            tmp_path, name, clip
+        )
+    refuses(tmp_path, message)
+    with pytest.raises(ValueError, match=message):
+        split_names(str(tmp_path))
+
+
+@pytest.mark.parametrize("link", ["data", "data/train-1.tar"])
+def test_links_to_shards(tmp_path, clip, link, monkeypatch):
+    write_shard(tmp_path / "real/train/0.tar", {"1.mp4": clip, "1.cls": b"1"})
+    (tmp_path / "data").mkdir() if link != "data" else None
+    target = "real" if link == "data" else "real/train/0.tar"
+    (tmp_path / link).symlink_to(tmp_path / target)
+    monkeypatch.chdir(tmp_path / "real")
+    for data in (tmp_path / "data", "../data"):
+        assert len(load_split(str(data), "train", target=None)) == 1
+
+
+def write_shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
 # Accents: composed (NFC) as editors write them, decomposed (NFD) as some file systems have them
 
 
@@ -462,6 +704,106 @@ def test_labels_in_shards(tmp_path, clip, labels, message):
     else:
         with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
             load_split(str(tmp_path), "train", label_names=["a"] if "1 classes" in message else None)
+
+
+GOOD = {"cls": b"1", "txt": b"a", "json": b'{"label": 1, "caption": "a"}'}
+
+
+def samples(clip, suffix, values):
+    """Members of a shard with a sample for each value."""
+    pairs = (
+        (index, kind, data) for index, value in enumerate(values) for kind, data in (("mp4", clip), (suffix, value))
+    )
+    return {f"{index}.{kind}": data for index, kind, data in pairs}
+
+
+def refuses_shards(folder, message, **options):
+    assert split_names(str(folder)) == ["train"]
+    with pytest.raises(ValueError) as error:
+        list(load_split(str(folder), "train", label_names=["a", "b"], **options))
+    assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        ("cls", b"cat", "invalid literal for int() with base 10: b'cat'"),
+        ("cls", b"", "invalid literal for int() with base 10: b''"),
+        ("json", b"{", "Expecting property name"),
+        ("json", b'{"label": 1, "label": 0}', "the key 'label' comes twice"),
+        ("json", rb'{"label": 1, "caption": "\ud800"}', r"'utf-8' codec can't encode character '\ud800'"),
+        ("json", b"[" * 100_000, "maximum recursion depth exceeded"),
+        ("json", b'{"caption": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
+        ("txt", b"\xe9", "'utf-8' codec can't decode byte 0xe9"),
+    ],
+)
+def test_files_in_shards_that_can_not_be_read(tmp_path, clip, suffix, content, message, number, streaming):
+    """In the last of the samples from which `datasets` infers types, and in a shard whose types are known."""
+    if number:
+        write_shard(tmp_path / "train-0.tar", samples(clip, suffix, [GOOD[suffix]] * 3))
+    path = write_shard(tmp_path / f"train-{number}.tar", samples(clip, suffix, [GOOD[suffix], content]))
+    target = "captions" if suffix == "txt" else "label"
+    refuses_shards(tmp_path, f"shard {path}, 1.{suffix}: {message}", streaming=streaming, target=target)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("content", [b'{"class": 1}', b"[1]", b'"a"'])
+def test_json_in_shards_without_a_label(tmp_path, clip, content, streaming):
+    path = write_shard(tmp_path / "train-0.tar", samples(clip, "json", [content] * 2))
+    refuses_shards(tmp_path, f"shard {path}, 0.json: must have `label`, got", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("damage", "place"),
+    [
+        (lambda data, end: b"", ""),
+        (lambda data, end: data[:100], ""),
+        (lambda data, end: b"path,label\n" * 100, ""),
+        (lambda data, end: gzip.compress(data)[:-100], None),
+        (lambda data, end: data[: end - 600], ", 0.mp4"),
+        (lambda data, end: data[:end], ", after 0.mp4"),  # which `tarfile` takes for the end
+        (lambda data, end: data[: end + 100], ", after 0.mp4"),
+        (lambda data, end: data[:end] + b"x" * 512 + data[end + 512 :], ", after 0.mp4"),
+    ],
+)
+def test_damaged_shards(tmp_path, clip, damage, place, number, streaming):
+    for index in range(number + 1):
+        path = write_shard(tmp_path / f"train-{index}.tar", samples(clip, "cls", [b"1"] * 3))
+    end = 512 + -(-len(clip) // 512) * 512  # of the first member
+    path.write_bytes(damage(path.read_bytes(), end))
+    message = f"shard {path}" + ("" if place is None else f"{place}: damaged or truncated")
+    for target in ("label", None):
+        refuses_shards(tmp_path, message, streaming=streaming, target=target)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_shards_without_samples(tmp_path, clip, number):
+    write_shard(tmp_path / "train-0.tar", samples(clip, "cls", [b"1"] * 3))
+    path = write_shard(tmp_path / f"train-{number}.tar", {})
+    refuses_shards(tmp_path, f"shard {path}: has no sample")
+
+
+def test_labels_of_shards_are_named_with_their_sample(tmp_path, clip):
+    path = write_shard(tmp_path / "train-0.tar", samples(clip, "json", [b'{"label": "a"}', b'{"label": null}']))
+    with pytest.raises(ValueError, match=f"shard {path}, 1: a label is missing"):
+        load_split(str(tmp_path), "train")
+    refuses_shards(tmp_path, f"shard {path}, 1: the label None is not one of the 2 classes")
+    refuses_shards(tmp_path, f"shard {path}, 1: the label None is not one of the 2 classes", streaming=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_stream_ends_with_a_line_at_a_broken_sample(tmp_path, clip, num_workers):
+    path = write_shard(tmp_path / "train-0.tar", samples(clip, "cls", [b"1"] * 8 + [b"7"]))
+    split = load_split(str(tmp_path), "train", streaming=True, label_names=["a", "b"])
+    views = TrainingViews(VideoMambaVideoProcessor.for_model(tiny_config()))
+    examples = StreamedExamples(Examples(split, views, skip_broken=True), 1, buffer_size=1)
+    with pytest.raises(SystemExit) as error, errors_as_lines():
+        list(iterate(examples, num_workers, batch_size=1))
+    assert str(error.value) == f"error: shard {path}, 8: the label 7 is not one of the 2 classes (a, b)."
 
 
 # Any table

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value, Video
 
-from ..labels import marked_encoding
+from ..labels import check_unicode, marked_encoding
 from .files import VIDEO_SUFFIXES, walk_files
 
 KNOWN_FORMATS = """the known formats are
@@ -146,6 +146,8 @@ def _grouped(path: Path, pairs: Pairs) -> dict[str, list[str]]:
             raise ValueError(f"{where}: the name of a video must be text, got {name!r} (caption {caption!r}).")
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{where}: the caption of {name} must be text, got {caption!r}.")
+        check_unicode(name, f"{where}: the name of a video")
+        check_unicode(caption, f"{where}: the caption of {name}")
         captions.setdefault(name.strip(), []).append(caption.strip())
     if not captions:
         raise ValueError(f"{path} has no captions.")
@@ -155,7 +157,7 @@ def _grouped(path: Path, pairs: Pairs) -> dict[str, list[str]]:
 def _parse_json(path: Path, data: bytes) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error  # which names the line, or the byte
 
 
@@ -187,6 +189,10 @@ def _msr_vtt_pairs(path: Path, content: dict[str, Any], split: str | None) -> Pa
         entries = content[name]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{path}: `{name}` must be a list of dictionaries, got {str(entries)[:80]}")
+        for number, entry in enumerate(entries, start=1):
+            if not isinstance(entry.get("video_id"), str):
+                found = str(entry.get("video_id"))[:80]
+                raise ValueError(f"{path}: `{name}`, entry {number}: `video_id` must be text, got {found}")
     splits = {video.get("video_id"): video.get("split") for video in content["videos"]}
     known = sorted({str(name) for name in splits.values()})
     if (split is None and len(known) > 1) or split not in (None, ALL_SPLITS, *known):

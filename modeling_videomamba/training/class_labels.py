@@ -1,13 +1,14 @@
 """What labels mean: classes by name or by number, or numbers to predict."""
 
 import re
+import struct
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..labels import clean_name
-from .lists import WHOLE, Row, Text
+from .lists import MAX_SHOWN, WHOLE, Row, Text
 
 MAX_CLASSES = 100_000
 BETWEEN_LABELS = re.compile(r"[,;|]")
@@ -50,7 +51,7 @@ def labels_of_rows(rows: Sequence[Row], name: str, labels: Labels) -> tuple[list
             f"{word.where}: the label {word.value!r} is no number, and {decimal.value} ({decimal.where}) is."
         )
     if decimal is not None or labels.regression:
-        return [float(value) for value in values], None
+        return [as_value(value, row.where) for row, value in zip(rows, values, strict=True)], None
     if word is None:
         return values, _numbered_names(rows, values)
     if mixed := next((row for row in rows if isinstance(row.value, int)), None):
@@ -62,6 +63,21 @@ def labels_of_rows(rows: Sequence[Row], name: str, labels: Labels) -> tuple[list
     _check_single(rows, texts, names)
     positions = {text: index for index, text in enumerate(names)}
     return [positions[text] for text in texts], names
+
+
+def as_value(number: Any, where: str) -> float:
+    """A number to predict, as float32 holds it. Raises `ValueError` where that is none, or another whole number."""
+    try:
+        (value,) = struct.unpack("f", struct.pack("f", number))
+    except (OverflowError, struct.error):
+        value = None
+    if value is None or (value != number and (isinstance(number, int) or value in (0, float("inf"), -float("inf")))):
+        shown = str(number)[:MAX_SHOWN]
+        raise ValueError(
+            f"{where}: a value to predict must fit float32 (from 1e-45 to 3.4e38, and all whole numbers up to "
+            f"16777216), got {shown}."
+        )
+    return value
 
 
 class ClassLookup:
@@ -104,7 +120,9 @@ def _whole_number(label: Any) -> int | None:
 def _numbered_names(rows: Sequence[Row], values: Sequence[Any]) -> list[str]:
     for row, value in zip(rows, values, strict=True):
         if not 0 <= value < MAX_CLASSES:
-            raise ValueError(f"{row.where}: a class must be a number from 0 to {MAX_CLASSES - 1}, got {row.value}.")
+            raise ValueError(
+                f"{row.where}: a class must be a number from 0 to {MAX_CLASSES - 1}, got {str(row.value)[:MAX_SHOWN]}."
+            )
     return [str(index) for index in range(max(values) + 1)]
 
 

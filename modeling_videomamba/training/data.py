@@ -25,6 +25,7 @@ from ..video_decoding import BrokenVideoError, read_frames, read_metadata
 from ..video_metadata import TimedVideoMetadata
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .diagnosis import RunError
+from .shards import BrokenSampleError
 from .sources import Split
 
 Processor = VideoMambaImageProcessor | VideoMambaVideoProcessor
@@ -42,12 +43,14 @@ class MissingCaptionError(ValueError):
 BROKEN = (BrokenVideoError, BrokenImageError, MissingCaptionError, OSError)
 
 
-BROKEN_IN_WORKER = re.compile(r"[\w.]*(?:BrokenVideoError|BrokenImageError|MissingCaptionError): (.*)")
+BROKEN_IN_WORKER = re.compile(
+    r"[\w.]*(?:BrokenVideoError|BrokenImageError|MissingCaptionError|BrokenSampleError): (.*)"
+)
 
 
 def broken_file(error: Exception) -> str | None:
-    """The message of an error about a broken file, which a worker of a `DataLoader` hides behind its traceback."""
-    if isinstance(error, BROKEN[:-1]) and "\n" not in str(error):
+    """The message of an error about a file or sample, which a worker of a `DataLoader` hides behind its traceback."""
+    if isinstance(error, (*BROKEN[:-1], BrokenSampleError)) and "\n" not in str(error):
         return str(error)
     match = BROKEN_IN_WORKER.fullmatch(str(error).strip().split("\n")[-1])
     return match and match[1]
@@ -64,7 +67,9 @@ def errors_as_lines() -> Iterator[None]:
         reason = broken_file(error)
         if reason is None:
             raise
-        sys.exit(f"error: {reason}. With --on-broken-video skip a run goes on without broken files")
+        is_sample = isinstance(error, BrokenSampleError)  # which can't be left out
+        hint = "" if is_sample else ". With --on-broken-video skip a run goes on without broken files"
+        sys.exit(f"error: {reason}{hint}")
 
 
 def derive_seed(*numbers: int) -> int:

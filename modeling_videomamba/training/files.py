@@ -1,11 +1,35 @@
-"""Files of videos in folders."""
+"""Files of videos in folders and archives."""
 
 import os
+import tarfile
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
+
+from PIL import Image as PILImage
 
 VIDEO_SUFFIXES = {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
 VIDEO_SUFFIXES |= {".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
+
+
+@cache
+def image_suffixes() -> set[str]:
+    """Of what Pillow opens; its MPEG plugin opens no pictures."""
+    known = PILImage.registered_extensions()
+    return {suffix for suffix, name in known.items() if name in PILImage.OPEN} - VIDEO_SUFFIXES
+
+
+def is_image(path: str) -> bool:
+    return _suffix(path) in image_suffixes()
+
+
+def is_media(path: str) -> bool:
+    """Whether a path ends in a suffix of videos or images."""
+    return _suffix(path) in VIDEO_SUFFIXES or is_image(path)
+
+
+def _suffix(path: str) -> str:
+    return f".{path.rpartition('.')[2].lower()}"
 
 
 def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -28,3 +52,16 @@ def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
         folders.sort(key=lambda name: ((real / name).is_symlink(), name))  # a folder goes before links to it
         found += [Path(root, name) for name in files if Path(name).suffix.lower() in suffixes]
     return sorted(found)
+
+
+class TarMember(tarfile.TarInfo):
+    """`tarfile` takes an archive that is damaged or cut at a header for one that ends there."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "TarMember":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged or truncated: {error}") from error

@@ -2,39 +2,23 @@
 
 import re
 import unicodedata
-from functools import cache
 from pathlib import Path, PurePath
 
-from PIL import Image as PILImage
-
 from ..labels import check_line
-from .files import VIDEO_SUFFIXES, walk_files
-from .lists import Row, Target, read_list
+from .files import VIDEO_SUFFIXES, image_suffixes, walk_files
+from .lists import LIST_SUFFIXES, Row, Target, read_list
 
-# Of a folder, as `datasets` has it: `train`, `my-train-2`, `validation`, `test`.
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-SPLIT_FOLDERS = {
-    split: re.compile(rf"(.*[-._ 0-9])?({'|'.join(words)})([-._ 0-9].*)?", re.DOTALL)
-    for split, words in SPLIT_WORDS.items()
-}
-METADATA = ("metadata.csv", "metadata.jsonl")
+SPLITS = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+LIKE_A_SPLIT = rf"(.*[-._ 0-9])?({'|'.join(SPLITS)})([-._ 0-9].*)?"  # which `datasets` takes for one: `my-train-2`
+METADATA = "metadata"
 METADATA_PATHS = ("file_name",)
 OTHER_SUFFIXES = {".arrow", ".parquet", ".tar", ".zip"}  # which `datasets` loads
-
-
-@cache
-def image_suffixes() -> set[str]:
-    """Of what Pillow opens; its MPEG plugin opens no pictures."""
-    known = PILImage.registered_extensions()
-    return {suffix for suffix, name in known.items() if name in PILImage.OPEN} - VIDEO_SUFFIXES
-
-
-def is_image(path: str) -> bool:
-    return f".{path.rpartition('.')[2].lower()}" in image_suffixes()
+UNREAD_SUFFIXES = {".txt", ".lst", ".list", ".dat", ".xls", ".xlsx", ".ods", ".gz"}  # of lists in other formats
 
 
 def find_splits(folder: Path) -> dict[str, list[Path]]:
@@ -44,35 +28,96 @@ def find_splits(folder: Path) -> dict[str, list[Path]]:
 
     Raises:
         `OSError`: for a folder that can't be read.
-        `ValueError`: for a name with control characters.
+        `ValueError`: for a name with control characters, a file of which it isn't clear in which split it is, and a
+            list or metadata in a format that isn't read.
     """
     images = image_suffixes()
-    files = walk_files(folder, VIDEO_SUFFIXES | images | OTHER_SUFFIXES | {Path(name).suffix for name in METADATA})
-    files = [file for file in files if not any(_is_hidden(part) for part in file.relative_to(folder).parts)]
-    if any(file.suffix.lower() in OTHER_SUFFIXES for file in files):
+    files = walk_files(folder, {*VIDEO_SUFFIXES, *images, *OTHER_SUFFIXES, *LIST_SUFFIXES, *UNREAD_SUFFIXES})
+    files = [file for file in files if not _is_hidden(file.relative_to(folder))]
+    if others := [file for file in files if file.suffix.lower() in OTHER_SUFFIXES]:
+        _check_others(folder, others, [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES])
         return {}
     kinds = [[file for file in files if file.suffix.lower() in suffixes] for suffixes in (VIDEO_SUFFIXES, images)]
     media = kinds[0] or kinds[1]
     if not media:
         return {}
+    for file in files:
+        _check_is_read(folder, file)
+    return _by_split(folder, [*media, *filter(_is_metadata, files)])
+
+
+def find_tables(folder: Path) -> list[Path]:
+    """The shards and tables in a folder."""
+    return [file for file in walk_files(folder, OTHER_SUFFIXES) if not _is_hidden(file.relative_to(folder))]
+
+
+def _is_hidden(path: PurePath) -> bool:
+    return any(part.startswith((".", "__")) for part in path.parts)
+
+
+def _is_metadata(file: Path) -> bool:
+    return file.stem.casefold() == METADATA and file.suffix.lower() in LIST_SUFFIXES
+
+
+def _check_others(folder: Path, others: list[Path], videos: list[Path]) -> None:
+    """Raises `ValueError` for what `datasets` would leave out, or take for another split."""
+    for file in (*others, *videos):
+        for part in file.relative_to(folder).parts:
+            if re.fullmatch(LIKE_A_SPLIT, part, re.DOTALL):
+                break
+            if re.fullmatch(LIKE_A_SPLIT, part.lower(), re.DOTALL):
+                raise ValueError(f"{file}: {part} must be in lower case, if it is the name of a split, else renamed.")
+    shards = [file for file in others if file.suffix.lower() == ".tar"]
+    if shards and videos:
+        raise ValueError(f"{folder} has both shards and videos: {shards[0]}, {videos[0]}.")
+
+
+def _check_is_read(folder: Path, file: Path) -> None:
+    """Raises `ValueError` for what looks like a list of labels or files, in a format or with a name that isn't read."""
+    name, _, suffix = file.name.casefold().partition(".")
+    is_list = file.parent == folder and name in SPLITS and f".{suffix}" in LIST_SUFFIXES
+    if is_list or (file.suffix.lower() in UNREAD_SUFFIXES and (name == METADATA or name in SPLITS)):
+        raise ValueError(
+            f"{file} seems to be a list, and is not read: lists are called train.csv, val.csv, test.csv or "
+            "metadata.csv, or end in .tsv, .jsonl or .json. Rename it, or move it elsewhere."
+        )
+
+
+def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
-    for file in (*media, *(file for file in files if file.name in METADATA)):
+    names: dict[str, str] = {}
+    for file in files:
         check_line(str(file), "The path of a file")
-        splits.setdefault(_split_of(file.relative_to(folder)) or "", []).append(file)
+        name = _split_folder(file.relative_to(folder))
+        split = SPLITS[name.casefold()] if name else ""
+        if not name:
+            _check_no_split(folder, file)
+        elif names.setdefault(split, name) != name:
+            raise ValueError(
+                f"{folder}: the folders {names[split]} and {name} both mean the split {split}: put the files of both "
+                "in one, or rename one."
+            )
+        splits.setdefault(split, []).append(file)
     unnamed = splits.pop("", [])
+    if unnamed and splits:
+        other = next(iter(splits.values()))[0]
+        raise ValueError(f"{unnamed[0]} must be in the folder of a split, as {other} is.")
     return splits or {"train": unnamed}
 
 
-def _is_hidden(part: str) -> bool:
-    return part.startswith((".", "__"))
+def _split_folder(path: PurePath) -> str | None:
+    """The first folder on a path that is called as a split."""
+    return next((part for part in path.parts[:-1] if part.casefold() in SPLITS), None)
 
 
-def _split_of(path: PurePath) -> str | None:
-    return next(filter(None, map(_split_named, path.parts[:-1])), None)
-
-
-def _split_named(part: str) -> str | None:
-    return next((split for split, pattern in SPLIT_FOLDERS.items() if pattern.fullmatch(part)), None)
+def _check_no_split(folder: Path, file: Path) -> None:
+    for part in file.relative_to(folder).parts[:-1]:
+        if match := re.fullmatch(LIKE_A_SPLIT, part, re.DOTALL | re.IGNORECASE):
+            split = SPLITS[match[2].casefold()]
+            raise ValueError(
+                f"{file}: the folder {part!r} may be a split or a class: call the split {split!r}, or put classes in "
+                "a folder 'train'."
+            )
 
 
 def folder_rows(folder: Path, files: list[Path], target: Target | None) -> list[Row]:
@@ -86,13 +131,15 @@ def folder_rows(folder: Path, files: list[Path], target: Target | None) -> list[
             `"captions"`, a column of the metadata.
 
     Raises:
-        `OSError`, `ValueError`: if the metadata can't be read, or files are in folders of different depths.
+        `OSError`, `ValueError`: if the metadata can't be read or aren't there for each file once, or files are in
+            folders of different depths.
     """
-    metadata = [file for file in files if file.name in METADATA]
+    metadata = [file for file in files if _is_metadata(file)]
     if metadata:
+        _check_metadata(metadata, [file for file in files if not _is_metadata(file)])
         return [row for file in metadata for row in _metadata_rows(file, target)]
     if target == "captions":
-        raise ValueError(f"{folder} must have captions: in {METADATA[0]} beside the files, or in a list.")
+        raise ValueError(f"{folder} must have captions: in {METADATA}.csv beside the files, or in a list.")
     depths = {len(file.parts) for file in files}
     if target == "label" and len(depths) > 1:
         first, other = (next(file for file in files if len(file.parts) == depth) for depth in sorted(depths))
@@ -104,8 +151,24 @@ def folder_rows(folder: Path, files: list[Path], target: Target | None) -> list[
 
 def _has_class(path: PurePath) -> bool:
     """Whether there is a folder between the folder of the split and the file."""
-    first = next((index for index, part in enumerate(path.parts[:-1]) if _split_named(part)), -1)
-    return first < len(path.parts) - 2
+    name = _split_folder(path)
+    return path.parent.name != "" and (name is None or path.parts.index(name) < len(path.parts) - 2)
+
+
+def _check_metadata(metadata: list[Path], media: list[Path]) -> None:
+    """Raises `ValueError` for a file that two files of metadata may list, and for one that none can."""
+    owners: dict[Path, Path] = {}
+    for file in sorted(metadata, key=lambda file: len(file.parts)):
+        if other := next((owners[parent] for parent in file.parents if parent in owners), None):
+            raise ValueError(
+                f"{file} must be the only list of the files below {file.parent}, and {other} lists them too."
+            )
+        owners[file.parent] = file
+    if bare := next((file for file in media if owners.keys().isdisjoint(file.parents)), None):
+        raise ValueError(
+            f"{bare} must be below a file of metadata, as all below {metadata[0].parent} are: none is in "
+            f"{bare.parent} or above."
+        )
 
 
 def _metadata_rows(file: Path, target: Target | None) -> list[Row]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..labels import check_line, read_text
+from ..labels import check_line, check_unicode, read_text, unique_keys
+from .files import is_media
 
 PATH_COLUMNS = ("path", "video", "image")  # the latter in the lists of the original release
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
@@ -18,6 +19,7 @@ JSON_SUFFIXES = (".json", ".jsonl")
 LIST_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES)
 SEPARATORS = (",", "\t", ";", " ")
 FILE_NAME = re.compile(r".*\.\w{1,5}|\S+://\S+")
+ADDRESS = re.compile(r"\S+://\S+")
 WHOLE = re.compile(r"[+-]?[0-9]+")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MAX_SHOWN = 80
@@ -53,7 +55,7 @@ def read_list(path: Path, target: Target | None, path_columns: tuple[str, ...] =
         `OSError`, `ValueError`: if it can't be read; the message names the line.
     """
     text = read_text(path)
-    is_json = path.suffix in JSON_SUFFIXES
+    is_json = path.suffix.lower() in JSON_SUFFIXES
     rows = list((_json_rows if is_json else _csv_rows)(path, text, target, path_columns))
     if not rows:
         raise ValueError(f"{path} lists nothing.")
@@ -78,7 +80,7 @@ def _csv_rows(path: Path, text: str, target: Target | None, path_columns: tuple[
     first, names = next(cells, (0, []))
     if not names:
         return
-    has_header = not FILE_NAME.fullmatch(names[0])
+    has_header = not _is_path(names[0])
     rows = [] if has_header else [(first, names)]
     if not has_header:
         names = [path_columns[0], "label"][: len(names)] if len(names) <= 2 else []
@@ -100,10 +102,10 @@ def _csv_rows(path: Path, text: str, target: Target | None, path_columns: tuple[
 def _cells(path: Path, text: str, path_columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and cells, without white space around, of the lines that aren't blank."""
     lines = text.split("\n")
-    first = next((line for line in lines if line.strip()), "")
-    separator = _separator(first, path_columns)
+    start, first = next(((number, line) for number, line in enumerate(lines, start=1) if line.strip()), (1, ""))
+    separator = _separator(first, path_columns, f"{path}: line {start}")
     if separator == " ":
-        count = len(first.split()) if not FILE_NAME.fullmatch(first.rsplit(None, 1)[0]) else 2
+        count = len(first.split()) if not _is_path(first.rsplit(None, 1)[0]) else 2
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, _words(f"{path}: line {number}", line, count)
@@ -123,13 +125,26 @@ def _cells(path: Path, text: str, path_columns: tuple[str, ...]) -> Iterator[tup
             raise ValueError(f"{path}: line {number} has empty cells alone.")
 
 
-def _separator(line: str, path_columns: tuple[str, ...]) -> str:
-    """The first separator that makes the first line a header, or a path and what goes with it."""
-    for separator in SEPARATORS:
-        cells = _split(line, separator, path_columns)
-        if set(cells) & set(path_columns) or FILE_NAME.fullmatch(cells[0].strip('"')):
-            return separator
-    return SEPARATORS[0]
+def _is_path(text: str) -> bool:
+    """Whether a first line that begins with this is an example: else it has the names of the columns."""
+    return is_media(text) or ADDRESS.fullmatch(text) is not None
+
+
+def _separator(line: str, path_columns: tuple[str, ...], where: str) -> str:
+    """
+    The first separator that makes the first line a header, or a path and what goes with it. Raises `ValueError` where
+    paths end before two of them.
+    """
+    rows = {separator: _split(line, separator, path_columns) for separator in SEPARATORS}
+    headers = [separator for separator, cells in rows.items() if set(cells) & set(path_columns)]
+    paths = [separator for separator, cells in rows.items() if _is_path(cells[0].strip('"'))]
+    ends = {cells[0] for cells in rows.values() if len(cells) > 1 and is_media(cells[0].strip('"'))}
+    if len(ends) > 1 and not headers:
+        raise ValueError(
+            f"{where} can be separated in two ways, got {line.strip()[:MAX_SHOWN]!r}: put the path in quotes, or begin "
+            f"with a line {path_columns[0]},label."
+        )
+    return (headers or paths or SEPARATORS)[0]
 
 
 def _split(line: str, separator: str, path_columns: tuple[str, ...]) -> list[str]:
@@ -198,7 +213,7 @@ def _json_rows(path: Path, text: str, target: Target | None, path_columns: tuple
 
 def _json_entries(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The entries of a list, or else one value after another, each with the line on which it begins."""
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
     position, line = 0, 1
 
     def skip(more: str = "") -> None:
@@ -251,6 +266,7 @@ def _json_captions(value: Any, where: str) -> list[str]:
     for caption in captions:
         if not isinstance(caption, str):
             raise ValueError(f"{where}: a caption must be text, got {_shown(caption)}.")
+        check_unicode(caption, f"{where}: a caption")
     return captions
 
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -24,16 +25,20 @@ from datasets import (
 )
 from datasets.data_files import get_data_patterns, resolve_pattern
 from datasets.exceptions import DatasetGenerationError
+from datasets.inspect import SplitsNotFoundError
 
-from .class_labels import ClassLookup, Labels, labels_of_rows
-from .folders import FileFinder, find_splits, folder_rows, is_image
+from .class_labels import ClassLookup, Labels, as_value, labels_of_rows
+from .files import is_image
+from .folders import FileFinder, find_splits, find_tables, folder_rows
 from .lists import CAPTION_COLUMNS, LIST_SUFFIXES, Row, Target, read_list
 from .names import check_name, unreachable
 from .output import writing
+from .shards import BrokenSampleError, Shards
 
 LIST_NAMES = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 ROWS_TOGETHER = 100_000
 MAX_SHARDS = 64  # of a streamed list, for as many data workers
+PLACES = ("__url__", "__key__")  # of a sample, in what `datasets` reads from shards
 EVALUATION_SPLITS = ("validation", "test")
 Split: TypeAlias = Dataset | IterableDataset
 
@@ -87,6 +92,8 @@ def load_split(
     root = Path(data_root or data)
     if rows is not None:
         rows = _with_files(rows, root)
+    elif listed := _listed_splits(data):
+        raise ValueError(f"{data} has no split {split}, it has {', '.join(listed)}.")
     elif data_root is not None:
         raise ValueError(f"`data_root` is for lists of files: {data} has no {split}.csv or {split}.jsonl.")
     elif splits := _folder_splits(data):
@@ -115,14 +122,17 @@ def find_evaluation_split(data: str) -> str:
 
 def split_names(data: str) -> list[str]:
     """The splits that there are."""
-    if listed := [split for split in LIST_NAMES if _lists(data, split)]:
+    if listed := _listed_splits(data):
         return listed
     if splits := _folder_splits(data):
         return list(splits)
-    if (files := _escaped_files(data)) is not None:
+    if (files := _shards(data)) is not None:
         return list(files)
-    with _named(data):
-        return get_dataset_split_names(data)
+    try:
+        with _named(data):
+            return get_dataset_split_names(data)
+    except SplitsNotFoundError as error:
+        raise ValueError(f"{data}: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
 @contextmanager
@@ -143,9 +153,19 @@ def media_kind(split: Split) -> str:
 # Lists and folders
 
 
+def _listed_splits(data: str) -> list[str]:
+    return [split for split in LIST_NAMES if _lists(data, split)]
+
+
 def _lists(data: str, split: str) -> list[Path]:
-    names = [f"{name}{suffix}" for name in LIST_NAMES.get(split, (split,)) for suffix in LIST_SUFFIXES]
-    return [path for name in names if (path := Path(data) / name).is_file()]
+    """The lists of a split, whatever the case of their names."""
+    names = [name.casefold() for name in LIST_NAMES.get(split, (split,))]
+    files = sorted(Path(data).iterdir()) if Path(data).is_dir() else []
+    return [
+        file
+        for file in files
+        if file.stem.casefold() in names and file.suffix.lower() in LIST_SUFFIXES and file.is_file()
+    ]
 
 
 def _list_rows(data: str, split: str, target: Target | None) -> list[Row] | None:
@@ -214,29 +234,47 @@ def _write_table(folder: Path, columns: dict[str, list[Any]], schema: pa.Schema)
 
 
 def _load_dataset(data: str, split: str, streaming: bool) -> Split:
-    files = _escaped_files(data)
+    files = _shards(data)
     try:
         if files is None:
             with _named(data):
                 return load_dataset(data, split=split, streaming=streaming)
         if split not in files:
             raise ValueError(f"{data} has no split {split}, it has {', '.join(files)}.")
-        return load_dataset("webdataset", data_files={split: files[split]}, split=split, streaming=streaming)
-    except (DatasetGenerationError, pa.ArrowException) as error:
+        builder = Shards(data_files={split: files[split]})
+        if streaming:
+            return builder.as_streaming_dataset(split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+    except (DatasetGenerationError, pa.ArrowException, TarError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{data}: split {split!r} can't be read: {' '.join(str(reason).split())}") from error
 
 
-def _escaped_files(data: str) -> dict[str, list[str]] | None:
-    """The shards of each split of a folder whose name `datasets` would take for a pattern, escaped."""
-    base = glob.escape(data)
-    if base == data or not Path(data).is_dir():
+def _shards(data: str) -> dict[str, list[str]] | None:
+    """
+    The shards of each split of a folder, escaped because `datasets` takes names for patterns. `None` for all that
+    `datasets` finds itself: other files, and a folder that has a README.md, which may say what is in which split.
+    """
+    folder, base = Path(data), glob.escape(data)
+    if not folder.is_dir():
         return None
-    patterns = get_data_patterns(base)
-    found = {split: _resolved(own, base) for split, own in patterns.items()}
-    if others := [path for paths in found.values() for path in paths if not path.endswith(".tar")]:
-        raise ValueError(f"{data} has characters of patterns in its name, which is only for tar shards: {others[0]}")
-    return {split: [glob.escape(path) for path in paths] for split, paths in found.items()}
+    tables = [str(path) for path in find_tables(folder)]
+    has_shards = bool(tables) and all(map(_is_shard, tables))
+    if base == data and (not has_shards or (folder / "README.md").exists()):
+        return None
+    found = {str(split): _resolved(patterns, base) for split, patterns in get_data_patterns(base).items()}
+    if not has_shards:
+        other = next(path for paths in found.values() for path in paths if not _is_shard(path))
+        raise ValueError(f"{data} has characters of patterns in its name, which is only for tar shards: {other}")
+    known = {Path(path).resolve() for paths in found.values() for path in paths}
+    if left := next((path for path in tables if Path(path).resolve() not in known), None):
+        raise ValueError(f"{left} is in no split, and others are ({', '.join(found)}): call it train-0.tar, say.")
+    return {split: [glob.escape(path) for path in paths if _is_shard(path)] for split, paths in found.items()}
+
+
+def _is_shard(path: str) -> bool:
+    return path.lower().endswith(".tar")
 
 
 def _resolved(patterns: Iterable[str], base: str) -> list[str]:
@@ -288,8 +326,12 @@ def _captions_of(example: dict[str, Any], column: str, field: str | None) -> dic
     return {"captions": value if isinstance(value, list) else [] if value is None else [value]}
 
 
-def _label_in_json(example: dict[str, Any]) -> dict[str, Any]:
-    return {"label": example["json"]["label"]}
+def _label_in_json(example: dict[str, Any], name: str) -> dict[str, Any]:
+    found = example["json"]
+    if not isinstance(found, dict) or "label" not in found:
+        got = ", ".join(found) if isinstance(found, dict) else found
+        raise BrokenSampleError(f"{_place(example, name, '.json')}: must have `label`, got {got}")
+    return {"label": found["label"]}
 
 
 def _with_labels(split: Split, name: str, labels: Labels) -> Split:
@@ -297,51 +339,67 @@ def _with_labels(split: Split, name: str, labels: Labels) -> Split:
     if "label" not in split.features and "cls" in split.features:
         split = split.rename_column("cls", "label")
     elif "label" not in split.features and "json" in split.features:
-        split = _known(split.map(_label_in_json, remove_columns="json"))
+        split = _known(split.map(_label_in_json, fn_kwargs={"name": name}, remove_columns="json"))
     if "label" not in split.features:
         raise ValueError(f"The {name} must have a column `label`, got {', '.join(split.features)}.")
-    split = split.select_columns([media_kind(split), "label"])
+    places = [column for column in PLACES if column in split.features]
+    split = split.select_columns([media_kind(split), "label", *places])
     feature = split.features["label"]
     names = feature.names if isinstance(feature, ClassLabel) else None
     dtype = getattr(feature, "dtype", str(feature))
-    features = split.features.copy()
+    features = type(split.features)({key: split.features[key] for key in (media_kind(split), "label")})
     if labels.regression or dtype.startswith("float"):
         if names is not None or not dtype.startswith(("float", "int")):
             raise ValueError(f"The labels of the {name} must be numbers for regression, got {feature}.")
         features["label"] = Value("float32")
-        return split.map(_as_number, fn_kwargs={"name": name}, features=features)
+        return split.map(_as_number, fn_kwargs={"name": name}, remove_columns=places, features=features)
     if names is None and not dtype.endswith("string") and not dtype.startswith(("int", "uint")):
         raise ValueError(f"The labels of the {name} must be text or numbers, got {feature}.")
     label_names = labels.names
     if label_names is None:
         label_names = names or _found_names(split, name, dtype)
     if names == label_names:
-        return split
+        return split.select_columns(list(features))
     features["label"] = ClassLabel(names=label_names)
     options = {"names": names, "lookup": ClassLookup(label_names, labels.indices), "name": name}
-    return split.map(_numbered, fn_kwargs=options, features=features)
+    return split.map(_numbered, fn_kwargs=options, remove_columns=places, features=features)
 
 
 def _found_names(split: Split, name: str, dtype: str) -> list[str]:
     if not isinstance(split, Dataset):
         raise ValueError(f"The {name} is streamed and its labels have no names: pass `label_names`.")
-    rows = [Row(f"The {name}", "", label) for label in split.unique("label")]
+    known = split.select_columns([column for column in ("label", *PLACES) if column in split.features])
+    first = {label: index for index, label in reversed(list(enumerate(known["label"])))}
+    rows = [
+        Row(_place(known[index], name), "", label) for label, index in sorted(first.items(), key=lambda item: item[1])
+    ]
     return labels_of_rows(rows, name, Labels())[1] or []
 
 
 def _as_number(example: dict[str, Any], name: str) -> dict[str, Any]:
     label = example["label"]
     if label is None or label != label:
-        raise ValueError(f"{_path_of(example)} in the {name}: the label must be a number, got {label}.")
-    return {"label": label}
+        raise BrokenSampleError(f"{_place(example, name)}: the label must be a number, got {label}.")
+    try:
+        return {"label": as_value(label, _place(example, name))}
+    except ValueError as error:
+        raise BrokenSampleError(str(error)) from error
 
 
 def _numbered(example: dict[str, Any], names: list[str] | None, lookup: ClassLookup, name: str) -> dict[str, Any]:
     label = example["label"]
     if names is not None and label is not None:
         label = names[label] if label >= 0 else None  # as data sets without labels have it
-    return {"label": lookup(label, f"{_path_of(example)} in the {name}")}
+    try:
+        return {"label": lookup(label, _place(example, name))}
+    except ValueError as error:  # known by its class where a stream is read by a worker
+        raise BrokenSampleError(str(error)) from error
 
 
-def _path_of(example: dict[str, Any]) -> str:
-    return next(str(example[kind]["path"]) for kind in ("video", "image") if kind in example)
+def _place(example: dict[str, Any], name: str, suffix: str = "") -> str:
+    """Where an example is: the sample of a shard or, of other data, what is known of it."""
+    if all(example.get(column) for column in PLACES):
+        shard, sample = (example[column] for column in PLACES)
+        return f"shard {shard}, {sample}{suffix}"
+    media = next((example[kind]["path"] for kind in ("video", "image") if kind in example), None)
+    return f"The {name}" if media is None else f"{media} in the {name}"

@@ -27,7 +27,7 @@ from ..video_decoding import VideoFile, VideoSource, open_source
 from ..video_index import FrameIndex
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .data import BROKEN, Examples, TestViews, process_clips
-from .files import VIDEO_SUFFIXES, walk_files
+from .files import VIDEO_SUFFIXES, TarMember, walk_files
 from .frame_indexes import FrameIndexes
 
 SHARD_SUFFIX = ".tar"
@@ -225,19 +225,6 @@ def _read_shard(shard: Source, location: str, complete: Container[Source], share
             seen.add(member.name)
 
 
-class _Member(tarfile.TarInfo):
-    """`tarfile` takes an archive that is damaged or cut at a header for one that ends there."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"damaged or truncated: {error}") from error
-
-
 @contextmanager
 def _open_shard(location: str) -> Iterator[tarfile.TarFile]:
     """
@@ -248,7 +235,7 @@ def _open_shard(location: str) -> Iterator[tarfile.TarFile]:
     try:
         with (
             _open_file(location, streamed) as opened,
-            tarfile.open(fileobj=opened, mode="r|" if streamed else "r:", tarinfo=_Member) as archive,
+            tarfile.open(fileobj=opened, mode="r|" if streamed else "r:", tarinfo=TarMember) as archive,
         ):
             yield archive
     except tarfile.TarError as error:
