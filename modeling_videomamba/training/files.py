@@ -1,7 +1,7 @@
 """Files of videos in folders."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 VIDEO_SUFFIXES = {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
@@ -28,3 +28,26 @@ def walk_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
         folders.sort(key=lambda name: ((real / name).is_symlink(), name))  # a folder goes before links to it
         found += [Path(root, name) for name in files if Path(name).suffix.lower() in suffixes]
     return sorted(found)
+
+
+def legible(path: str) -> str:
+    """A path that can be printed, with escapes for what in it is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def name_error(path: str) -> str | None:
+    """Why a video can't be read because of its name, which tables and JSON could not hold; else `None`."""
+    return None if legible(path) == path else f"{legible(path)}: its name is not UTF-8, rename it"
+
+
+def check_no_file_twice(kind: str, paths: Iterable[str]) -> None:
+    """
+    Raises `ValueError` where two of these paths or addresses are one file, also where they lead to its folder in two
+    ways. `kind` says what it is a file of.
+    """
+    known: set[str | Path] = set()
+    for path in paths:
+        file = path if "://" in path else Path(path).parent.resolve() / Path(path).name
+        if file in known:
+            raise ValueError(f"a {kind} is given twice: {path}")
+        known.add(file)
