@@ -40,13 +40,15 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """
-    Positional arguments and options come in any order, and a name may have underscores instead of hyphens. What is
-    wrong ends the script with one line, printed by one of its processes.
+    Positional arguments and options come in any order, and a name may have underscores instead of hyphens. No text or
+    path may be empty. What is wrong ends the script with one line, printed by one of its processes.
     """
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=Help, **options)
         self._mixes = False
+        for kind, read in ((None, _read_text), (str, _read_text), (Path, _read_path)):
+            self.register("type", kind, read)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._mixes or self._subparsers is not None:  # the parser of the command reads what follows it
@@ -61,6 +63,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         is_first = int(os.environ.get("RANK", 0)) == 0
         sys.exit(f"error: {message}" if is_first else 1)
+
+
+def _read_text(word: str) -> str:
+    if not word:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return word
+
+
+def _read_path(word: str) -> Path:
+    return Path(_read_text(word))  # `Path("")` is the current folder
 
 
 def _hyphenated(word: str) -> str:

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -169,6 +170,32 @@ def test_what_is_wrong_is_one_line_of_one_process(name, words, message, monkeypa
         else:
             assert shown == 1
         assert capsys.readouterr() == ("", "")
+
+
+def words_with(parser, emptied):
+    """A command line with all that is required, where one argument is empty."""
+    for action in parser._actions:
+        word = "" if action is emptied else "1"
+        if not action.option_strings:
+            yield word
+        elif action is emptied or action.required:
+            yield from (action.option_strings[0], word)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_text_or_path_is_refused(name, monkeypatch, capsys):
+    """An empty path would be the current folder."""
+    for parser in parsers_of(name, monkeypatch):
+        if parser._subparsers is not None:
+            continue
+        for action in parser._actions:
+            if action.nargs == 0 or action.help == argparse.SUPPRESS:
+                continue
+            with pytest.raises(SystemExit) as end:
+                parser.parse_args(list(words_with(parser, action)))
+            name = action.option_strings[0] if action.option_strings else action.metavar
+            expected = "must not be empty" if action.type in (None, str, Path) else "invalid"
+            assert end.value.code.startswith(f"error: argument {name}: {expected}"), action
 
 
 def test_a_launcher_adds_nothing_to_the_line():
