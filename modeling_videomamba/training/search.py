@@ -100,13 +100,14 @@ class Search:
     def _is_unchanged(self, window: Window) -> bool:
         name = window.file.path
         if name not in self._unchanged and name not in self.left_out:
-            if changed := self._change(window):
+            if changed := self.change(window):
                 self.left_out[name] = f"{name}: {changed} since it was indexed"
             else:
                 self._unchanged.add(name)
         return name in self._unchanged
 
-    def _change(self, window: Window) -> str | None:
+    def change(self, window: Window) -> str | None:
+        """`"removed"` or `"changed"` where the file of a window isn't as it was when it was indexed."""
         try:
             if "://" in window.file.path:
                 size, version = find_remote(window.file.path)[1:]
