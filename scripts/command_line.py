@@ -174,15 +174,16 @@ def _add_recipes(parser: Parser, recipes: Path, classes: Any) -> None:
 def _read_recipe(
     parser: Parser, name: str, recipes: Path, names: list[str], classes: Any, given: list[str]
 ) -> dict[str, Any]:
-    import yaml
+    from recipe_files import read_recipe  # imports YAML, which the other scripts don't need
 
     path = recipes / f"{name}.yaml" if name in names else Path(name)
     if not path.is_file():
         parser.error(f"--recipe {name}: neither a file nor one of {', '.join(names)}")
-    values = yaml.safe_load(path.read_text("utf-8"))
     known = {item.name for one in classes for item in fields(one)}
-    if unknown := set(values) - known:
-        parser.error(f"--recipe {name}: this script has no {', '.join(sorted(unknown))}")
+    try:
+        values = read_recipe(path, {action.dest: action for action in parser._actions if action.dest in known})
+    except (OSError, ValueError) as error:
+        parser.error(f"--recipe {name}: {error}")
     starts = {word.removeprefix("--").split("=")[0] for word in given} & STARTS
     return {name: value for name, value in values.items() if not (starts and name in STARTS)}
 
