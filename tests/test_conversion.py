@@ -377,7 +377,7 @@ def test_foreign_weights_of_a_directory_are_refused_in_one_line_and_not_run(name
     content, message = FOREIGN.get(name) or (others[name], "Namespace" if name == "arguments" else "")
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=message or None) as error:
         load_model(VideoMambaForVideoClassification, tmp_path)
     text = str(error.value)
     assert str(path if message else tmp_path) in text and "\n" not in text and "weights_only" not in text
