@@ -75,6 +75,28 @@ def test_help_tells_everything_once(name, monkeypatch, capsys):
             assert not takes_value or re.search(r"default: \S|no default|\(required\)", shown), action
 
 
+# what a number is: things that are counted, or how it is to be understood
+UNITS = """frames|seconds|minutes|pixels|videos|windows|clips|crops|images|digits|labels|hits|candidates|epochs|steps|
+batch(es)?|views|examples|layers?|heads|tokens|threads|calls|processes|times|operations|bytes|runs|port|0\\ to\\ \\d+|share|
+probability|alpha|decay|norm|weight|standard\\ deviation|learning\\ rate|random\\ choice|decides\\ every"""
+MANY = 12  # options besides --help
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_tells_what_numbers_are_and_groups_many_options(name, monkeypatch, capsys):
+    for parser in parsers_of(name, monkeypatch):
+        if not parser.add_help:
+            continue
+        shown = [action for action in parser._actions if action.option_strings and action.help != argparse.SUPPRESS]
+        for action in shown:
+            if action.type in (int, float):
+                assert re.search(rf"\b({UNITS})\b", action.help, re.VERBOSE), (name, action)
+        ungrouped = [action for action in parser._optionals._group_actions if action in shown]
+        assert len(shown) - 1 <= MANY or {action.dest for action in ungrouped} <= {"help", "recipe"}, name
+        titles = [group.title for group in parser._action_groups if group._group_actions]
+        assert len(set(titles)) == len(titles) and all(titles)
+
+
 def test_help_says_the_values_of_a_recipe(monkeypatch, capsys):
     words = ["finetune.py", "--recipe", "k400-tiny-f8x224", "--help"]
     monkeypatch.setattr(sys, "argv", words)
