@@ -3,9 +3,7 @@
 import argparse
 import math
 import os
-import pickle
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 
+from .checkpoint_files import CheckpointError, load_tensors
 from .configuration_videomamba import VideoMambaConfig
 from .conversion_clip import build_clip, is_clip_visual_encoder, rename_clip
 from .conversion_video_text import (
@@ -79,10 +78,6 @@ CLIP = "CLIP visual encoder"
 VIDEO_TEXT = "video-text"
 ALIGNED_KINDS = ("masked-pretraining", VIDEO_TEXT)
 WRAPPERS = ("model", "module")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be converted; the message says why."""
 
 
 @dataclass
@@ -226,7 +221,8 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
     """The tensors of a `.pth` file, out of `model` or `module` if they are in there, without wrappers' prefixes."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    checkpoint = _load_tensors(path)
+    # trainers stored their arguments beside the weights; a namespace holds values and runs nothing
+    checkpoint = load_tensors(path, allowed=[argparse.Namespace])
     if is_vim_name(checkpoint):
         raise CheckpointError(f"{path}: a checkpoint of Vim, by the arguments in it: {REASON}")
     while isinstance(checkpoint, dict) and (
@@ -238,6 +234,8 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
     strangers = [name for name, tensor in checkpoint.items() if not isinstance(tensor, torch.Tensor)]
     if strangers:
         raise CheckpointError(f"{path}: not only tensors in its state dict: {_listing(strangers)}")
+    if numbers := [name for name in checkpoint if not isinstance(name, str)]:
+        raise CheckpointError(f"{path}: names of tensors must be text, got {_listing(numbers)}")
     state_dict = {_without_wrappers(name): tensor for name, tensor in checkpoint.items()}
     if len(state_dict) < len(checkpoint):
         raise CheckpointError(f"{path}: holds tensors that differ only in the prefix of their names")
@@ -247,25 +245,6 @@ def load_state_dict(path: str | os.PathLike) -> StateDict:
 def _without_wrappers(name: str) -> str:
     """Without what `torch.compile`, of the model or of parts, and other wrappers add to the name of a tensor."""
     return re.sub(r"^((module|backbone|encoder)\.)+", "", re.sub(r"(^|(?<=\.))_orig_mod\.", "", name))
-
-
-def _load_tensors(path: str | os.PathLike) -> Any:
-    """What `torch.load` gives. Its advice to run a strange file's code is not passed on."""
-    try:
-        # trainers stored their arguments beside the weights; a namespace holds values and runs nothing
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore", UserWarning)  # of other versions of pickle, which the error tells
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        stranger = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds {stranger[1]}" if stranger else "it holds more than PyTorch writes for tensors"
-        raise CheckpointError(
-            f"{path}: not a checkpoint of plain tensors ({reason}): refused, because loading it could run code in it"
-        ) from error
-    except Exception as error:  # what is no checkpoint fails in any way
-        tells = isinstance(error, OSError | RuntimeError) and str(error)
-        reason = str(error).splitlines()[0] if tells else type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint of PyTorch: {reason}") from error
 
 
 def recognise(state_dict: StateDict) -> str:
@@ -382,7 +361,7 @@ def _load(model: PreTrainedModel, state_dict: StateDict) -> None:
     model.load_state_dict(state_dict)
 
 
-def _listing(names: Sequence[str], limit: int = 10) -> str:
+def _listing(names: Sequence[object], limit: int = 10) -> str:
     """A few names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(f"`{name}`" for name in names[:limit]) + more

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2 import InterpolationMode
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -31,6 +32,16 @@ WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # PyTorch can hardly
 COUNTS = {"num_frames": 10**5, "num_clips": 10**3, "num_crops": 10**2}  # the largest numbers that can be meant
 MAX_FRAMES = 10**6
 MAX_SIDE = 2**14
+MAX_NUMBER = 1e6  # of means, standard deviations and factors
+SIDES = {  # names that a size has, sorted
+    "size": (["shortest_edge"], ["longest_edge", "shortest_edge"], ["height", "width"], ["max_height", "max_width"]),
+    "crop_size": (["height", "width"],),
+}
+RESAMPLINGS = (0, 1, 2, 3, "nearest", "nearest-exact", "bilinear", "bicubic", "lanczos")  # of PIL and torchvision
+UNSUPPORTED = {
+    "fps": "VideoMamba samples `num_frames` frames",
+    "video_metadata": "sampling depends on the frames of the video alone",
+}
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 GREY_MEAN, GREY_STD = (np.mean(values).round(3).item() for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
@@ -207,20 +218,26 @@ def check_processor_settings(settings: dict[str, Any]) -> None:
     Checks settings of a processor, those of a call as those of a file.
 
     Args:
-        settings (`dict[str, Any]`): By name. A setting that is missing or `None` is not checked.
+        settings (`dict[str, Any]`): By name. A setting that is missing is not checked, nor, but for numbers of frames
+            and views, one that is `None`.
 
     Raises:
         `ValueError`: for one that can't be meant; the message names it.
     """
+    for name in COUNTS & settings.keys():
+        _check_whole(f"`{name}`", settings[name], COUNTS[name])
     given = {name: value for name, value in settings.items() if value is not None}
-    for name in COUNTS & given.keys():
-        _check_whole(f"`{name}`", given[name], COUNTS[name])
+    for name in UNSUPPORTED & given.keys():
+        raise ValueError(f"`{name}` is not supported, got {given[name]}: {UNSUPPORTED[name]}.")
     frames = math.prod(given.get(name, 1) for name in COUNTS)
     if frames > MAX_FRAMES:
         names = " x ".join(f"`{name}`" for name in COUNTS)
         raise ValueError(f"{names} must be at most {MAX_FRAMES} frames of a video, got {frames}.")
-    for name in {"size", "crop_size"} & given.keys():
-        for side, length in _sides(given[name]).items():
+    for name, value in given.items():
+        if (name.startswith("do_") or name == "default_to_square") and not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+    for name in SIDES & given.keys():
+        for side, length in _sides(name, given[name]).items():
             _check_whole(f"`{name}` ({side})", length, MAX_SIDE)
     channels = 1 if given.get("do_grayscale") else 3
     for name in {"image_mean", "image_std"} & given.keys():
@@ -231,15 +248,27 @@ def check_processor_settings(settings: dict[str, Any]) -> None:
                 f"`do_grayscale={bool(given.get('do_grayscale'))}`, got {given[name]}."
             )
         for value in values:
-            _check_number(f"`{name}`", value, positive=name == "image_std")
+            _check_number(name, value)
     if "rescale_factor" in given:
-        _check_number("`rescale_factor`", given["rescale_factor"], positive=True)
+        _check_number("rescale_factor", given["rescale_factor"])
+    if "resample" in given:
+        _check_resample(given["resample"])
+    if "device" in given:
+        _check_device(given["device"])
 
 
-def _sides(size: Any) -> dict[str, Any]:
+def _sides(name: str, size: Any) -> dict[str, Any]:
     if isinstance(size, dict | SizeDict):
-        return dict(size)
-    return dict(zip("01", size, strict=False)) if isinstance(size, list | tuple) else {"side": size}
+        sides = dict(size)
+        if sorted(sides) not in SIDES[name]:
+            allowed = " or ".join(" and ".join(names) for names in SIDES[name])
+            raise ValueError(f"`{name}` must have {allowed}, got {sides}.")
+        return sides
+    if isinstance(size, list | tuple):
+        if len(size) != 2:
+            raise ValueError(f"`{name}` must be a number, two (height and width) or a dictionary, got {size}.")
+        return dict(zip(("height", "width"), size, strict=True))
+    return {"side": size}
 
 
 def _check_whole(name: str, value: Any, most: int) -> None:
@@ -247,10 +276,25 @@ def _check_whole(name: str, value: Any, most: int) -> None:
         raise ValueError(f"{name} must be a whole number from 1 to {most}, got {value!r}.")
 
 
-def _check_number(name: str, value: Any, positive: bool) -> None:
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (positive and value <= 0):
-        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {value!r}.")
+def _check_number(name: str, value: Any) -> None:
+    """With larger and smaller numbers pixels would not be finite in float32."""
+    least = -MAX_NUMBER if name == "image_mean" else 1 / MAX_NUMBER
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not least <= value <= MAX_NUMBER:
+        raise ValueError(f"`{name}` must be a number from {least:g} to {MAX_NUMBER:g}, got {value!r}.")
+
+
+def _check_resample(value: Any) -> None:
+    mode = value.value if isinstance(value, InterpolationMode) else value
+    if isinstance(mode, bool | float) or mode not in RESAMPLINGS:
+        raise ValueError(f"`resample` must be 0 (nearest), 1 (Lanczos), 2 (bilinear) or 3 (bicubic), got {value!r}.")
+
+
+def _check_device(value: Any) -> None:
+    try:
+        torch.zeros(1, device=value).item()  # "meta" has no values
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be one that PyTorch can use here, got {value!r}.") from error
 
 
 def is_picture(value: Any) -> bool:

@@ -186,10 +186,8 @@ class VideoMambaVideoProcessor(BaseVideoProcessor):
 
     def preprocess(self, videos: Any, **kwargs: Unpack[VideoMambaVideoProcessorKwargs]) -> BatchFeature:
         """See `__call__`."""
-        if kwargs.get("fps") is not None:
-            raise ValueError(f"`fps` is not supported, got {kwargs['fps']}: VideoMamba samples `num_frames` frames.")
-        if kwargs.get("video_metadata") is not None:
-            raise ValueError("`video_metadata` is not supported: sampling depends on the frames of the video alone.")
+        if kwargs.get("num_frames") is None:
+            kwargs.pop("num_frames", None)  # stands for the processor's
         for name in ("num_clips", "num_crops", "do_sample_frames"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self, name)

@@ -30,24 +30,22 @@ def scan_shape(text: str) -> list[int]:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="OUT.json", help="write all measurements (default: print a table)")
-    parser.add_argument(
+    output = parser.add_argument_group("Output")
+    output.add_argument("--json", type=Path, metavar="OUT.json", help="write all measurements (default: print a table)")
+    output.add_argument(
         "--picture", type=Path, metavar="OUT.png", help="draw time and memory against frames (default: no picture)"
     )
-    parser.add_argument(
+    output.add_argument("--list", action="store_true", help="print the names of the measurements and stop")
+    what = parser.add_argument_group("What is measured")
+    what.add_argument(
         "--only", nargs="+", metavar="TEXT", help="measurements whose names contain one of these (default: all)"
     )
-    parser.add_argument(
+    what.add_argument(
         "--busy",
         action="store_true",
         help="measure instead how VideoMamba-Ti, VideoMAE-Ti and a step of training slow down beside busy processes",
     )
-    parser.add_argument("--list", action="store_true", help="print the names of the measurements and stop")
-    parser.add_argument("--threads", type=int, help="threads of a measurement (default: PyTorch's)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls, at least")
-    parser.add_argument("--min-seconds", type=float, default=2.0, help="seconds of timed calls, at least")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one measurement")
-    parser.add_argument(
+    what.add_argument(
         "--scan-shapes",
         type=scan_shape,
         nargs="+",
@@ -55,11 +53,16 @@ def parse_args() -> argparse.Namespace:
         metavar="BATCHxLENGTHxCHANNELS",
         help="inputs of the scans (default: 1x1569x384 1x12545x1152)",
     )
-    parser.add_argument(
+    what.add_argument(
         "--frames", type=int, nargs="+", default=FRAMES, help="frames of the clips; M and training take the first"
     )
-    parser.add_argument("--long-clip", type=int, default=1024, help="frames of a last clip for Ti")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels of a side, a multiple of 16")
+    what.add_argument("--long-clip", type=int, default=1024, help="frames of a last clip for Ti")
+    what.add_argument("--image-size", type=int, default=224, help="pixels of a side, a multiple of 16")
+    how = parser.add_argument_group("How it is measured")
+    how.add_argument("--threads", type=int, help="threads of a measurement (default: PyTorch's)")
+    how.add_argument("--repeats", type=int, default=5, help="timed calls, at least")
+    how.add_argument("--min-seconds", type=float, default=2.0, help="seconds of timed calls, at least")
+    how.add_argument("--timeout", type=float, default=600.0, help="seconds for one measurement")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:

@@ -41,13 +41,15 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """
-    Positional arguments and options come in any order, and a name may have underscores instead of hyphens. What is
-    wrong ends the script with one line, printed by one of its processes.
+    Positional arguments and options come in any order, and a name may have underscores instead of hyphens. No text or
+    path may be empty. What is wrong ends the script with one line, printed by one of its processes.
     """
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=Help, **options)
         self._mixes = False
+        for kind, read in ((None, _read_text), (str, _read_text), (Path, _read_path)):
+            self.register("type", kind, read)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._mixes or self._subparsers is not None:  # the parser of the command reads what follows it
@@ -62,6 +64,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         is_first = int(os.environ.get("RANK", 0)) == 0
         sys.exit(f"error: {message}" if is_first else 1)
+
+
+def _read_text(word: str) -> str:
+    if not word:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return word
+
+
+def _read_path(word: str) -> Path:
+    return Path(_read_text(word))  # `Path("")` is the current folder
 
 
 def _hyphenated(word: str) -> str:
@@ -170,15 +182,16 @@ def _add_recipes(parser: Parser, recipes: Path, classes: Any) -> None:
 def _read_recipe(
     parser: Parser, name: str, recipes: Path, names: list[str], classes: Any, given: list[str]
 ) -> dict[str, Any]:
-    import yaml
+    from recipe_files import read_recipe  # imports YAML, which the other scripts don't need
 
     path = recipes / f"{name}.yaml" if name in names else Path(name)
     if not path.is_file():
         parser.error(f"--recipe {name}: neither a file nor one of {', '.join(names)}")
-    values = yaml.safe_load(path.read_text("utf-8"))
     known = {item.name for one in classes for item in fields(one)}
-    if unknown := set(values) - known:
-        parser.error(f"--recipe {name}: this script has no {', '.join(sorted(unknown))}")
+    try:
+        values = read_recipe(path, {action.dest: action for action in parser._actions if action.dest in known})
+    except (OSError, ValueError) as error:
+        parser.error(f"--recipe {name}: {error}")
     starts = {word.removeprefix("--").split("=")[0] for word in given} & STARTS
     return {name: value for name, value in values.items() if not (starts and name in STARTS)}
 

@@ -4,7 +4,6 @@ import argparse
 import csv
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,13 @@ from transformers import AutoModel, AutoModelForVideoClassification, AutoVideoPr
 import modeling_videomamba  # noqa: F401 - registers VideoMamba with the Auto classes
 from command_line import MAX_PICTURE_ROWS
 from filmstrips import draw_filmstrip
-from modeling_videomamba.training.files import VIDEO_SUFFIXES, walk_files
+from modeling_videomamba.training.files import (
+    VIDEO_SUFFIXES,
+    check_no_file_twice,
+    legible,
+    name_error,
+    walk_files,
+)
 from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.output import writing
 from modeling_videomamba.training.plots import pyplot
@@ -50,6 +55,9 @@ class Failure:
 def run_model(videos: list[str], model: Any, processor: Any, keep_frames: bool) -> Iterator[Result | Failure]:
     """Scores or, from a model without a head, embeddings, mean over the views that the processor makes of a video."""
     for video in videos:
+        if reason := name_error(video):
+            yield Failure(legible(video), reason)
+            continue
         try:
             pixel_values = processor(video, return_tensors="pt")["pixel_values"]
         except (OSError, ValueError) as error:
@@ -131,8 +139,7 @@ def find_videos(given: list[str]) -> list[str]:
         if not inside:
             raise ValueError(f"{name}: no video in this folder ({', '.join(sorted(VIDEO_SUFFIXES))})")
         videos += inside
-    if twice := [video for video, count in Counter(videos).items() if count > 1]:
-        raise ValueError(f"a video is given twice: {twice[0]}")
+    check_no_file_twice("video", videos)
     return videos
 
 
@@ -161,7 +168,7 @@ def write_features(args: argparse.Namespace, results: Iterable[Result | Failure]
     if args.json:
         print_json(report, failed)
     elif features:
-        print(f"{len(features)} embeddings of {report[0]['features']} values: {args.features}")
+        print(f"{len(features)} embeddings of {report[0]['features']} values: {legible(str(args.features))}")
     return failed
 
 
@@ -192,7 +199,7 @@ def write_labels(
     if args.json:
         print_json([{"video": one.video, "labels": best} for one, best in zip(read, labels, strict=True)], failed)
     elif args.csv:
-        print(f"labels of {len(read)} videos: {args.csv}")
+        print(f"labels of {len(read)} videos: {legible(str(args.csv))}")
     elif read:
         print_table(Console(), read, labels)
     if read and args.picture:

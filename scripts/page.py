@@ -24,8 +24,8 @@ from modeling_videomamba.training.guarded_video import GuardedVideo
 from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.plots import restore_pixels
 from modeling_videomamba.training.previews import clock_time, write_preview
-from modeling_videomamba.training.search import Hit, Search, Text, find, load_search, warn_of
-from modeling_videomamba.training.windows import Window, open_video, prepare_frames, read_media
+from modeling_videomamba.training.search import Hit, OpenVideo, Search, Text, find, load_search, warn_of
+from modeling_videomamba.training.windows import Window, prepare_frames
 from modeling_videomamba.video_processing_videomamba import sample_frame_indices
 
 HERE = Path(__file__).resolve().parent
@@ -219,13 +219,15 @@ def offer(search: Search, model: Any, processor: Any, text: str) -> tuple[str, g
 
 
 def play(search: Search, windows: list[Window], chosen: int) -> Iterator[gr.Video]:
-    """A hit for the player. Raises `gr.Error`, which the page shows, for a file that can't be read any more."""
+    """A hit for the player. Raises `gr.Error`, which the page shows, for a file that has changed or can't be read."""
     window = windows[chosen]
+    if search.change(window) == "changed":  # after it was found
+        raise gr.Error(f"{window.file.path}: changed since it was indexed")
     with tempfile.TemporaryDirectory() as folder:  # until Gradio has taken the file from it
         path = Path(folder, "hit.mp4")
         try:
-            with open_video(read_media(search.root, window.path)) as reader:
-                write_preview(reader, window.start, window.end, path)
+            with OpenVideo(search) as opened:
+                write_preview(opened.of(window), window.start, window.end, path)
         except BROKEN as error:
             raise gr.Error(str(error)) from error
         yield gr.Video(str(path), visible=True)

@@ -88,6 +88,8 @@ def check_index(collection: Collection, args: argparse.Namespace, weights: str, 
     }
     if collection.is_empty:  # but for the settings of a run that did nothing
         (args.out / SETTINGS).unlink(missing_ok=True)
+    else:
+        collection.settings()  # raises if the file is damaged or missing
     check_settings(args.out / SETTINGS, settings, f"{args.out} is an index of another run")
 
 

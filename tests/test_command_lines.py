@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,28 @@ def test_help_tells_everything_once(name, monkeypatch, capsys):
             takes_value = action.option_strings and action.nargs != 0
             shown = parser._get_formatter()._get_help_string(action)
             assert not takes_value or re.search(r"default: \S|no default|\(required\)", shown), action
+
+
+# what a number is: things that are counted, or how it is to be understood
+UNITS = """frames|seconds|minutes|pixels|videos|windows|clips|crops|images|digits|labels|hits|candidates|epochs|steps|
+batch(es)?|views|examples|layers?|heads|tokens|threads|calls|processes|times|operations|bytes|runs|port|0\\ to\\ \\d+|share|
+probability|alpha|decay|norm|weight|standard\\ deviation|learning\\ rate|random\\ choice|decides\\ every"""
+MANY = 12  # options besides --help
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_tells_what_numbers_are_and_groups_many_options(name, monkeypatch, capsys):
+    for parser in parsers_of(name, monkeypatch):
+        if not parser.add_help:
+            continue
+        shown = [action for action in parser._actions if action.option_strings and action.help != argparse.SUPPRESS]
+        for action in shown:
+            if action.type in (int, float):
+                assert re.search(rf"\b({UNITS})\b", action.help, re.VERBOSE), (name, action)
+        ungrouped = [action for action in parser._optionals._group_actions if action in shown]
+        assert len(shown) - 1 <= MANY or {action.dest for action in ungrouped} <= {"help", "recipe"}, name
+        titles = [group.title for group in parser._action_groups if group._group_actions]
+        assert len(set(titles)) == len(titles) and all(titles)
 
 
 def test_help_says_the_values_of_a_recipe(monkeypatch, capsys):
@@ -175,6 +198,32 @@ def test_what_is_wrong_is_one_line_of_one_process(name, words, message, monkeypa
         else:
             assert shown == 1
         assert capsys.readouterr() == ("", "")
+
+
+def words_with(parser, emptied):
+    """A command line with all that is required, where one argument is empty."""
+    for action in parser._actions:
+        word = "" if action is emptied else "1"
+        if not action.option_strings:
+            yield word
+        elif action is emptied or action.required:
+            yield from (action.option_strings[0], word)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_text_or_path_is_refused(name, monkeypatch, capsys):
+    """An empty path would be the current folder."""
+    for parser in parsers_of(name, monkeypatch):
+        if parser._subparsers is not None:
+            continue
+        for action in parser._actions:
+            if action.nargs == 0 or action.help == argparse.SUPPRESS:
+                continue
+            with pytest.raises(SystemExit) as end:
+                parser.parse_args(list(words_with(parser, action)))
+            name = action.option_strings[0] if action.option_strings else action.metavar
+            expected = "must not be empty" if action.type in (None, str, Path) else "invalid"
+            assert end.value.code.startswith(f"error: argument {name}: {expected}"), action
 
 
 def test_a_launcher_adds_nothing_to_the_line():

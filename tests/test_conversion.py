@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from modeling_videomamba import (
 from modeling_videomamba.conversion import CheckpointError, convert_checkpoint
 from modeling_videomamba.conversion_vim import has_middle_class_token
 from modeling_videomamba.labels import load_labels
-from tests.conftest import load_golden, strip_prefix
+from modeling_videomamba.training.loading import load_model
+from tests.conftest import NANO, load_golden, strip_prefix
 from tests.launching import call
 
 KINDS = {
@@ -364,6 +366,35 @@ def test_foreign_files_are_refused_in_one_line_and_not_run(name, tmp_path, monke
     text = str(error.value)
     assert text.startswith(f"{path}: ") and "\n" not in text and "weights_only" not in text
     assert not (tmp_path / "malicious").exists() and not list(recwarn)
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "arguments", "list", "numbers"])
+def test_foreign_weights_of_a_directory_are_refused_in_one_line_and_not_run(name, tmp_path, monkeypatch):
+    """PyTorch's advice is to run what is in there."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(NANO / "config.json", tmp_path)
+    others = {"arguments": {"args": argparse.Namespace(a=1)}, "list": [1, 2], "numbers": {1: torch.zeros(1)}}
+    content, message = FOREIGN.get(name) or (others[name], "Namespace" if name == "arguments" else "")
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=message or None) as error:
+        load_model(VideoMambaForVideoClassification, tmp_path)
+    text = str(error.value)
+    assert str(path if message else tmp_path) in text and "\n" not in text and "weights_only" not in text
+    assert not (tmp_path / "malicious").exists()
+
+
+ODD_NAMES = [{1: 0}, {1: 0, "a": 1}, {None: 0}, {(1, "a"): 0}, {b"a": 0}, {"model": {1: 0}}, {"model": {1.5: 0}, 3: 4}]
+
+
+@pytest.mark.parametrize("names", ODD_NAMES)
+def test_names_that_are_no_text_are_refused(names, tmp_path):
+    def tensors(names):
+        return {key: tensors(value) if isinstance(value, dict) else torch.zeros(1) for key, value in names.items()}
+
+    path = save(tmp_path, tensors(names))
+    with pytest.raises(CheckpointError, match=f"^{path}: names of tensors must be text, got `"):
+        convert_checkpoint(path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": {"a": torch.zeros(1), "b": "text"}}])

@@ -14,6 +14,7 @@ import pretrain_video_text
 from command_line import parse_dataclasses
 from make_recipes import make_recipes
 from modeling_videomamba.modeling_videomamba import VideoMambaLayer
+from recipe_files import TEXT
 from tests.conftest import GOLDEN, ROOT
 from videomamba_arguments import (
     LabelledDataArguments,
@@ -150,6 +151,66 @@ def test_wrong_arguments_are_explained(monkeypatch, tmp_path, words, message):
     with pytest.raises(SystemExit) as error:
         parse(monkeypatch, "--data", "x", "--output-dir", "y", *words)
     assert message in str(error.value)
+
+
+WRONG = [
+    *((f"flip: {value}", "flip must be true or false, got ") for value in ("maybe", '"false"', "1", "0", "null", "[]")),
+    *((f"epochs: {value}", "epochs must be a number, got ") for value in ("many", "yes", "null", "[3]", "2020-01-01")),
+    *((f"batch_size: {value}", "batch_size must be a whole number, got ") for value in ("3.0", '"3"', "true", "{}")),
+    *((f"clip_seconds: {value}", "clip_seconds must be a number or null, got ") for value in ("long", "false")),
+    *((f"num_frames: {value}", "num_frames must be a whole number or null, got ") for value in ("8.0", "all")),
+    *((f"report_to: {value}", "report_to must be a text, in quotes if it ") for value in ("no", "3", '""', "[a]")),
+    *((f"mixed_precision: {value}", "mixed_precision must be a text, in quotes if it ") for value in ("no", "16")),
+    *((f"label_file: {value}", "label_file must be a text, in quotes if it ") for value in ("3", '""', "[a]", "true")),
+    *((f"on_broken_video: {value}", "on_broken_video must be skip or raise, got ") for value in ("skp", "null", "1")),
+    ("epochs: 3\nflip: true\nepochs: 4", "epochs is there twice, in lines 1 and 3"),
+    ("1: 2\nx: 3", "this script has no 1, x"),
+    *((text, "must have lines of `name: value`, got ") for text in ("", "# nothing\n", "- a\n", "text", "3", "null")),
+    *((text, "not YAML: ") for text in ("a: [", "a: b: c", "\tflip: true", "a: &b\n- *c", "--- a\n--- b\n", "a: \0")),
+    (b"data: caf\xe9", "must be text in UTF-8, got the byte 0xe9 (byte 10 of the file)"),
+    (b"\xff\xfef\0", "must be text in UTF-8, got the byte 0xff (byte 1 of the file)"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG)
+def test_a_wrong_recipe_is_one_line(monkeypatch, tmp_path, content, message):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as error:
+        parse(monkeypatch, "--recipe", str(path), "--data", "x", "--output-dir", "y", "--model", "m")
+    assert error.value.code.startswith(f"error: --recipe {path}: {message}") and "\n" not in error.value.code
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mask_type", "tubes"), ("alignment_loss", "l3"), ("probe", "svm"), ("more_data", "a")]
+)
+def test_choices_and_lists_of_a_recipe_are_checked(monkeypatch, tmp_path, name, value):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{name}: {value}\n")
+    script = pretrain_video_text if name == "more_data" else pretrain_umt
+    with pytest.raises(SystemExit) as error:
+        parse(monkeypatch, "--recipe", str(path), classes=script.CLASSES)
+    allowed = {
+        "mask_type": "random, tube, clip_row, frame_row or attention",
+        "alignment_loss": "l2, mse, smooth_l1 or null",
+        "probe": "knn or linear",
+        "more_data": f"a list, each item {TEXT}",
+    }
+    assert error.value.code == f"error: --recipe {path}: {name} must be {allowed[name]}, got '{value}'"
+
+
+def test_what_a_recipe_may_have(monkeypatch, tmp_path):
+    """YAML takes 1e-3 for a text."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("flip: yes\nlearning_rate: 1e-3\nclip_seconds: null\nepochs: 3\nlabel_file: a/b\nnum_frames: 4\n")
+    data, model, augmentation, optimization, _ = parse(
+        monkeypatch, "--recipe", str(path), "--data", "x", "--output-dir", "y", "--model", "m"
+    )
+    assert augmentation.flip is True and (optimization.learning_rate, optimization.epochs) == (1e-3, 3)
+    assert (data.clip_seconds, data.label_file, model.num_frames) == (None, Path("a/b"), 4)
+    path.write_text("more_data: [a, b]\nvision: v\ntext: t")
+    words = ("--recipe", str(path), "--data", "x", "--output-dir", "y")
+    assert parse(monkeypatch, *words, classes=pretrain_video_text.CLASSES)[0].more_data == ["a", "b"]
 
 
 def test_unknown_options_are_refused(monkeypatch):

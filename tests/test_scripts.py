@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -112,6 +115,47 @@ def test_a_folder_is_labelled_into_a_table(folder_of_videos, tmp_path, exit_of, 
     assert all(float(row["score"]) > 0.9 for row in rows if row["rank"] == "1")
     assert [(row["video"], row["label"]) for row in rows if row["error"]] == [(names[2], "")]
     assert len(rows) == 2 * 4 + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("form", ["table", "json", "csv", "picture", "features"])
+def test_a_name_that_is_not_text_is_a_video_that_cannot_be_read(form, tmp_path, monkeypatch):
+    """In a folder, and given; the output may have such a name."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    for name in (b"videos/\xff.mp4", b"videos/z.mp4", b"caf\xe9.mp4"):
+        shutil.copyfile(NANO / "example.mp4", os.fsdecode(name))
+    out = Path("out.png" if form == "picture" else os.fsdecode(b"\xfe.out"))
+    options = {"table": (), "json": ("--json",)}.get(form, (f"--{form}", out))
+    result = classify(folder, os.fsdecode(b"caf\xe9.mp4"), *options)
+    names = [f"{folder}/\\xff.mp4", "caf\\xe9.mp4"]
+    failed = [(name, f"{name}: its name is not UTF-8, rename it") for name in names]
+    assert result.returncode == 1 and result.stderr.endswith("2 of 3 videos could not be read\n")
+    reported = [line for line in result.stderr.splitlines() if "rename it" in line]
+    assert reported == [f"error: {reason}" for _, reason in failed]
+    if form == "json":
+        report = json.loads(result.stdout)
+        assert "labels" in report[0] and [(one["video"], one["error"]) for one in report[1:]] == failed
+    elif form == "csv":
+        rows = list(csv.DictReader(out.read_text("utf-8").splitlines()))
+        assert [(row["video"], row["error"]) for row in rows if row["error"]] == failed
+        assert len(rows) == 5 + 2 and "\\xfe.out" in result.stdout
+    elif form == "features":
+        assert list(safetensors.torch.load(out.read_bytes())) == [str(folder / "z.mp4")]
+    else:
+        assert "z.mp4" in result.stdout and "up-right" in result.stdout and out.exists() == (form == "picture")
+
+
+@pytest.mark.parametrize("other", ["a.mp4", "./a.mp4", "sub/../a.mp4", "link/a.mp4", "{folder}/a.mp4", ".", "sub/.."])
+def test_one_file_by_two_paths_is_given_twice(other, tmp_path, exit_of, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "a.mp4").write_text("no video")
+    monkeypatch.chdir(tmp_path)
+    message = exit_of(classify_script, "a.mp4", other.format(folder=tmp_path))
+    assert re.fullmatch(r"error: a video is given twice: \S*a\.mp4", message)
 
 
 def test_what_is_wrong_with_folders_is_explained(folder_of_videos, tmp_path, exit_of):

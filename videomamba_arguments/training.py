@@ -85,7 +85,8 @@ class OptimizationArguments:
         },
     )
     weight_decay: float = field(
-        default=0.05, metadata={"help": "not of biases, norms, position embeddings, `A_log` and `D`"}
+        default=0.05,
+        metadata={"help": "weight decay of AdamW; biases, norms, position embeddings, `A_log` and `D` have none"},
     )
     layer_decay: float = field(
         default=1.0, metadata={"help": "learning rate of a layer over the rate of the next layer, above 0 to 1"}

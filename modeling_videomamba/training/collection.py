@@ -4,8 +4,8 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from .frame_indexes import FrameIndexes
-from .output import lock, writing
+from .output import lock, read_object, writing
 from .parts import Parts
 from .retrieval import mean_directions
 from .windows import Source, Window, split_path
 
 VECTORS = ("embedding", "direction")
 SETTINGS = "settings.json"  # what an index was made with
+TABLE = "table-[0-9a-f]{32}"
 
 
 def check_faiss() -> None:
@@ -63,15 +64,55 @@ class Collection:
         """Keeps others from writing. Raises `ValueError` where another run does."""
         return lock(self.folder)
 
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[Path]:
+        """Raises `ValueError` that names a file of the index and says what to do, whatever fails while it is read."""
+        try:
+            yield path
+        except Exception as error:  # a damaged file fails in any way
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).removeprefix(f"{path} ")
+            message = f"{path}: damaged ({' '.join(reason.split())}): delete {self.folder} and index again"
+            raise ValueError(message) from error
+
+    def settings(self) -> dict[str, Any]:
+        """What the index was made with. Raises `ValueError` where the file is damaged or missing."""
+        with self._reading(self.folder / SETTINGS) as path:
+            settings = read_object(path)
+            for name in ("model", "weights", "folder"):
+                if not isinstance(settings[name], str):
+                    raise ValueError(f"{name} must be text, got {settings[name]!r}")
+        return settings
+
     def table_folder(self) -> Path:
-        """Of the finished table. Raises `FileNotFoundError` if there is none."""
+        """Of the finished table. Raises `FileNotFoundError` if there is none, `ValueError` if `current` is damaged."""
         if not self.current.exists():
             raise FileNotFoundError(f"{self.folder} has no finished index")
-        return self.folder / self.current.read_text("utf-8")
+        with self._reading(self.current) as path:
+            name = path.read_text("utf-8")
+            if not re.fullmatch(TABLE, name) or not (self.folder / name).is_dir():
+                raise ValueError(f"it must name a table, got {name!r}")
+        return self.folder / name
+
+    def table(self, column: str | None = None) -> Dataset:
+        """The finished table, with the FAISS index of a column of vectors. Raises `ValueError` for a damaged file."""
+        folder = self.table_folder()
+        with self._reading(folder / "state.json") as path:
+            names = [file["filename"] for file in read_object(path)["_data_files"]]
+        with self._reading(folder / "dataset_info.json") as path:
+            read_object(path)
+        for name in names:
+            with self._reading(folder / name) as path:
+                Dataset.from_file(str(path))
+        with self._reading(folder):
+            table = load_from_disk(str(folder))
+        if column is not None:
+            with self._reading(folder / f"{column}.faiss") as path:
+                table.load_faiss_index(column, str(path))
+        return table
 
     def windows(self) -> list[Window]:
         """Of the finished table, in its order."""
-        return read_windows(load_from_disk(str(self.table_folder()))) if self.current.exists() else []
+        return read_windows(self.table()) if self.current.exists() else []
 
     def embedded(self, files: Iterable[Source]) -> set[Window]:
         """The windows that needn't be embedded again, of files that are as they were."""
@@ -93,7 +134,7 @@ class Collection:
         if windows != before:
             self._replace(self._table(windows, before))
         for path in self.folder.iterdir():
-            if re.fullmatch("table-[0-9a-f]{32}", path.name) and path != self.table_folder():
+            if re.fullmatch(TABLE, path.name) and path != self.table_folder():
                 shutil.rmtree(path, ignore_errors=True)  # it may still be read; the next run tries again
         shutil.rmtree(self.parts.folder, ignore_errors=True)
         self.frames.keep({window.video for window in windows})
@@ -105,7 +146,7 @@ class Collection:
         fresh = [index for index, window in enumerate(windows) if window not in rows]
         vectors = []
         if kept:
-            table = load_from_disk(str(self.table_folder())).select_columns("embedding").with_format("torch")
+            table = self.table().select_columns("embedding").with_format("torch")
             vectors.append(table[[rows[windows[index]] for index in kept]]["embedding"])
         if fresh:
             places = {_window(key): place for key, place in self.parts.places().items()}
@@ -132,13 +173,6 @@ class Collection:
                 table.drop_index(column)
             unfinished.write_text(name, "utf-8")
             unfinished.replace(self.current)
-
-
-def load_table(folder: Path, column: str) -> Dataset:
-    """A table of a [`Collection`], with the FAISS index of a column of vectors."""
-    table = load_from_disk(str(folder))
-    table.load_faiss_index(column, str(folder / f"{column}.faiss"))
-    return table
 
 
 def read_windows(table: Dataset) -> list[Window]:

@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -65,3 +65,26 @@ class TarMember(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"damaged or truncated: {error}") from error
+
+
+def legible(path: str) -> str:
+    """A path that can be printed, with escapes for what in it is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def name_error(path: str) -> str | None:
+    """Why a video can't be read because of its name, which tables and JSON could not hold; else `None`."""
+    return None if legible(path) == path else f"{legible(path)}: its name is not UTF-8, rename it"
+
+
+def check_no_file_twice(kind: str, paths: Iterable[str]) -> None:
+    """
+    Raises `ValueError` where two of these paths or addresses are one file, also where they lead to its folder in two
+    ways. `kind` says what it is a file of.
+    """
+    known: set[str | Path] = set()
+    for path in paths:
+        file = path if "://" in path else Path(path).parent.resolve() / Path(path).name
+        if file in known:
+            raise ValueError(f"a {kind} is given twice: {path}")
+        known.add(file)

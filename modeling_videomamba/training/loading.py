@@ -1,12 +1,12 @@
 """What a directory or the Hub holds: models, configurations, processors, tokenizers; with errors of one line."""
 
 import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import safe_open
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from ..checkpoint_files import CheckpointError, load_tensors, refusal
 from .names import check_name
 
 # How to find out whether a file is whole, by its name.
@@ -23,7 +24,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "*.index.json": lambda path: json.loads(path.read_text("utf-8")),
     "tokenizer.json": lambda path: Tokenizer.from_file(str(path)),
     "*.safetensors": lambda path: safe_open(path, "pt"),
-    "pytorch_model*.bin": lambda path: torch.load(path, map_location="meta", weights_only=True),
+    "pytorch_model*.bin": lambda path: load_tensors(path, "meta"),
 }
 
 FEW = 5  # names in a message
@@ -124,7 +125,7 @@ def one_line_errors(*names: str | Path) -> Iterator[None]:
     except Exception as error:  # a damaged file fails in any way
         for name in names:
             _check_files(name)
-        reason = " ".join(str(error).split())
+        reason = refusal(error) if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())
         message = f"{' or '.join(map(str, names))} can't be loaded: {reason}"
         if isinstance(error, OSError):
             raise OSError(message) from error
@@ -148,5 +149,7 @@ def _check_files(name: str | Path) -> None:
         for path in sorted(folder.glob(pattern)):
             try:
                 read(path)
+            except CheckpointError:  # has the path
+                raise
             except Exception as error:
                 raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error

@@ -1,6 +1,5 @@
 """Searching a collection of videos: candidates by embeddings, judged by the fusion layers."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from ..processing_videomamba import VideoMambaProcessor
 from ..video_decoding import VideoFile
 from ..video_processing_videomamba import VideoMambaVideoProcessor
-from .collection import SETTINGS, Collection, check_faiss, embed, load_table
+from .collection import Collection, check_faiss, embed
 from .data import BROKEN
 from .previews import clock_time
 from .video_text_models import fingerprint, load_retrieval_model
@@ -73,7 +72,7 @@ class Search:
 
     def __init__(self, collection: Collection, column: str, root: str, processor: VideoMambaVideoProcessor):
         self.column, self.root, self.processor = column, root, processor
-        self.table, self.frames = load_table(collection.table_folder(), column), collection.frames
+        self.table, self.frames = collection.table(column), collection.frames
         self.rows = self.table.select_columns(list(Window._fields))
         self.left_out: dict[str, str] = {}
         self._unchanged: set[str] = set()
@@ -100,13 +99,14 @@ class Search:
     def _is_unchanged(self, window: Window) -> bool:
         name = window.file.path
         if name not in self._unchanged and name not in self.left_out:
-            if changed := self._change(window):
+            if changed := self.change(window):
                 self.left_out[name] = f"{name}: {changed} since it was indexed"
             else:
                 self._unchanged.add(name)
         return name in self._unchanged
 
-    def _change(self, window: Window) -> str | None:
+    def change(self, window: Window) -> str | None:
+        """`"removed"` or `"changed"` where the file of a window isn't as it was when it was indexed."""
         try:
             if "://" in window.file.path:
                 size, version = find_remote(window.file.path)[1:]
@@ -169,12 +169,13 @@ def load_search(folder: Path, column: str) -> tuple[Search, VideoMambaForVideoTe
 
     Raises:
         `ImportError`: if FAISS is missing.
-        `OSError`, `ValueError`: if there is no finished index, or its model can't be loaded or is another than it was.
+        `OSError`, `ValueError`: if there is no finished index, a file of it is damaged, or its model can't be loaded or
+            is another than it was.
     """
     check_faiss()
     collection = Collection(folder)
     collection.table_folder()  # before the model, which takes longer
-    settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+    settings = collection.settings()
     model, processor = load_retrieval_model(settings["model"])
     if fingerprint(model, processor) != settings["weights"]:
         raise ValueError(f"{settings['model']} has other weights, or another processor, than when {folder} was made")

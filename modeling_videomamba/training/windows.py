@@ -27,7 +27,7 @@ from ..video_decoding import VideoFile, VideoSource, open_source
 from ..video_index import FrameIndex
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
 from .data import BROKEN, Examples, TestViews, process_clips
-from .files import VIDEO_SUFFIXES, TarMember, walk_files
+from .files import VIDEO_SUFFIXES, TarMember, check_no_file_twice, legible, name_error, walk_files
 from .frame_indexes import FrameIndexes
 
 SHARD_SUFFIX = ".tar"
@@ -123,7 +123,7 @@ def find_files(data: list[str]) -> list[Source]:
     Raises:
         `FileNotFoundError`: if there is no such folder or shard.
         [`ShardError`]: if an address can't be reached; where nothing is at one, this is reported when it is read.
-        `ValueError`: if nothing is found, or what is given is no shard.
+        `ValueError`: if nothing is found, or what is given is no shard, or is given twice.
     """
     if len(data) == 1 and Path(data[0]).is_dir():
         root, suffixes = Path(data[0]), (*sorted(VIDEO_SUFFIXES), SHARD_SUFFIX)
@@ -136,6 +136,7 @@ def find_files(data: list[str]) -> list[Source]:
             raise ValueError(f"{name}: must be one folder, or shards, which end in {SHARD_SUFFIX}")
         if "://" not in name and not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such shard")
+    check_no_file_twice("shard", data)
     local = {name: Path(name).absolute() for name in data if "://" not in name}
     found = {_source(local[n], local[n].as_posix()) if n in local else find_remote(n) for n in data}
     return sorted(found, key=lambda file: file.path)
@@ -194,14 +195,8 @@ def read_videos(files: list[Source], root: str, complete: Container[Source], sha
 
 
 def _row(video: Source, media: Media) -> Row:
-    if legible(video.path) == video.path:
-        return Row(video, media, None)
-    return Row(video, None, f"{video.path}: its name is not UTF-8, rename it")
-
-
-def legible(path: str) -> str:
-    """A path that can be printed, with escapes for what in it is not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    error = name_error(video.path)
+    return Row(video, None if error else media, error)
 
 
 def locate(root: str, path: str) -> str:

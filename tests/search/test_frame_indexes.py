@@ -4,14 +4,17 @@ import dataclasses
 from fractions import Fraction
 from functools import partial
 
+import gradio
 import numpy as np
 import pytest
 
+import page
 from modeling_videomamba import video_decoding
 from modeling_videomamba.training import windows as windows_module
 from modeling_videomamba.training.collection import Collection
 from modeling_videomamba.training.frame_indexes import FrameIndexes
-from modeling_videomamba.training.windows import Source, Window
+from modeling_videomamba.training.search import load_search
+from modeling_videomamba.training.windows import Source, Window, find_files
 from modeling_videomamba.video_decoding import VideoFile
 from modeling_videomamba.video_index import MISSING, FrameIndex
 from moving_digits import FPS, write_mp4
@@ -108,6 +111,24 @@ def test_a_query_does_not_scan_long_videos(search, model_folder, collection, sca
     (folder / "a.tar").unlink()
     assert counts(index()) == [3, 1, 7, 1, 1, 1]
     assert len({path.name for path in (out / "frames").iterdir()} - kept) == len(list((out / "frames").iterdir())) == 1
+
+
+def test_playing_a_hit_does_not_scan_a_long_video(collection, scanned):
+    folder, out = collection
+    write_shard(folder / "a.tar", {"long.mp4": folder / "long.mp4"})
+    search, _, _ = load_search(out, "embedding")
+    windows = [Window(**row) for row in search.rows if row["path"] == "long.mp4"]
+    shard = Source("a.tar::long.mp4", *find_files([str(folder / "a.tar")])[0][1:])
+    search.frames.write(shard, search.frames.read(windows[0].video))
+    windows += [Window(*shard, *window[3:]) for window in windows]
+    scanned.clear()
+    for chosen in range(len(windows)):
+        (played,) = page.play(search, windows, chosen)
+        assert played.visible
+    assert len(windows) == 6 and scanned == []
+    write_mp4(folder / "long.mp4", draw(8, 4 * FPS))  # the kept index is of other frames
+    with pytest.raises(gradio.Error, match=r"long\.mp4: changed since it was indexed"):
+        next(page.play(search, windows, 2))
 
 
 def test_windows_of_another_cut_are_replaced(search, model_folder, collection, monkeypatch):

@@ -1,6 +1,8 @@
 """search_videos.py query."""
 
 import os
+import re
+import shutil
 import sys
 
 import pytest
@@ -130,3 +132,62 @@ def test_what_is_missing_is_named_with_how_to_install_it(exit_of, monkeypatch, t
     monkeypatch.setitem(sys.modules, "faiss", None)
     message = exit_of(search_videos, "query", tmp_path, TEXT)
     assert message == 'error: searching needs FAISS: `pip install "modeling-videomamba[search]"`'
+
+
+# Damaged indexes
+
+
+def cut(share):
+    return lambda content: content[: int(share * len(content))]
+
+
+def other(text):
+    return lambda content: text.encode()
+
+
+DAMAGE = {
+    **{
+        name: [cut(0), cut(0.5), other("no JSON"), other("[]"), other("{}"), lambda content: b"\xff", None]
+        for name in ("settings.json", "table-*/state.json")
+    },
+    "table-*/dataset_info.json": [cut(0), cut(0.5), other("no JSON"), other("[]"), lambda content: b"\xff", None],
+    "table-*/data-*.arrow": [cut(0), cut(0.5), other("no table"), None],
+    "table-*/embedding.faiss": [cut(0), cut(0.5), cut(0.99), other("no index"), None],
+    "current": [cut(0), cut(0.5), other("table-0"), other("../elsewhere"), other("."), lambda content: b"\xff"],
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), [(name, damage) for name, all_of in DAMAGE.items() for damage in all_of])
+def test_a_damaged_index_is_one_line_with_the_file_and_what_to_do(name, damage, index, tmp_path, exit_of):
+    out = tmp_path / "index"
+    shutil.copytree(index, out)
+    (path,) = out.glob(name)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    message = exit_of(search_videos, "query", out, TEXT)
+    assert re.fullmatch(f"error: {path}: damaged \\([^\n]+\\): delete {out} and index again", message), message
+
+
+def test_a_faiss_index_of_another_table_is_damaged(index, clips, model_folder, tmp_path, exit_of):
+    for out, data in ((tmp_path / "one", clips), (tmp_path / "two", clips / "sub")):
+        call_script("index", data, out, "--model", model_folder, *OPTIONS)
+    one, two = (next((tmp_path / name).glob("table-*")) / "embedding.faiss" for name in ("one", "two"))
+    shutil.copy(two, one)
+    assert f"error: {one}: damaged (Index size should match Dataset size" in exit_of(
+        search_videos, "query", tmp_path / "one", TEXT
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "removed"),
+    [("settings.json", True), ("settings.json", False), ("table-*/state.json", True), ("current", False)],
+)
+def test_a_damaged_index_is_not_added_to(name, removed, index, clips, model_folder, tmp_path, exit_of):
+    out = tmp_path / "index"
+    shutil.copytree(index, out)
+    (path,) = out.glob(name)
+    path.unlink() if removed else path.write_bytes(b"")
+    message = exit_of(search_videos, "index", clips, out, "--model", model_folder, *OPTIONS)
+    assert re.fullmatch(f"error: {path}: damaged \\([^\n]+\\): delete {out} and index again", message), message

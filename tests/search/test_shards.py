@@ -269,3 +269,11 @@ def test_a_truncated_shard_is_noticed_wherever_it_is_cut(shards, clips, member, 
     found = list(read_videos([file], "", frozenset(), Share(0, 1)))
     assert found[-1].error.startswith(f"{shards / 'c.tar'}: ")
     assert [row.video.path.split("::")[1] for row in found[:-1]] == ["4.mp4", "6.mp4"][:whole]
+
+
+@pytest.mark.parametrize("other", ["a.tar", "./a.tar", "link/a.tar"])
+def test_a_shard_given_twice_is_refused(shards, other, monkeypatch):
+    (shards / "link").symlink_to(shards)
+    monkeypatch.chdir(shards)
+    with pytest.raises(ValueError, match=r"^a shard is given twice: .*a\.tar$"):
+        find_files([str(shards / "a.tar"), other])
