@@ -76,9 +76,10 @@ def test_help_tells_everything_once(name, monkeypatch, capsys):
 
 
 # what a number is: things that are counted, or how it is to be understood
-UNITS = """frames|seconds|minutes|pixels|videos|windows|clips|crops|images|digits|labels|hits|candidates|epochs|steps|
-batch(es)?|views|examples|layers?|heads|tokens|threads|calls|processes|times|operations|bytes|runs|port|0\\ to\\ \\d+|share|
-probability|alpha|decay|norm|weight|standard\\ deviation|learning\\ rate|random\\ choice|decides\\ every"""
+UNITS = """frames|seconds|minutes|pixels|videos|windows|clips|crops|images|digits|labels|hits|candidates|
+epochs|steps|batch(es)?|views|examples|layers?|heads|tokens|threads|calls|processes|times|
+operations|bytes|runs|port|0\\ to\\ \\d+|share|probability|alpha|decay|norm|weight|
+standard\\ deviation|learning\\ rate|random\\ choice|decides\\ every"""
 MANY = 12  # options besides --help
 
 

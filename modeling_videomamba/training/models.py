@@ -108,11 +108,13 @@ def _load(model_class: Any, args: ModelArguments, kind: str, changes: dict[str, 
 
 def check_input_size(args: StartArguments) -> None:
     """Raises `ValueError` for a number of frames or a resolution that no processor makes."""
-    for setting, value in (("num_frames", args.num_frames), ("size", args.image_size)):
+    for option, setting, value in (
+        ("--num-frames", "num_frames", args.num_frames),
+        ("--image-size", "size", args.image_size),
+    ):
         try:
-            check_processor_settings({setting: value})
+            check_processor_settings({} if value is None else {setting: value})
         except ValueError as error:
-            option = "--num-frames" if setting == "num_frames" else "--image-size"
             raise ValueError(f"{option} {value}: {error}") from None
 
 
