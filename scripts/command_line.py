@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME"}  # PATH for the others
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 MAX_PICTURE_ROWS = 50
 STARTS = {"model", "config", "size", "vision", "text"}  # those of a recipe give way to any that is given
@@ -36,7 +36,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return METAVARS.get(action.type or str, "VALUE")
+        return METAVARS.get(action.type or str, "PATH")
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +74,15 @@ def _read_text(word: str) -> str:
 
 def _read_path(word: str) -> Path:
     return Path(_read_text(word))  # `Path("")` is the current folder
+
+
+def output_folder(word: str) -> Path:
+    """The type of an argument for a folder that is written, which may not exist yet."""
+    path = _read_path(word)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise argparse.ArgumentTypeError(f"{place} is a file, not a folder")
+    return path
 
 
 def _hyphenated(word: str) -> str:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser
+from command_line import Parser, output_folder
 
 KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")  # as in `load_labels`
 
@@ -20,7 +20,7 @@ KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")  # as in
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("input", type=Path, metavar="INPUT", help="the .pth file")
-    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="directory for the model")
+    parser.add_argument("output_dir", type=output_folder, metavar="OUTPUT_DIR", help="directory for the model")
     parser.add_argument("--labels", help=f"class names: a file, or one of {', '.join(KNOWN_LABELS)} (default: numbers)")
     parser.add_argument(
         "--alignment-interval",
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="directory or Hub id, saved with a video-text model (default: none)")
     parser.add_argument(
         "--clip-teacher",
-        type=Path,
+        type=output_folder,
         help="directory for the CLIP of a video-text checkpoint (default: left out)",
     )
     args = parser.parse_args()

@@ -13,21 +13,25 @@ fast, over gray". No test clip has a caption that another test clip or a trainin
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-from pathlib import Path
+import sys
 
-from command_line import Parser
+from command_line import Parser, output_folder
 
 NUM_HELD_OUT = 512  # captions, of 1920
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder for the clips")
+    parser.add_argument("output_dir", type=output_folder, metavar="OUTPUT_DIR", help="folder for the clips")
     parser.add_argument("--captions", action="store_true", help="instead of labels")
     parser.add_argument("--train-clips", type=int, default=4096, help="training clips in all")
     parser.add_argument("--test-clips", type=int, help=f"test clips in all (default: 800, or {NUM_HELD_OUT} captions)")
     parser.add_argument("--seed", type=int, default=0, help="decides every clip")
     args = parser.parse_args()
+    for name in ("train_clips", "test_clips", "seed"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
     if args.test_clips is None:
         args.test_clips = NUM_HELD_OUT if args.captions else 800
     if args.captions and args.test_clips > NUM_HELD_OUT:
@@ -35,7 +39,10 @@ def main() -> None:
 
     from moving_digits import write_clips
 
-    write_clips(args)
+    try:
+        write_clips(args)
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

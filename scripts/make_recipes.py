@@ -12,6 +12,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +246,13 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("published", type=Path, metavar="PUBLISHED.json", help="arguments of the original programs")
     args = parser.parse_args()
+    try:
+        published = json.loads(args.published.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {args.published}: {error}")
     for folder in ("umt", "video-text"):
         (FOLDER / folder).mkdir(parents=True, exist_ok=True)
-    for name, text in make_recipes(json.loads(args.published.read_text("utf-8"))).items():
+    for name, text in make_recipes(published).items():
         (FOLDER / f"{name}.yaml").write_text(text, "utf-8")
 
 

@@ -10,15 +10,14 @@ The folder has all that the Space needs: the page, the source of this package, a
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 import sys
-from pathlib import Path
 
-from command_line import Parser
+from command_line import Parser, output_folder
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("model", metavar="ORG/MODEL", help="model on the Hub that gives labels to videos")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="empty, or not there yet")
+    parser.add_argument("folder", type=output_folder, metavar="DIR", help="empty, or not there yet")
     args = parser.parse_args()
     from space import write_space
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 from transformers.utils.logging import disable_progress_bar
 
 import modeling_videomamba
@@ -25,6 +24,7 @@ from modeling_videomamba import (
     VideoMambaForVideoTextRetrieval,
 )
 from modeling_videomamba.training.cards import CARD, check_card, without_signatures
+from modeling_videomamba.training.names import check_hub_id
 from staging import Publishable, StagedFile, load_source, stage
 
 CLASSES: dict[str, type] = {
@@ -238,11 +238,7 @@ def run(args: argparse.Namespace) -> None:
     disable_progress_bar()
     logging.getLogger("huggingface_hub.utils._http").addFilter(WithoutSignatures())
     try:
-        validate_repo_id(args.repo_id)
-        if args.all and "/" in args.repo_id:
-            raise ValueError(f"--all takes an organisation, got {args.repo_id}")
-        if not args.all and args.repo_id.count("/") != 1:
-            raise ValueError(f"the repository must be ORG/NAME, got {args.repo_id}")
+        check_hub_id("ORG of --all" if args.all else "ORG/NAME", args.repo_id, owned=not args.all)
         if not args.dry_run:
             check_login()
         if args.all:

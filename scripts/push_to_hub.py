@@ -15,9 +15,9 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 import argparse
 from pathlib import Path
 
-from command_line import Parser
+from command_line import Parser, output_folder
 
-DRY_RUN_FOLDER = Path("staged")
+DRY_RUN_FOLDER = "staged"
 TOKENIZER = "google-bert/bert-base-uncased"  # of all released models of videos and texts
 
 
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
         "--dry-run", action="store_true", help="leave in --folder what would be published, and publish nothing"
     )
     parser.add_argument(
-        "--folder", type=Path, default=DRY_RUN_FOLDER, metavar="DIR", help="with --dry-run: gets a folder NAME"
+        "--folder", type=output_folder, default=DRY_RUN_FOLDER, metavar="DIR", help="with --dry-run: gets a folder NAME"
     )
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="commit to this branch (default: main)")

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import MAX_PICTURE_ROWS, Parser, check_picture
+from command_line import MAX_PICTURE_ROWS, Parser, check_picture, output_folder
 
 RERANKED = 32  # candidates, as in `find`
 
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     index.add_argument(
         "data", nargs="+", metavar="FOLDER", help="folder with videos or tar shards; or paths or URLs of shards"
     )
-    index.add_argument("out", type=Path, metavar="OUT", help="folder of the index")
+    index.add_argument("out", type=output_folder, metavar="OUT", help="folder of the index")
     index.add_argument("--model", required=True, metavar="DIR_OR_ID", help="model of videos and texts")
     index.add_argument("--clip-seconds", type=float, default=10.0, help="longest window of a video, in seconds")
     index.add_argument("--batch-size", type=int, default=8, help="windows of a batch on each process")

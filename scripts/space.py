@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import SpaceCard, SpaceCardData
-from huggingface_hub.utils import validate_repo_id
+
+from modeling_videomamba.training.names import check_hub_id
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
@@ -26,9 +27,7 @@ def write_space(folder: Path, model: str) -> None:
     """
     if Path(model).is_dir():
         raise ValueError(f"{model} is a directory here, a Space needs a model on the Hub")
-    validate_repo_id(model)
-    if "/" not in model:
-        raise ValueError(f"{model} must be ORG/MODEL")
+    check_hub_id("ORG/MODEL", model)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be an empty folder")
     folder.mkdir(parents=True, exist_ok=True)

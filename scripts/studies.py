@@ -10,12 +10,12 @@ SCRIPTS = Path(__file__).parent
 
 
 def check_study(folder: Path, **settings: Any) -> None:
-    """Ends the process where what is in the folder was made with other settings."""
+    """Ends the process where what is in the folder was made with other settings, or can't be read or written."""
     from modeling_videomamba.training.settings import check_settings  # takes seconds, and is not for the help
 
     try:
         check_settings(folder / "settings.json", settings, f"{folder} has a study")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.progress import track
 
-from command_line import Parser
+from command_line import Parser, output_folder
 from studies import check_study, train
 
 COMMON = {"image_size": 16, "patch_size": 4, "num_frames": None}
@@ -53,7 +53,7 @@ def accuracy(script: str, output: Path, *options: Any) -> float:
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the runs")
+    parser.add_argument("folder", type=output_folder, metavar="FOLDER", help="folder for the runs")
     parser.add_argument("--train-images", type=int, default=300, help="training images in all")
     parser.add_argument("--epochs", type=int, default=60, help="epochs of a student")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from command_line import Parser
+from command_line import Parser, output_folder
 from studies import check_study, run_script, train
 from videomamba_arguments import MASK_TYPES
 
@@ -74,7 +74,7 @@ def study(args: argparse.Namespace) -> dict[str, list[tuple[float, dict[str, flo
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the runs")
+    parser.add_argument("folder", type=output_folder, metavar="FOLDER", help="folder for the runs")
     parser.add_argument("--masks", nargs="*", default=list(MASK_TYPES), choices=MASK_TYPES, help="masks to compare")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--train-clips", type=int, default=2048, help="training clips without labels")

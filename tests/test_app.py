@@ -517,9 +517,13 @@ def test_what_can_be_no_space_is_explained(exit_of, tmp_path):
     for model, folder, message in (
         (NANO, tmp_path / "space", "a Space needs a model on the Hub"),
         ("a b", tmp_path / "space", "a b"),
-        ("nano", tmp_path / "space", "nano must be ORG/MODEL"),
+        (
+            "nano",
+            tmp_path / "space",
+            "ORG/MODEL must be OWNER/NAME of letters, digits, '-', '_' and '.' on the Hub, got 'nano'",
+        ),
         ("org/nano", tmp_path, f"{tmp_path} must be an empty folder"),
-        ("org/nano", tmp_path / "file", "file must be an empty folder"),
+        ("org/nano", tmp_path / "file", "file is a file, not a folder"),
     ):
         assert message in exit_of(make_space, model, folder)
     assert not (tmp_path / "space").exists()

@@ -447,7 +447,9 @@ def test_the_page_of_models_is_the_table():
 
 def test_a_wrong_organization_is_explained(exit_of, tmp_path):
     for organization in ("an org", "org/team"):
-        assert exit_of(make_cards, tmp_path / "out", "--organization", organization).startswith("error: Repo id must")
+        assert exit_of(make_cards, tmp_path / "out", "--organization", organization).startswith(
+            "error: --organization must be a name of"
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ import evaluate_retrieval
 import evaluate_video
 import push_to_hub
 import search_videos
-from tests.launching import ENVIRONMENT, SCRIPTS, run
+from tests.launching import ENVIRONMENT, SCRIPTS, call, run
 
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8"))
 HELP_OF_ALL = """
@@ -76,10 +76,9 @@ def test_help_tells_everything_once(name, monkeypatch, capsys):
 
 
 # what a number is: things that are counted, or how it is to be understood
-UNITS = """frames|seconds|minutes|pixels|videos|windows|clips|crops|images|digits|labels|hits|candidates|
-epochs|steps|batch(es)?|views|examples|layers?|heads|tokens|threads|calls|processes|times|
-operations|bytes|runs|port|0\\ to\\ \\d+|share|probability|alpha|decay|norm|weight|
-standard\\ deviation|learning\\ rate|random\\ choice|decides\\ every"""
+UNITS = """frames|seconds|minutes|pixels|videos|windows|clips|crops|images|digits|labels|hits|candidates|epochs|steps|
+batch(es)?|views|examples|layers?|heads|tokens|threads|calls|processes|times|operations|bytes|runs|port|0\\ to\\ \\d+|
+share|probability|alpha|decay|norm|weight|standard\\ deviation|learning\\ rate|random\\ choice|decides\\ every"""
 MANY = 12  # options besides --help
 
 
@@ -223,8 +222,62 @@ def test_an_empty_text_or_path_is_refused(name, monkeypatch, capsys):
             with pytest.raises(SystemExit) as end:
                 parser.parse_args(list(words_with(parser, action)))
             name = action.option_strings[0] if action.option_strings else action.metavar
-            expected = "must not be empty" if action.type in (None, str, Path) else "invalid"
+            is_text = action.type in (None, str, Path, command_line.output_folder)
+            expected = "must not be empty" if is_text else "invalid"
             assert end.value.code.startswith(f"error: argument {name}: {expected}"), action
+
+
+NANO = SCRIPTS.parent / "hub_cards" / "videomamba-nano"
+FOLDERS = [
+    ("make_moving_digits.py", "OUTPUT_DIR", "{}"),
+    ("make_cards.py", "OUTPUT_DIR", "{}"),
+    ("make_space.py", "DIR", "org/name", "{}"),
+    ("study_distillation.py", "FOLDER", "{}"),
+    ("study_masked_pretraining.py", "FOLDER", "{}"),
+    ("convert_checkpoint.py", "OUTPUT_DIR", "a.pth", "{}"),
+    ("convert_checkpoint.py", "--clip-teacher", "a.pth", "a", "--clip-teacher", "{}"),
+    ("push_to_hub.py", "--folder", "m", "org/name", "--dry-run", "--folder", "{}"),
+    ("search_videos.py", "OUT", "index", "videos", "{}", "--model", "m"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "words"), [(name, argument, words) for name, argument, *words in FOLDERS])
+@pytest.mark.parametrize("below", ["", "sub/deep"])
+def test_a_folder_to_write_cannot_be_a_file(name, argument, words, below, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    result = call(name, *(word.format(file / below) for word in words))
+    expected = f"error: argument {argument}: {file} is a file, not a folder\n"
+    assert (result.returncode, result.stderr, result.stdout) == (1, expected, "")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "a b", "a/", "/a", "a//b"])
+def test_what_cannot_be_a_repository_is_named(name, tmp_path):
+    shape = "of letters, digits, '-', '_' and '.' on the Hub"
+    for script, argument, *words in (
+        ("make_space.py", "ORG/MODEL", name, tmp_path / "new"),
+        ("push_to_hub.py", "ORG/NAME", "--dry-run", NANO, name),
+    ):
+        result = call(script, *words)
+        assert result.stderr == f"error: {argument} must be OWNER/NAME {shape}, got {name!r}\n", result.stderr
+    result = call("make_cards.py", tmp_path / "new", f"--organization={name}")
+    assert result.stderr == f"error: --organization must be a name {shape}, got {name!r}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--train-clips", "--test-clips", "--seed"])
+@pytest.mark.parametrize("captions", [(), ("--captions",)])
+def test_moving_digits_are_not_fewer_than_none(option, captions, tmp_path):
+    result = call("make_moving_digits.py", tmp_path / "new", option, -1, *captions)
+    assert result.stderr == f"error: {option} must not be negative, got -1\n" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
+def test_published_arguments_that_are_damaged_are_named(content, tmp_path):
+    path = tmp_path / "published.json"
+    path.write_bytes(content)
+    result = call("make_recipes.py", path)
+    assert result.stderr.startswith(f"error: {path}: ") and result.stderr.count("\n") == 1
 
 
 def test_a_launcher_adds_nothing_to_the_line():

@@ -301,13 +301,28 @@ def test_what_cannot_be_published_is_explained(exit_of, folder, tmp_path):
     card, video = ("--card", folder / "card.md"), folder / "video.pth"
     for message, *options in (
         ("not in the zoo: pass --card", video, "org/video"),
-        ("the repository must be ORG/NAME, got video", video, "video", *card),
+        (
+            "ORG/NAME must be OWNER/NAME of letters, digits, '-', '_' and '.' on the Hub, got 'video'",
+            video,
+            "video",
+            *card,
+        ),
         ("no.pth: no such checkpoint", tmp_path / "no.pth", "org/x", *card),
-        ("Repo id must", video, "org/vi deo", *card),
+        (
+            "ORG/NAME must be OWNER/NAME of letters, digits, '-', '_' and '.' on the Hub, got 'org/vi deo'",
+            video,
+            "org/vi deo",
+            *card,
+        ),
         ("`labels` has 400 names, the checkpoint has", video, "org/x", "--labels", "kinetics400", *card),
         ("--labels x is for a .pth file", NANO, "org/x", "--labels", "x"),
         ("error: 0 models, 0 failed", "--all", tmp_path / "empty", "org"),
-        ("--all takes an organisation, got org/team", "--all", tmp_path / "empty", "org/team"),
+        (
+            "ORG of --all must be a name of letters, digits, '-', '_' and '.' on the Hub, got 'org/team'",
+            "--all",
+            tmp_path / "empty",
+            "org/team",
+        ),
         ("damaged: ", tmp_path / "damaged", "org/x", *card),
         ("empty: no such folder", "--all", tmp_path / "no" / "empty", "org"),
         ("must be a VideoMamba", tmp_path / "bert", "org/x", *card),

@@ -54,6 +54,13 @@ def unreachable(name: str | Path) -> ConnectionError:
     return ConnectionError(f"{name}: there is no such folder, and the Hub can't be reached")
 
 
+def check_hub_id(argument: str, name: str, owned: bool = True) -> None:
+    """Raises `ValueError` for what can't be a repository on the Hub, `OWNER/NAME`, or, not `owned`, an owner."""
+    if not is_hub_id(name) or ("/" in name) != owned:
+        form = "OWNER/NAME" if owned else "a name"
+        raise ValueError(f"{argument} must be {form} of letters, digits, '-', '_' and '.' on the Hub, got {name!r}")
+
+
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name could be a repository on the Hub: `NAME` or `OWNER/NAME`."""
     try:
