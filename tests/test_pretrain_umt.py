@@ -202,7 +202,7 @@ def test_what_is_wrong_is_explained(clips, pictures, teacher, tmp_path, exit_of)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
     fails("must be videos, as the training data are", *common, "--probe-data", tmp_path / "images")
-    (pictures / "validation-0.tar").rename(pictures / "other-0.tar")
+    (pictures / "validation-0.tar").unlink()
     streamed = ("--data", pictures, "--teacher", teacher, *STUDENT[:2], "--streaming", "--steps-per-epoch", 1)
     fails("must have a split validation or test to evaluate on", *streamed)
 

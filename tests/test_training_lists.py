@@ -554,6 +554,8 @@ def test_lists_that_are_not_read(tmp_path, clip, name):
     write(tmp_path, name, "a/1.mp4,walk\nb/1.mp4,run\n")
     for target in ("label", None):
         refuses(tmp_path, f"{tmp_path / name} seems to be a list, and is not read", target=target)
+    (tmp_path / name).rename(tmp_path / "a" / name)  # where it may go with a file
+    assert len(load(tmp_path)) == 2
 
 
 # Metadata

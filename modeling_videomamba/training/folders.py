@@ -75,8 +75,9 @@ def _check_others(folder: Path, others: list[Path], videos: list[Path]) -> None:
 def _check_is_read(folder: Path, file: Path) -> None:
     """Raises `ValueError` for what looks like a list of labels or files, in a format or with a name that isn't read."""
     name, _, suffix = file.name.casefold().partition(".")
-    is_list = file.parent == folder and name in SPLITS and f".{suffix}" in LIST_SUFFIXES
-    if is_list or (file.suffix.lower() in UNREAD_SUFFIXES and (name == METADATA or name in SPLITS)):
+    is_split = file.parent == folder and name in SPLITS
+    is_unread = file.suffix.lower() in UNREAD_SUFFIXES
+    if (is_split and (is_unread or f".{suffix}" in LIST_SUFFIXES)) or (is_unread and name == METADATA):
         raise ValueError(
             f"{file} seems to be a list, and is not read: lists are called train.csv, val.csv, test.csv or "
             "metadata.csv, or end in .tsv, .jsonl or .json. Rename it, or move it elsewhere."
