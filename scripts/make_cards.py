@@ -10,7 +10,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 import sys
 from pathlib import Path
 
-from command_line import Parser
+from command_line import Parser, run_main
 
 
 def main() -> None:
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -15,7 +15,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 from pathlib import Path
 
-from command_line import Parser
+from command_line import Parser, run_main
 
 NUM_HELD_OUT = 512  # captions, of 1920
 
@@ -39,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
