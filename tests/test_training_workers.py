@@ -1,6 +1,5 @@
 """The processes that decode, of this process or of one that is started for it."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -131,8 +130,8 @@ class Numbers(torch.utils.data.Dataset):
 @pytest.fixture
 def started(monkeypatch):
     """The workers that a test starts."""
-    found, start = [], multiprocessing.process.BaseProcess.start
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: (found.append(self), start(self)))
+    found, start = [], workers.Worker.start
+    monkeypatch.setattr(workers.Worker, "start", lambda self: (found.append(self), start(self)))
     return found
 
 

@@ -10,7 +10,8 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from functools import cache
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from .data import collate
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SECONDS_TO_END = 0.2  # for a worker that waits for work; one that decodes or still starts is killed
-CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+PACKAGE = __name__.split(".")[0]
+CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 WORKERS: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -70,12 +72,21 @@ class WorkerContext(type(CONTEXT)):  # type: ignore[misc]
 
 
 def _worker_context() -> multiprocessing.context.BaseContext:
-    """Where there is a server, it has imported what this process has of the package, and workers needn't."""
     if sys.platform == "linux":
-        names = [name for name in sys.modules if name.startswith(f"{__package__.split('.')[0]}.")]
-        CONTEXT.set_forkserver_preload(names)
-        resource_tracker.ensure_running()  # if started with the server it would make both hear the signals again
+        _start_server()
     return WorkerContext()
+
+
+@cache
+def _start_server() -> None:
+    """The server imports what this process has of the package, and workers needn't. Ctrl-C doesn't wait for it."""
+    forkserver.set_forkserver_preload([name for name in sys.modules if name.startswith(f"{PACKAGE}.")])
+    resource_tracker.ensure_running()  # if started with the server it would make both hear the signals again
+    with _deaf_to_stop_signals():
+        forkserver.ensure_running()
+    first = CONTEXT.Process(target=int, daemon=True)  # which it starts when it has imported all
+    first.start()
+    first.join()
 
 
 def _start_worker(worker_id: int) -> None:
