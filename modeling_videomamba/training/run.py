@@ -341,7 +341,8 @@ class TrainingRun(ABC):
     def _card(self, metrics: dict[str, float]) -> ModelCard:
         """Of the model as it is now."""
         args, progress, start = self.args, self.trainer.progress, self.start()
-        model_name, broken = args.run.push_to_hub or args.run.output_dir.name, len(progress.broken)
+        broken = len(progress.broken)
+        model_name = args.run.push_to_hub or public_name(str(args.run.output_dir))
         return model_card(
             model_name=model_name,
             pipeline_tag=self.pipeline_tag(),
