@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from command_line import Parser, check_output, check_picture
+from command_line import Parser, check_output, check_picture, run_main
 
 SCAN_SHAPES = [[1, 1569, 384], [1, 12545, 1152]]  # Ti at 8 frames of 224 pixels, M at 64
 FRAMES = [8, 16, 32, 64]
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import MAX_PICTURE_ROWS, Parser, check_output, check_picture
+from command_line import MAX_PICTURE_ROWS, Parser, check_output, check_picture, run_main
 
 NANO = Path(__file__).resolve().parents[1] / "hub_cards" / "videomamba-nano"
 
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,11 +1,18 @@
-"""How the scripts read their command lines: options in any order, help with defaults, values of recipes."""
+"""
+How the scripts read their command lines, with options in any order, help with defaults and values of recipes, and how
+they end.
+"""
 
 import argparse
+import io
 import math
 import os
+import signal
+import stat
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -62,8 +69,11 @@ class Parser(argparse.ArgumentParser):
             self._mixes = False
 
     def error(self, message: str) -> NoReturn:
-        is_first = int(os.environ.get("RANK", 0)) == 0
-        sys.exit(f"error: {message}" if is_first else 1)
+        sys.exit(f"error: {message}" if _is_first_process() else 1)
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _read_text(word: str) -> str:
@@ -221,3 +231,59 @@ def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
 def check_picture(path: Path) -> None:
     """Raises `ValueError` for a --picture that can't be written."""
     check_output("--picture", path, PICTURE_SUFFIXES)
+
+
+# Ends
+
+
+def run_main(main: Callable[[], None], go_on: str | None = None) -> None:
+    """
+    Runs a script. Ctrl-C ends it with a line and status 130, and again at once. If nobody reads what it prints any more
+    (`| head`), it runs to its end all the same.
+
+    Args:
+        main (`Callable`): The script.
+        go_on (`str`, *optional*): With what a script goes on that was interrupted.
+    """
+    with _without_broken_pipes("stdout"), _without_broken_pipes("stderr"):
+        try:
+            main()
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if _is_first_process():
+                print("interrupted" + (f": go on with {go_on}" if go_on else ""), file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def _without_broken_pipes(name: str) -> Iterator[None]:
+    """What is written to a stream of `sys`, a pipe, is discarded once the pipe has no reader."""
+    stream = getattr(sys, name)
+    if not _is_pipe(stream):
+        yield
+        return
+    pipe = _Pipe(stream.fileno(), "w", closefd=False)
+    unbuffered = stream.write_through
+    options = {"line_buffering": stream.line_buffering, "write_through": unbuffered}
+    text = io.TextIOWrapper(pipe if unbuffered else io.BufferedWriter(pipe), stream.encoding, stream.errors, **options)
+    setattr(sys, name, text)
+    try:
+        yield
+    finally:
+        text.flush()
+        setattr(sys, name, stream)
+
+
+def _is_pipe(stream: Any) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (AttributeError, OSError, ValueError):  # no stream, none of the system, or closed
+        return False
+
+
+class _Pipe(io.FileIO):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, output_folder
+from command_line import Parser, output_folder, run_main
 
 KNOWN_LABELS = ("imagenet-1k", "kinetics400", "something-something-v2")  # as in `load_labels`
 
@@ -83,4 +83,4 @@ def save(converted: Any, source: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

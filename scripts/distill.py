@@ -8,7 +8,7 @@ to those of the teacher, which keeps a large model from overfitting. OUTPUT/best
 
 import thread_policy  # noqa: F401 - before PyTorch is loaded
 
-from command_line import parse_dataclasses
+from command_line import parse_dataclasses, run_main
 from finetune import CLASSES, RECIPES
 from videomamba_arguments import DistillationArguments
 
@@ -23,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, go_on="--resume")

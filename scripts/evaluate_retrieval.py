@@ -15,7 +15,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import parse_dataclasses
+from command_line import parse_dataclasses, run_main
 from videomamba_arguments import MAX_TEXT_LENGTH, MIXED_PRECISION, ON_BROKEN_VIDEO
 
 
@@ -76,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, go_on="the same command")

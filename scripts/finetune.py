@@ -12,7 +12,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 from pathlib import Path
 
-from command_line import parse_dataclasses
+from command_line import parse_dataclasses, run_main
 from videomamba_arguments import (
     LabelledAugmentationArguments,
     LabelledDataArguments,
@@ -35,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, go_on="--resume")

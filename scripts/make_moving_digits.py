@@ -15,7 +15,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 import sys
 
-from command_line import Parser, output_folder
+from command_line import Parser, output_folder, run_main
 
 NUM_HELD_OUT = 512  # captions, of 1920
 
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

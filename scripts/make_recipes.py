@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from command_line import Parser
+from command_line import Parser, run_main
 
 FOLDER = Path(__file__).parent / "recipes"
 DEFAULT_GPUS = 8
@@ -257,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,7 +11,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 
 import sys
 
-from command_line import Parser, output_folder
+from command_line import Parser, output_folder, run_main
 
 
 def main() -> None:
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

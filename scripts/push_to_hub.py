@@ -15,7 +15,7 @@ import thread_policy  # noqa: F401 - before PyTorch is loaded
 import argparse
 from pathlib import Path
 
-from command_line import Parser, output_folder
+from command_line import Parser, output_folder, run_main
 
 DRY_RUN_FOLDER = "staged"
 TOKENIZER = "google-bert/bert-base-uncased"  # of all released models of videos and texts
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, go_on="the same command")

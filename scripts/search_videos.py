@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import MAX_PICTURE_ROWS, Parser, check_picture, output_folder
+from command_line import MAX_PICTURE_ROWS, Parser, check_picture, output_folder, run_main
 
 RERANKED = 32  # candidates, as in `find`
 
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, go_on="the same command" if sys.argv[1:2] == ["index"] else None)

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.progress import track
 
-from command_line import Parser, output_folder
+from command_line import Parser, output_folder, run_main
 from studies import check_study, train
 
 COMMON = {"image_size": 16, "patch_size": 4, "num_frames": None}
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, go_on="the same command")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from command_line import Parser, output_folder
+from command_line import Parser, output_folder, run_main
 from studies import check_study, run_script, train
 from videomamba_arguments import MASK_TYPES
 
@@ -113,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, go_on="the same command")

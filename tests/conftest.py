@@ -2,6 +2,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -110,6 +111,14 @@ def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", **option
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+@pytest.fixture
+def sigint():
+    """For scripts that end at Ctrl-C, after which the next one ends the process."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def forget_accelerator():

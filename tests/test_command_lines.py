@@ -1,14 +1,19 @@
-"""The command lines of all scripts: help, orders of options, and what is wrong with them."""
+"""The command lines of all scripts: help, orders of options, what is wrong with them, and how scripts end."""
 
 import argparse
+import io
 import itertools
+import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from tqdm import tqdm
 
 import classify
 import command_line
@@ -290,3 +295,69 @@ def test_a_launcher_adds_nothing_to_the_line():
         lines = [line for line in result.stderr.splitlines() if "Warning" not in line]
         assert "Traceback" not in result.stderr and lines[-1] == "error: ../nope: there is no such folder"
     assert results[0].stderr == "error: ../nope: there is no such folder\n"
+
+
+# Ends
+
+TRAINING = ("distill.py", "finetune.py", "pretrain_umt.py", "pretrain_video_text.py")
+REPEATED = ("evaluate_retrieval.py", "evaluate_video.py", "push_to_hub.py", "search_videos.py")
+REPEATED += ("study_distillation.py", "study_masked_pretraining.py")
+GO_ON = {**dict.fromkeys(TRAINING, "--resume"), **dict.fromkeys(REPEATED, "the same command")}
+
+
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "go_on"),
+    [
+        *((name, ["index"], GO_ON.get(name)) for name in NAMES),
+        ("search_videos.py", ["query"], None),
+    ],
+)
+def test_ctrl_c_is_one_line_of_one_process(name, words, go_on, monkeypatch, capsys, sigint):
+    monkeypatch.setattr(command_line.Parser, "parse_known_args", interrupt)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    line = "interrupted" + (f": go on with {go_on}" if go_on else "") + "\n"
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        assert end.type is SystemExit and end.value.code == 130
+        assert capsys.readouterr() == ("", line if rank == "0" else "")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one interrupts no clean-up with a traceback
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_goes_away_ends_nothing(stream, buffered, tmp_path, monkeypatch):
+    """As `| head` does, and at Ctrl-C `2>&1 | tee log`, while a run saves its state."""
+    reader, writer = os.pipe()
+    file = open(writer, "wb", buffering=0)  # noqa: SIM115, PTH123
+    text = io.TextIOWrapper(io.BufferedWriter(file) if buffered else file, "utf-8", write_through=not buffered)
+    monkeypatch.setattr(sys, stream, text)
+
+    def main():
+        print("before", file=getattr(sys, stream), flush=buffered)
+        assert os.read(reader, 100) == b"before\n"
+        os.close(reader)
+        for _ in tqdm(range(3), mininterval=0):
+            print("x" * 10**5, file=getattr(sys, stream))
+            Console(stderr=stream == "stderr").print("rich")
+        (tmp_path / "whole").write_text("whole")
+        print("last", file=getattr(sys, stream))
+
+    command_line.run_main(main)
+    assert getattr(sys, stream) is text and (tmp_path / "whole").exists()
+    text.close()
+
+
+def test_a_script_whose_output_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, environment = [sys.executable, SCRIPTS / "classify.py", "--help"], {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")

@@ -197,6 +197,18 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch, capfd):
     assert capfd.readouterr().err == "\nends after this step and saves its state; Ctrl-C again ends at once\n"
 
 
+def test_ctrl_c_that_ends_the_reader_of_the_output_too(monkeypatch):
+    """As in `2>&1 | tee log`."""
+
+    def write(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(signals.os, "write", write)
+    with signals.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == signal.SIGINT
+
+
 def test_states_are_saved_by_time(tmp_path, monkeypatch):
     """A step takes a minute here, and the clock of the state starts when it is saved."""
     minute, saved = [0], []

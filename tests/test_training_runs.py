@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import shutil
 import sys
 from contextlib import ExitStack
@@ -55,7 +56,7 @@ def train(pictures, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, command)])
         code = None
         try:
-            script.main()
+            runpy.run_path(script.__file__, run_name="__main__")
         except SystemExit as end:
             code = end.code
         finally:
@@ -249,7 +250,7 @@ def test_resuming_without_a_state(train, tmp_path):
     assert code is None and text.count(line) == 1
 
 
-def test_ctrl_c_before_the_first_step_ends_with_a_line(train, tmp_path, monkeypatch):
+def test_ctrl_c_before_the_first_step_ends_with_a_line(train, tmp_path, monkeypatch, sigint):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

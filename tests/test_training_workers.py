@@ -1,24 +1,29 @@
-"""The processes that decode, of a process that is started for it."""
+"""The processes that decode, of this process or of one that is started for it."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
 import psutil
 import pytest
+import torch
 
+from modeling_videomamba.training import workers
+from modeling_videomamba.training.workers import iterate
 from tests.conftest import ROOT
 
 LINUX = sys.platform == "linux"
 
-# prints its workers, then waits for the example that its argument names
+# prints its workers, then waits for the examples that its argument names
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
 import torch
 from modeling_videomamba.training.data import Examples
+from modeling_videomamba.training import workers
 from modeling_videomamba.training.workers import iterate
 
 class Slow:
@@ -99,3 +104,84 @@ def test_workers_end_with_their_run_however_that_ends(start):
     time.sleep(0.5)
     process.kill()
     assert not alive_after_30_seconds([*workers, *(servers if LINUX else ())])
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Examples that take so many seconds to reach a worker, or to be read. `on_start` is called for each worker."""
+
+    def __init__(self, on_start, seconds_to_start, seconds_to_read):
+        self.on_start, self.seconds = on_start, (seconds_to_start, seconds_to_read)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds[1])
+
+    def __getstate__(self):
+        self.on_start()
+        return {"seconds": self.seconds}
+
+    def __setstate__(self, state):
+        self.seconds = state["seconds"]
+        time.sleep(self.seconds[0])
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The workers that a test starts."""
+    found, start = [], workers.Worker.start
+    monkeypatch.setattr(workers.Worker, "start", lambda self: (found.append(self), start(self)))
+    return found
+
+
+@pytest.fixture
+def interrupt():
+    """Sends SIGINT to a thread. The system takes the main one, but where only another one doesn't block the signal."""
+    end = threading.Event()
+    threads = {"main thread": threading.main_thread(), "another thread": threading.Thread(target=end.wait)}
+    threads["another thread"].start()
+
+    def send(name):
+        signal.pthread_kill(threads[name].ident, signal.SIGINT)
+        time.sleep(0.1)
+
+    yield send
+    end.set()
+
+
+def assert_ended(workers, since):
+    """Within 4 seconds: PyTorch would wait 5 for each, and Python for ever."""
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < since + 4:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
+    assert time.monotonic() < since + 4
+
+
+@pytest.mark.parametrize("thread", ["main thread", "another thread"])
+def test_workers_end_at_ctrl_c_while_they_start(started, interrupt, thread):
+    sent = []
+    on_start = iter([lambda: None, lambda: (sent.append(time.monotonic()), interrupt(thread))])  # with the second one
+    with pytest.raises(KeyboardInterrupt):
+        iterate(Numbers(lambda: next(on_start)(), 60, 0), 2, batch_size=1)
+    assert_ended(started, sent[0])
+
+
+def test_workers_end_at_ctrl_c_while_they_read(started, interrupt):
+    batches = iterate(Numbers(lambda: None, 0, 60), 2, batch_size=1)
+    threading.Timer(0.5, interrupt, ["main thread"]).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    began = time.monotonic()
+    del batches
+    assert_ended(started, began)
+
+
+def test_busy_workers_end_with_a_process_that_holds_them(started):
+    """As the traceback of an error does to the end of Python."""
+    batches = iterate(Numbers(lambda: None, 0, 60), 2, batch_size=1)
+    handler = signal.getsignal(signal.SIGCHLD)
+    workers._kill_workers()
+    signal.signal(signal.SIGCHLD, handler)
+    assert_ended(started, time.monotonic())
+    del batches

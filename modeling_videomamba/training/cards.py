@@ -1,6 +1,7 @@
 """What may be published: words without folders and secrets, files of a model, and cards that replace no edited ones."""
 
 import hashlib
+import os
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,15 @@ CARD = "README.md"
 HIDDEN = "***"
 ADDRESS = re.compile(r"([a-zA-Z][\w+.-]*)://(\S*)")
 HOST = re.compile(r"([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?")
-TOKEN = re.compile(r"\b(hf|api_org)_\w+")
+HUB = "huggingface.co"
+# whose addresses give no access by themselves; the path of another address may
+STORES = {"s3", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "hf"}
+HOMES = {"home", "users"}
+# of the Hub, of GitHub and GitLab, of AWS, of Slack, of OpenAI and others
+TOKEN = re.compile(
+    r"\b(?:hf|api_org)_\w+"
+    r"|(?<![a-zA-Z\d])(?:(?:gh[oprsu]|github_pat)_\w+|glpat-[\w-]+|A[KS]IA[A-Z\d]{12,}|xox[a-z]-[\w-]+|sk-[\w-]{20,})"
+)
 SECRET = re.compile(r"(?i)((?:token|secret|password|signature|sig|credential|key)=)[^&\s]+")
 SEAL = re.compile(r"\s*<!-- published by push_to_hub.py; SHA-256 of the text above: ([0-9a-f]{64}) -->\s*\Z")
 
@@ -61,10 +70,17 @@ def _public_value(value: str) -> str:
         return _public_address(value)
     if is_on_hub(value):
         return value
-    parts = re.split(r"[/\\]+", value.rstrip("/\\"))
-    if re.search(r"[?#]", "/".join(parts[:-1])):  # the last part may be the end of a signature
+    *folders, last = re.split(r"[/\\]+", value.rstrip("/\\"))
+    if re.search(r"[?#]", "/".join(folders)) or _is_home(folders, last):  # `last` may be the end of a signature
         return HIDDEN
-    return re.split(r"[?#]", parts[-1])[0].rsplit("@", 1)[-1]
+    return re.split(r"[?#]", last)[0].rsplit("@", 1)[-1]
+
+
+def _is_home(folders: list[str], last: str) -> bool:
+    """Whether the last part of a path is the name of a user."""
+    is_inside = bool(folders) and folders[-1].rsplit(":", 1)[-1].lower() in HOMES
+    own = Path(os.path.expanduser("~")).name  # noqa: PTH111 - `Path.home` raises an error where there is none
+    return is_inside or re.search(r"(^|:)~.", last) is not None or (own != "" and last == own)
 
 
 def _public_address(value: str) -> str:
@@ -76,9 +92,10 @@ def _public_address(value: str) -> str:
         return _public_value(rest)
     login, _, place = rest.rpartition("@")
     host, slash, path = re.split(r"[?#;&]", place)[0].partition("/")
-    if HOST.fullmatch(host) is None or re.search(r"[?#;&]", login):
+    is_store = scheme.lower() in STORES
+    if HOST.fullmatch(host) is None or re.search(r"[?#;&]" if is_store else r"[?#;&/]", login):
         return f"{scheme}://{HIDDEN}"
-    return f"{scheme}://{host}{slash}{path}"
+    return f"{scheme}://{host}{slash}{path}" if is_store or host == HUB else f"{scheme}://{host}"
 
 
 def without_signatures(text: str) -> str:

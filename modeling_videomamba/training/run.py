@@ -1,7 +1,6 @@
 """What all runs of training share: their data, their batches, the loop, and what they leave."""
 
 import json
-import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -342,7 +341,8 @@ class TrainingRun(ABC):
     def _card(self, metrics: dict[str, float]) -> ModelCard:
         """Of the model as it is now."""
         args, progress, start = self.args, self.trainer.progress, self.start()
-        model_name, broken = args.run.push_to_hub or args.run.output_dir.name, len(progress.broken)
+        broken = len(progress.broken)
+        model_name = args.run.push_to_hub or public_name(str(args.run.output_dir))
         return model_card(
             model_name=model_name,
             pipeline_tag=self.pipeline_tag(),
@@ -402,14 +402,10 @@ class TrainingRun(ABC):
 
 
 def run_or_exit(make_run: Callable[[], TrainingRun]) -> None:
-    """Trains; what is wrong with the arguments, the folder or the numbers, and Ctrl-C, end the process with a line."""
-    try:
-        with errors_as_lines():
-            try:
-                run = make_run()
-            except (OSError, ValueError, StrictDataclassError) as error:
-                sys.exit(f"error: {' '.join(str(error).split())}")  # a configuration's errors have two lines
-            run.train()
-    except KeyboardInterrupt:  # before the first step or after the last one; in between the loop saves a state
-        print("interrupted: go on with --resume", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    """Trains; what is wrong with the arguments, the folder or the numbers ends the process with a line."""
+    with errors_as_lines():
+        try:
+            run = make_run()
+        except (OSError, ValueError, StrictDataclassError) as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")  # a configuration's errors have two lines
+        run.train()

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import Any
 
 REPEATS_SECONDS = 1.0  # one Ctrl-C may arrive twice, from the terminal and from a launcher
@@ -28,7 +29,9 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._since = signal.Signals(signum), now
-            if signum == signal.SIGINT:  # os.write, because the signal may have interrupted a print
-                os.write(2, b"\nends after this step and saves its state; Ctrl-C again ends at once\n")
+            if signum == signal.SIGINT:
+                # os.write, because the signal may have interrupted a print, of whose reader it may have been the end
+                with suppress(OSError):
+                    os.write(2, b"\nends after this step and saves its state; Ctrl-C again ends at once\n")
         elif signum == signal.SIGINT and now - self._since > REPEATS_SECONDS:
             os._exit(128 + signum)

@@ -10,7 +10,8 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from functools import cache
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ import torch
 from .data import collate
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SECONDS_TO_END = 0.2  # for a worker that waits for work; one that decodes or still starts is killed
+PACKAGE = __name__.split(".")[0]
+CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+WORKERS: weakref.WeakSet = weakref.WeakSet()
 
 
 def iterate(dataset: torch.utils.data.Dataset, num_workers: int, **options: Any) -> Iterator[dict[str, Any]]:
@@ -40,23 +45,48 @@ def iterate(dataset: torch.utils.data.Dataset, num_workers: int, **options: Any)
     """
     if num_workers:
         options |= {"multiprocessing_context": _worker_context(), "worker_init_fn": _start_worker}
-    others = set(multiprocessing.active_children())
     with warnings.catch_warnings(), _deaf_to_stop_signals():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader = torch.utils.data.DataLoader(dataset, num_workers=num_workers, collate_fn=collate, **options)
-        batches = iter(loader)
-    WORKERS.update(set(multiprocessing.active_children()) - others)
-    return batches
+        return iter(loader)
+
+
+class Worker(CONTEXT.Process):  # type: ignore[name-defined, misc]
+    """A process that ends soon when it is left: PyTorch waits 5 seconds, and sends a signal to which it is deaf."""
+
+    def start(self) -> None:
+        WORKERS.add(self)
+        super().start()
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(timeout if timeout is None else min(timeout, SECONDS_TO_END))
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class WorkerContext(type(CONTEXT)):  # type: ignore[misc]
+    """Starts [`Worker`]s."""
+
+    Process = Worker
 
 
 def _worker_context() -> multiprocessing.context.BaseContext:
-    """Where there is a server, it has imported what this process has of the package, and workers needn't."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(f"{__package__.split('.')[0]}.")])
+    if sys.platform == "linux":
+        _start_server()
+    return WorkerContext()
+
+
+@cache
+def _start_server() -> None:
+    """The server imports what this process has of the package, and workers needn't. Ctrl-C doesn't wait for it."""
+    forkserver.set_forkserver_preload([name for name in sys.modules if name.startswith(f"{PACKAGE}.")])
     resource_tracker.ensure_running()  # if started with the server it would make both hear the signals again
-    return context
+    with _deaf_to_stop_signals():
+        forkserver.ensure_running()
+    first = CONTEXT.Process(target=int, daemon=True)  # which it starts when it has imported all
+    first.start()
+    first.join()
 
 
 def _start_worker(worker_id: int) -> None:
@@ -79,12 +109,27 @@ def _deaf_to_stop_signals() -> Iterator[None]:
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        yield
+        with _received_later():
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-WORKERS: weakref.WeakSet = weakref.WeakSet()
+@contextmanager
+def _received_later() -> Iterator[None]:
+    """Signals that another thread of this process gets, which doesn't block them, wait until this one hears again."""
+    if threading.current_thread() is not threading.main_thread():  # has no handlers
+        yield
+        return
+    received: list[int] = []
+    before = {signum: signal.signal(signum, lambda found, _: received.append(found)) for signum in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for found in received:
+            signal.raise_signal(found)
 
 
 @atexit.register
@@ -93,4 +138,5 @@ def _kill_workers() -> None:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take it for a failure
     for worker in WORKERS:
-        worker.kill()
+        if worker.is_alive():
+            worker.kill()
