@@ -18,9 +18,9 @@ from .operators import operator
 from .rms_norm_cpu import rms_norm as _cpu_rms_norm
 from .selective_scan_cpu import causal_conv1d as _cpu_causal_conv1d
 from .selective_scan_cpu import selective_scan as _cpu_selective_scan
-from .selective_scan_cpu import unusable as _cpu_unusable
+from .selective_scan_cpu import unavailable_reason as _cpu_unavailable_reason
 from .selective_scan_triton import selective_scan as _triton_selective_scan
-from .triton_kernels import unusable as _triton_unusable
+from .triton_kernels import unavailable_reason as _triton_unavailable_reason
 
 BACKEND_VARIABLE = "VIDEOMAMBA_SCAN_BACKEND"
 
@@ -184,7 +184,7 @@ def selective_scan_backends() -> dict[str, SelectiveScanBackend]:
     """
     report = {}
     for name, backend in _BACKENDS.items():
-        reasons = [backend.unusable(device_type) for device_type in backend.device_types]
+        reasons = [backend.unavailable_reason(device_type) for device_type in backend.device_types]
         reason = "" if None in reasons else "; ".join(filter(None, reasons))
         report[name] = SelectiveScanBackend(usable=not reason, reason=reason)
     return report
@@ -213,7 +213,7 @@ def _choose_backend(device_type: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _warn_of_slow_scan(device_type: str) -> None:
-    reasons = {name: backend.unusable(device_type) for name, backend in _BACKENDS.items()}
+    reasons = {name: backend.unavailable_reason(device_type) for name, backend in _BACKENDS.items()}
     reason = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
     warnings.warn(
         f"The selective scan on {device_type!r} runs in plain PyTorch, many times slower. {reason}", stacklevel=2
@@ -429,7 +429,7 @@ def _mamba_ssm_causal_conv1d(x, weight, bias, reverse):
     return y.flip(1) if reverse else y
 
 
-def _mamba_ssm_unusable(device_type: str) -> str | None:
+def _mamba_ssm_unavailable_reason(device_type: str) -> str | None:
     if device_type != "cuda":
         return "needs tensors on a CUDA device"
     if not torch.cuda.is_available():
@@ -464,22 +464,29 @@ def _mamba_ssm() -> tuple[Callable[..., torch.Tensor] | None, str | None]:
 class _Backend:
     scan: Callable[..., torch.Tensor]
     convolution: Callable[..., torch.Tensor]
-    unusable: Callable[[str], str | None]
+    unavailable_reason: Callable[[str], str | None]
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     linear: Callable[..., torch.Tensor] = F.linear
     rms_norm: Callable[..., torch.Tensor] = _torch_rms_norm
 
     def reason_against(self, device_type: str, dtype: torch.dtype) -> str | None:
-        return self.unusable(device_type) if dtype in self.dtypes else f"does not compute in {dtype}"
+        return self.unavailable_reason(device_type) if dtype in self.dtypes else f"does not compute in {dtype}"
 
 
 # In order of preference. A new backend is one entry here.
 _BACKENDS = {
-    "triton": _Backend(_triton_selective_scan, _triton_causal_conv1d, _triton_unusable, ("cuda", "xpu")),
-    "mamba_ssm": _Backend(_mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unusable, ("cuda",)),
+    "triton": _Backend(_triton_selective_scan, _triton_causal_conv1d, _triton_unavailable_reason, ("cuda", "xpu")),
+    "mamba_ssm": _Backend(
+        _mamba_ssm_selective_scan, _mamba_ssm_causal_conv1d, _mamba_ssm_unavailable_reason, ("cuda",)
+    ),
     "cpu": _Backend(
-        _cpu_selective_scan, _cpu_causal_conv1d, _cpu_unusable, ("cpu",), linear=_cpu_linear, rms_norm=_cpu_rms_norm
+        _cpu_selective_scan,
+        _cpu_causal_conv1d,
+        _cpu_unavailable_reason,
+        ("cpu",),
+        linear=_cpu_linear,
+        rms_norm=_cpu_rms_norm,
     ),
     "torch": _Backend(
         _torch_selective_scan,

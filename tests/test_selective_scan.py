@@ -322,7 +322,7 @@ def fresh_library():
 
 def test_the_kernel_of_another_version_is_refused(monkeypatch, fresh_library):
     monkeypatch.setattr(library, "VERSION", -1)
-    reason = cpu.unusable("cpu")
+    reason = cpu.unavailable_reason("cpu")
     assert "another version" in reason or "was not compiled" in reason
 
 
@@ -361,7 +361,7 @@ def test_the_operators_fulfil_the_contract_of_torch():
 
     x, dt, A, B, C, D, z, dt_bias, add = make_inputs(2, 40, 3, 4).values()
     check(torch.ops.videomamba.reference_scan.default, (x, dt, A, B, C, True))
-    if cpu.unusable("cpu") is None:
+    if cpu.unavailable_reason("cpu") is None:
         for optional in ((z, dt_bias, add), (None, None, add), (z, None, None)):
             arguments = (x, dt, A, B, C, D, *optional, True, True)
             check(torch.ops.videomamba.cpu_selective_scan.default, arguments)
