@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_videomamba.selective_scan import BACKEND_VARIABLE, linear
+from modeling_videomamba.linear_and_norm import linear
+from modeling_videomamba.selective_scan import BACKEND_VARIABLE
 
 products = importlib.import_module("modeling_videomamba.matrix_product_cpu")
 library = importlib.import_module("modeling_videomamba.cpu_library")

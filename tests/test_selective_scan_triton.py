@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.scan_reference import DEVICE, SMALL_BLOCKS, assert_same, make_inputs, naive_conv, naive_scan
+from modeling_videomamba.selective_scan_naive import causal_conv1d as naive_conv
+from modeling_videomamba.selective_scan_naive import selective_scan as naive_scan
+from tests.scan_inputs import DEVICE, SMALL_BLOCKS, assert_same, make_inputs
 
 pytest.importorskip("triton")
 convolution = importlib.import_module("modeling_videomamba.causal_conv1d_triton")

@@ -18,7 +18,7 @@ from modeling_videomamba.tiles_cpu import (
     sum_into,
 )
 from tests.conftest import needs_kernel
-from tests.scan_reference import make_inputs
+from tests.scan_inputs import make_inputs
 
 tiles_cpu = importlib.import_module("modeling_videomamba.tiles_cpu")
 pytestmark = needs_kernel
