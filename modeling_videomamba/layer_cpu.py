@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .matrix_product_cpu import Memory, matmul, weight_gradient
+from .matrix_product_cpu import GrowingBuffer, matmul, weight_gradient
 from .operators import has_hooks, is_tracing
 from .rms_norm_cpu import norm_backward, norm_forward
 from .selective_scan import has_compiled_kernels
@@ -318,7 +318,7 @@ class InferenceBuffers:
         self.overwritable: torch.Tensor | None = None
         self.tiles: list[Tile] = []
         self.lengths: list[int] = []
-        self.weights = {name: Memory() for name in ("x_proj", "x", "z", "out")}
+        self.weights = {name: GrowingBuffer() for name in ("x_proj", "x", "z", "out")}
         self.queue = Queue()
         self._made_for: tuple[Any, ...] | None = None
 

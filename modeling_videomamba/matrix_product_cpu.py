@@ -37,7 +37,7 @@ def matrix_kernels() -> ctypes.CDLL:
 
 
 @functools.cache
-def unusable() -> str | None:
+def unavailable_reason() -> str | None:
     """Why there are no products on matrix units here, if there are none."""
     try:
         matrix_kernels()
@@ -48,7 +48,7 @@ def unusable() -> str | None:
 
 def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden_states @ weight.T`, `(..., inner)` and `(outer, inner)` to `(..., outer)`, by what is fastest here."""
-    if torch.compiler.is_compiling() or not is_fit(hidden_states, weight):
+    if torch.compiler.is_compiling() or not can_use_amx(hidden_states, weight):
         return F.linear(hidden_states, weight)
     rows = hidden_states.flatten(0, -2)
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
@@ -58,9 +58,9 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return product.unflatten(0, hidden_states.shape[:-1])
 
 
-def is_fit(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+def can_use_amx(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether these can be multiplied on matrix units, may be, and are large enough."""
-    if unusable() is not None or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+    if unavailable_reason() is not None or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return False
     for tensor in (hidden_states, weight):
         is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # and no stand-in for one
@@ -79,7 +79,7 @@ def rows_or_columns(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
-class Memory:
+class GrowingBuffer:
     """Memory that grows with what is wanted. To fill new memory would take as long as some of the products."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Memory:
         return -(-self.buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
-def prepare(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, memory: Memory | None) -> MatrixProduct:
+def prepare(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, memory: GrowingBuffer | None) -> MatrixProduct:
     """
     What the kernels want for `c = a @ b` with a new matrix `c`: matrices of which one stride is 1, and `memory` for `b`
     as the matrix units take it; without it, `b` is packed a few rows at a time while they multiply.
@@ -122,7 +122,7 @@ def packed_size(inner: int, columns: int) -> int:
 
 class _Scratch(threading.local):
     def __init__(self) -> None:
-        self.memory = Memory()
+        self.memory = GrowingBuffer()
 
 
 _scratch = _Scratch()
@@ -140,7 +140,7 @@ def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor, in_steps: bool = False)
         return a.new_zeros(rows, columns)
     c, memory = a.new_empty(rows, columns), None
     if not in_steps:
-        memory = _scratch.memory if packed_size(inner, columns) <= MAX_SCRATCH else Memory()
+        memory = _scratch.memory if packed_size(inner, columns) <= MAX_SCRATCH else GrowingBuffer()
     product = prepare(a, b, c, memory)
     if memory:
         matrix_kernels().videomamba_pack(ctypes.byref(product))
@@ -150,12 +150,14 @@ def cpu_matrix_product(a: torch.Tensor, b: torch.Tensor, in_steps: bool = False)
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b` of matrices, by what is fastest here, for what has gradients of its own."""
-    return cpu_matrix_product(a, b) if is_fit(a, b.T) else torch.mm(a, b)
+    return cpu_matrix_product(a, b) if can_use_amx(a, b.T) else torch.mm(a, b)
 
 
 def weight_gradient(grad: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """`grad.T @ inputs` of `(rows, out_features)` and `(rows, in_features)`: that of the weight of a linear layer."""
-    return cpu_matrix_product(grad.T, inputs, in_steps=True) if is_fit(grad.T, inputs.T) else torch.mm(grad.T, inputs)
+    return (
+        cpu_matrix_product(grad.T, inputs, in_steps=True) if can_use_amx(grad.T, inputs.T) else torch.mm(grad.T, inputs)
+    )
 
 
 _matrix_product = operator(cpu_matrix_product)

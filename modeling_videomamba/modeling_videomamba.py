@@ -20,8 +20,9 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_videomamba import VideoMambaConfig
 from .embeddings import VideoMambaEmbeddings, take_tokens, temporal_first, visible_tokens
 from .layer_cpu import InferenceBuffers, can_fuse, fused_layer, fusible, inference_buffers
+from .linear_and_norm import linear, rms_norm
 from .operators import has_hooks
-from .selective_scan import causal_conv1d, linear, rms_norm, selective_scan
+from .selective_scan import causal_conv1d, selective_scan
 
 # The scans of each order: the tokens are read frame by frame ("spatial") or patch position by patch position
 # ("temporal"), from the first to the last or, where `reverse`, from the last to the first (paper, figure 4).

@@ -21,7 +21,7 @@ from .operators import operator
 CHUNK_SIZE = 32  # steps between the states that are kept for the backward pass, `kChunk` of csrc/selective_scan.cpp
 
 
-def unusable(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why the kernels can't run on tensors of this device, if they can't."""
     if device_type != "cpu":
         return "needs tensors on a CPU"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .cpu_library import DTYPES, SCAN_DTYPES, Convolution, Norm, Scan, Sequence, Sum, kernels, pointer
-from .matrix_product_cpu import Memory, is_fit, matrix_kernels, prepare, rows_or_columns
+from .matrix_product_cpu import GrowingBuffer, can_use_amx, matrix_kernels, prepare, rows_or_columns
 
 
 class Queue:
@@ -62,7 +62,7 @@ def sum_into(out: torch.Tensor, hidden_states: torch.Tensor, mixed: torch.Tensor
 class TiledLinear:
     """A linear layer on tiles of the tokens. What the matrix units need of its weight is made once, in `memory`."""
 
-    def __init__(self, weight: torch.Tensor, memory: Memory, queue: Queue) -> None:
+    def __init__(self, weight: torch.Tensor, memory: GrowingBuffer, queue: Queue) -> None:
         self.weight, self.memory, self.queue = rows_or_columns(weight), memory, queue
         self.is_packed = False
 
@@ -70,7 +70,7 @@ class TiledLinear:
         """The next tile, contiguous `(batch, length, in_features)`, into `out`, contiguous and of the same dtype."""
         rows, target = hidden_states.view(-1, hidden_states.shape[-1]), out.view(-1, out.shape[-1])
         columns = self.weight.T
-        if not (self.is_packed or is_fit(rows, self.weight)):
+        if not (self.is_packed or can_use_amx(rows, self.weight)):
             self.queue.add_call(lambda: torch.mm(rows, columns, out=target))
             return
         product = prepare(rows, columns, target, self.memory)

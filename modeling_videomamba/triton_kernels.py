@@ -27,7 +27,7 @@ LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 ANY_SIZE = ["batch_size", "length", "num_chunks", "chunk_steps"]
 
 
-def unusable(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why these kernels can't run for tensors on a device of that type, or `None` if they can."""
     if device_type not in ("cuda", "xpu"):
         return "needs tensors on a CUDA, ROCm or XPU device"

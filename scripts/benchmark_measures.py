@@ -34,7 +34,7 @@ from modeling_videomamba import (
 )
 from modeling_videomamba.cpu_library import kernels
 from modeling_videomamba.matrix_product_cpu import matrix_kernels
-from modeling_videomamba.matrix_product_cpu import unusable as matrix_units_unusable
+from modeling_videomamba.matrix_product_cpu import unavailable_reason as matrix_units_unavailable_reason
 from modeling_videomamba.modeling_videomamba import SCANS
 from modeling_videomamba.modeling_videomamba_pretraining import take_visible
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
@@ -274,7 +274,7 @@ def watch_kernels() -> defaultdict[str, float]:
         watch(target, spent)
     if selective_scan_backends()["cpu"].usable:
         watch(kernels(), spent)
-    if matrix_units_unusable() is None:
+    if matrix_units_unavailable_reason() is None:
         watch(matrix_kernels(), spent)
     return spent
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from benchmark_measures import COMPARED, TRAINING_STEP, Result, busy_name, model_name, scan_name
 from modeling_videomamba import selective_scan_backends
-from modeling_videomamba.matrix_product_cpu import unusable as matrix_units_unusable
+from modeling_videomamba.matrix_product_cpu import unavailable_reason as matrix_units_unavailable_reason
 from modeling_videomamba.selective_scan import BACKEND_VARIABLE
 from modeling_videomamba.training.plots import pyplot
 
@@ -77,7 +77,7 @@ def make_report(results: dict[str, Result], threads: int) -> Result:
         "threads": threads,
         "logical_cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "matrix_units": matrix_units_unusable() or "used",
+        "matrix_units": matrix_units_unavailable_reason() or "used",
         "backend": os.environ.get(BACKEND_VARIABLE) or ("cpu" if selective_scan_backends()["cpu"].usable else "torch"),
         "dtype": "float32",
         "best_matrix_product_rate": max((r.get("matrix_product_rate", 0.0) for r in results.values()), default=0.0),

@@ -18,7 +18,7 @@ from benchmark_measures import (
     WITHOUT_AMX,
     Result,
     busy_name,
-    matrix_units_unusable,
+    matrix_units_unavailable_reason,
     model_name,
     scan_name,
 )
@@ -56,7 +56,7 @@ def list_measurements(args: argparse.Namespace) -> dict[str, Result]:
     short = args.frames[0]
     clips = [(model, frames, timing) for frames in args.frames for model in COMPARED]
     clips += [("VideoMamba-M", short, timing)]
-    if matrix_units_unusable() is None and hasattr(torch.backends.mkldnn, "matmul"):
+    if matrix_units_unavailable_reason() is None and hasattr(torch.backends.mkldnn, "matmul"):
         clips += [
             (f"VideoMamba-Ti{WITHOUT_AMX}", args.frames[-1], timing),
             (f"VideoMamba-M{WITHOUT_AMX}", short, timing),

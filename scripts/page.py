@@ -25,7 +25,7 @@ from modeling_videomamba.training.loading import load_model, load_pretrained
 from modeling_videomamba.training.plots import restore_pixels
 from modeling_videomamba.training.previews import clock_time, write_preview
 from modeling_videomamba.training.search import Hit, OpenVideo, Search, Text, find, load_search, warn_of
-from modeling_videomamba.training.windows import Window, prepare_frames
+from modeling_videomamba.training.windows import VideoWindow, prepare_frames
 from modeling_videomamba.video_processing_videomamba import sample_frame_indices
 
 HERE = Path(__file__).resolve().parent
@@ -211,14 +211,14 @@ def search_videos(search: Search, model: Any, processor: Any, text: str) -> tupl
     return "".join(lines + [show_hit(hit, processor.video_processor) for hit in hits]), hits
 
 
-def offer(search: Search, model: Any, processor: Any, text: str) -> tuple[str, gr.Radio, None, list[Window]]:
+def offer(search: Search, model: Any, processor: Any, text: str) -> tuple[str, gr.Radio, None, list[VideoWindow]]:
     """What is found for a text, which hits can be played, an empty player, and the windows of the hits."""
     shown, hits = search_videos(search, model, processor, text)
     choices = [(f"{rank}. {hit.window.path} {hit.time}", rank - 1) for rank, hit in enumerate(hits, 1)]
     return shown, gr.Radio(choices, value=None, visible=bool(hits)), None, [hit.window for hit in hits]
 
 
-def play(search: Search, windows: list[Window], chosen: int) -> Iterator[gr.Video]:
+def play(search: Search, windows: list[VideoWindow], chosen: int) -> Iterator[gr.Video]:
     """A hit for the player. Raises `gr.Error`, which the page shows, for a file that has changed or can't be read."""
     window = windows[chosen]
     if search.change(window) == "changed":  # after it was found

@@ -14,11 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_videomamba.training.annotations import load_annotated
-from modeling_videomamba.training.data import Examples, TestViews, broken_file, media_id, test_batches
+from modeling_videomamba.training.data import EvaluationViews, Examples, broken_file, media_id, test_batches
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.metrics import retrieval_metrics
 from modeling_videomamba.training.output import check_folder, replace_files
-from modeling_videomamba.training.parts import Parts, Place
 from modeling_videomamba.training.reports import METRICS
 from modeling_videomamba.training.reranking import (
     encode_text_parts,
@@ -30,6 +29,7 @@ from modeling_videomamba.training.reranking import (
 from modeling_videomamba.training.retrieval import texts_of
 from modeling_videomamba.training.settings import check_settings
 from modeling_videomamba.training.sources import Split, find_evaluation_split, load_split, media_kind
+from modeling_videomamba.training.tensor_store import Place, TensorStore
 from modeling_videomamba.training.video_text_models import fingerprint, image_processor_of, load_retrieval_model
 from modeling_videomamba.training.workers import iterate
 
@@ -93,7 +93,7 @@ class Evaluation:
         if args.paragraphs:
             self.texts, self.owners = joined(self.texts, self.owners)
         stores = ("videos" if args.top_k else "videos-without-tokens", "texts")
-        self.videos, self.text_parts = (Parts(args.output_dir / name) for name in stores)
+        self.videos, self.text_parts = (TensorStore(args.output_dir / name) for name in stores)
         if accelerator.is_main_process:
             owner = f"--output-dir {args.output_dir} has an evaluation"
             check_settings(args.output_dir / "settings.json", self._settings(), owner)
@@ -114,23 +114,23 @@ class Evaluation:
             "mixed_precision": self.accelerator.mixed_precision,
         }
 
-    def remaining(self, parts: Parts, indices: list[int]) -> list[int]:
+    def remaining(self, store: TensorStore, indices: list[int]) -> list[int]:
         """Those without a part, the same on every process."""
-        done = parts.places()
+        done = store.places()
         self.accelerator.wait_for_everyone()
         return [index for index in indices if str(index) not in done]
 
-    def places(self, parts: Parts) -> dict[int, Place]:
+    def places(self, store: TensorStore) -> dict[int, Place]:
         """Of all that has been written, by index, in order."""
         self.accelerator.wait_for_everyone()
-        return {int(key): place for key, place in sorted(parts.places().items(), key=lambda item: int(item[0]))}
+        return {int(key): place for key, place in sorted(store.places().items(), key=lambda item: int(item[0]))}
 
     def encode_videos(self) -> dict[str, str]:
         """Those that are not yet on disk; returns reasons of files that could not be read."""
         args, accelerator, broken = self.args, self.accelerator, []
         indices = self.remaining(self.videos, list(range(len(self.split))))
         keys = test_batches(indices, args.batch_size, accelerator.process_index, accelerator.num_processes)
-        examples = Examples(self.split, TestViews(self.processor), skip_broken=args.on_broken_video == "skip")
+        examples = Examples(self.split, EvaluationViews(self.processor), skip_broken=args.on_broken_video == "skip")
         batches = iterate(examples, min(args.num_workers, len(keys)), batch_sampler=keys)
         with self._bar("videos", len(self.split), len(self.split) - len(indices)) as bar:
             for batch in encode_video_parts(accelerator, self.model, batches, self.videos, args.top_k > 0):
@@ -147,7 +147,7 @@ class Evaluation:
     def match(self, wanted: dict[int, list[int]], videos: dict[int, Place], texts: dict[int, Place]) -> torch.Tensor:
         """Scores of the pairs, of which those are computed that are not yet on disk."""
         pairs = content_hash([wanted, list(texts)])  # which depend on what could be read
-        matches = Parts(self.args.output_dir / "matches" / pairs)
+        matches = TensorStore(self.args.output_dir / "matches" / pairs)
         left = self.remaining(matches, list(wanted))
         own = {video: wanted[video] for video in self._share(left)}
         with self._bar("matching", len(wanted), len(wanted) - len(left)) as bar:
@@ -157,7 +157,7 @@ class Evaluation:
 
             match_parts(self.accelerator, self.model, own, videos, texts, matches, advance)
         places = self.places(matches)
-        return Parts.read([places[video] for video in wanted], "match")
+        return TensorStore.read([places[video] for video in wanted], "match")
 
     def _share(self, indices: list[int]) -> list[int]:
         return indices[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -177,7 +177,7 @@ class Evaluation:
         kept = [text for text, owner in enumerate(self.owners) if owner in row_of]
         owners = torch.tensor([row_of[self.owners[text]] for text in kept])
         text_places = {row: texts[text] for row, text in enumerate(kept)}
-        directions = Parts.read(videos.values(), "direction"), Parts.read(text_places.values(), "direction")
+        directions = TensorStore.read(videos.values(), "direction"), TensorStore.read(text_places.values(), "direction")
         scores = directions[0] @ directions[1].T
         summary: dict[str, Any] = {"dual_encoder": retrieval_metrics(scores, scores.T, owners)}
         if self.args.top_k:
@@ -186,7 +186,7 @@ class Evaluation:
             matches = self.match(wanted, videos, text_places)
             ranked = rerank(scores, matches, self.args.top_k), rerank(scores.T, matches.T, self.args.top_k)
             summary[f"top_{self.args.top_k}_by_fusion"] = retrieval_metrics(*ranked, owners)
-        cut = int(Parts.read(text_places.values(), "is_cut").sum())
+        cut = int(TensorStore.read(text_places.values(), "is_cut").sum())
         return {**summary, "videos": len(videos), "texts": len(kept), "cut_texts": cut, "broken": broken}
 
 

@@ -23,7 +23,6 @@ from filmstrips import draw_filmstrip
 from modeling_videomamba.training.collection import SETTINGS, Collection, check_faiss, describe_changes, embed
 from modeling_videomamba.training.loop import start_accelerator
 from modeling_videomamba.training.output import writing
-from modeling_videomamba.training.parts import Parts
 from modeling_videomamba.training.plots import pyplot
 from modeling_videomamba.training.search import (
     RERANKED,
@@ -36,11 +35,12 @@ from modeling_videomamba.training.search import (
     warn_of,
 )
 from modeling_videomamba.training.settings import check_settings
+from modeling_videomamba.training.tensor_store import TensorStore
 from modeling_videomamba.training.video_text_models import fingerprint, load_retrieval_model
 from modeling_videomamba.training.windows import (
     Share,
     Source,
-    Window,
+    VideoWindow,
     Windows,
     find_files,
     is_shard,
@@ -104,7 +104,7 @@ def embed_missing(
     model: Any,
     processor: Any,
     files: list[Source],
-    known: set[Window],
+    known: set[VideoWindow],
 ) -> dict[str, str]:
     """Embeds the windows that are not `known`; returns the reason for each file that can't be read."""
     collection = Collection(args.out)
@@ -120,14 +120,14 @@ def embed_missing(
     batches = iterate(
         windows, args.num_workers if has_shards else min(args.num_workers, most), batch_size=args.batch_size
     )
-    parts, stop = collection.parts, args.on_broken_video == "raise"
+    store, stop = collection.parts, args.on_broken_video == "raise"
     with tqdm(total=None if has_shards else most, unit="video", desc="videos of this process") as bar:
-        broken = embed_all(accelerator, model.to(accelerator.device), batches, parts, bar, stop)
+        broken = embed_all(accelerator, model.to(accelerator.device), batches, store, bar, stop)
     return dict(gather_object(list(broken.items())))
 
 
 def embed_all(
-    accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Any]], parts: Parts, bar: Any, stop: bool
+    accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Any]], store: TensorStore, bar: Any, stop: bool
 ) -> dict[str, str]:
     """Embeds windows; returns the reason for each file that can't be read, or raises `ValueError` if it is to stop."""
     broken: dict[str, str] = {}
@@ -140,7 +140,7 @@ def embed_all(
                 embedding = embed(model, pixels)
             if not embedding.isfinite().all():
                 raise ValueError(f"embeddings are not finite, of one of {', '.join(keys)}: try --mixed-precision no")
-            parts.write(keys, {"embedding": embedding})
+            store.write(keys, {"embedding": embedding})
         for path, reason in batch["broken"]:
             broken.setdefault(path, reason)
         if broken and stop:

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoVideoProcessor
 from modeling_videomamba import VideoMambaForVideoClassification
 from modeling_videomamba.image_processing_videomamba import check_processor_settings
 from modeling_videomamba.labels import distinct_names
-from modeling_videomamba.training.data import Examples, TestViews, cut_into_windows, errors_as_lines, test_batches
+from modeling_videomamba.training.data import EvaluationViews, Examples, cut_into_windows, errors_as_lines, test_batches
 from modeling_videomamba.training.evaluation import (
     Predictions,
     class_scores,
@@ -191,7 +191,7 @@ def test(
     accelerator.wait_for_everyone()
     model = model.to(accelerator.device).eval()
     remaining = [index for index in range(len(split)) if index not in done]
-    views = TestViews(processor, args.num_clips, args.num_crops)
+    views = EvaluationViews(processor, args.num_clips, args.num_crops)
     examples = Examples(split, views, skip_broken=data.on_broken_video == "skip")
     keys = test_batches(remaining, args.batch_size, accelerator.process_index, accelerator.num_processes)
     batches = iterate(examples, data.num_workers, batch_sampler=keys)

@@ -32,7 +32,7 @@ import space as space_module
 from modeling_videomamba import VideoMambaModel, VideoMambaVideoProcessor
 from modeling_videomamba.training import windows
 from modeling_videomamba.training.search import load_search
-from modeling_videomamba.training.windows import Window
+from modeling_videomamba.training.windows import VideoWindow
 from tests.conftest import NANO, NANO_VIDEO_TEXT, ROOT, write_video
 from tests.launching import ENVIRONMENT, SCRIPTS, assert_finished, run, start, wait_until, write_broken_videos
 from tests.models import build
@@ -366,7 +366,7 @@ def test_a_hit_whose_file_is_gone_is_told(clips, index, tmp_path):
     search, _, _ = load_search(index, "embedding")
     search.root = str(tmp_path)
     name = search.rows[0]["path"]
-    window = Window(**search.rows[0])
+    window = VideoWindow(**search.rows[0])
     with pytest.raises(gradio.Error, match=f"{name}: no such video file"):
         next(page_module.play(search, [window], 0))
 

@@ -19,7 +19,7 @@ CHOSEN = {
     "scan 1x65x32 forward cpu",
     "scan 1x65x32 forward mambapy",
     "model VideoMamba-Ti 2 frames",
-    *(["model VideoMamba-Ti without AMX 2 frames"] if measures.matrix_units_unusable() is None else []),
+    *(["model VideoMamba-Ti without AMX 2 frames"] if measures.matrix_units_unavailable_reason() is None else []),
     "model TimeSformer-Ti joint 2 frames",
     "profile VideoMamba-Ti 2 frames",
     "training VideoMamba-Ti",

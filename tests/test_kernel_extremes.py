@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_videomamba.selective_scan import causal_conv1d, rms_norm
+from modeling_videomamba.linear_and_norm import rms_norm
+from modeling_videomamba.selective_scan import causal_conv1d
+from modeling_videomamba.selective_scan_naive import selective_scan as naive_scan
 from tests.conftest import needs_kernel
-from tests.scan_reference import naive_scan
 
 cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")
 pytestmark = needs_kernel

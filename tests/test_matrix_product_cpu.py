@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_videomamba.selective_scan import BACKEND_VARIABLE, linear
+from modeling_videomamba.linear_and_norm import linear
+from modeling_videomamba.selective_scan import BACKEND_VARIABLE
 
 products = importlib.import_module("modeling_videomamba.matrix_product_cpu")
 library = importlib.import_module("modeling_videomamba.cpu_library")
 
-needs_units = pytest.mark.skipif(products.unusable() is not None, reason=str(products.unusable()))
+needs_units = pytest.mark.skipif(products.unavailable_reason() is not None, reason=str(products.unavailable_reason()))
 
 
 def error(product, a, b):
@@ -209,7 +210,7 @@ def test_the_precision_that_torch_is_set_to_is_respected(calls, precision, taken
 @pytest.fixture
 def fresh_library():
     def forget():
-        for function in (library.load_library, products.matrix_kernels, products.unusable):
+        for function in (library.load_library, products.matrix_kernels, products.unavailable_reason):
             function.cache_clear()
 
     forget()
@@ -223,7 +224,7 @@ def test_without_units_the_products_are_those_of_torch(monkeypatch, fresh_librar
         videomamba_has_matrix_units = ctypes.CFUNCTYPE(ctypes.c_int64)(lambda: 0)
 
     monkeypatch.setattr(products, "load_library", lambda *variants: Kernels())
-    assert "needs a processor with" in products.unusable()
+    assert "needs a processor with" in products.unavailable_reason()
     hidden_states, weight = torch.randn(300, 96), torch.randn(128, 96)
     assert torch.equal(linear(hidden_states, weight), F.linear(hidden_states, weight))
     with pytest.raises(ImportError, match="needs a processor with"):
@@ -233,6 +234,6 @@ def test_without_units_the_products_are_those_of_torch(monkeypatch, fresh_librar
 def test_without_the_kernel_the_products_are_those_of_torch(monkeypatch, fresh_library):
     monkeypatch.setattr(library.Path, "glob", lambda self, pattern: iter(()))
     monkeypatch.setattr(products.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert "was not compiled" in products.unusable()
+    assert "was not compiled" in products.unavailable_reason()
     hidden_states, weight = torch.randn(300, 96), torch.randn(128, 96)
     assert torch.equal(products.linear(hidden_states, weight), F.linear(hidden_states, weight))

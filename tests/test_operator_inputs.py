@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_videomamba import selective_scan, selective_scan_backends
-from modeling_videomamba.selective_scan import BACKEND_VARIABLE, causal_conv1d, linear, rms_norm
+from modeling_videomamba.linear_and_norm import linear, rms_norm
+from modeling_videomamba.selective_scan import BACKEND_VARIABLE, causal_conv1d
 from tests.conftest import needs_kernel
-from tests.scan_reference import make_inputs
+from tests.scan_inputs import make_inputs
 
 products = importlib.import_module("modeling_videomamba.matrix_product_cpu")
 cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")

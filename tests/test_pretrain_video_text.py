@@ -31,7 +31,7 @@ from transformers import (
 import evaluate_retrieval
 import pretrain_video_text
 from modeling_videomamba import VideoMambaForVideoTextRetrieval
-from modeling_videomamba.training.parts import Parts
+from modeling_videomamba.training.tensor_store import TensorStore
 from modeling_videomamba.training.video_text_models import make_tokenizer
 from moving_digits import NUMBERS
 from tests.conftest import NANO_VIDEO_TEXT, tiny_config
@@ -360,7 +360,7 @@ def test_retrieval_is_that_of_all_pairs(learned, clips, tmp_path):
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "2" / "videos").iterdir()}
     assert {path for path in after if path in before} == set(before) - {lost}
     assert all(after[path] == before[path] for path in set(before) - {lost})
-    assert set(Parts(tmp_path / "2" / "videos").places()) == {str(index) for index in range(32)}
+    assert set(TensorStore(tmp_path / "2" / "videos").places()) == {str(index) for index in range(32)}
     first, second = ((tmp_path / name / "metrics.json").read_text() for name in ("1", "2"))
     assert first == second
 

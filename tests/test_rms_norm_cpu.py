@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_videomamba.selective_scan import BACKEND_VARIABLE, rms_norm
+from modeling_videomamba.linear_and_norm import rms_norm
+from modeling_videomamba.selective_scan import BACKEND_VARIABLE
 from tests.conftest import needs_kernel
 
 cpu = importlib.import_module("modeling_videomamba.rms_norm_cpu")

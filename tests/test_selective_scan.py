@@ -10,12 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_videomamba import selective_scan, selective_scan_backends
-from modeling_videomamba.selective_scan import CHUNK_SIZE, causal_conv1d
+from modeling_videomamba.selective_scan import BACKENDS, causal_conv1d
+from modeling_videomamba.selective_scan_naive import causal_conv1d as naive_conv
+from modeling_videomamba.selective_scan_naive import selective_scan as naive_scan
+from modeling_videomamba.selective_scan_torch import CHUNK_SIZE
 from tests.conftest import VARIANTS, load_variant, needs_kernel
-from tests.scan_reference import DEVICE, SMALL_BLOCKS, assert_same, make_inputs, naive_conv, naive_scan
+from tests.scan_inputs import DEVICE, SMALL_BLOCKS, assert_same, make_inputs
 
 # by name, as the package has a function of the name of the module
 module = importlib.import_module("modeling_videomamba.selective_scan")
+mamba_ssm = importlib.import_module("modeling_videomamba.selective_scan_mamba_ssm")
+reference = importlib.import_module("modeling_videomamba.selective_scan_torch")
 cpu = importlib.import_module("modeling_videomamba.selective_scan_cpu")
 library = importlib.import_module("modeling_videomamba.cpu_library")
 triton_kernels = importlib.import_module("modeling_videomamba.triton_kernels")
@@ -58,9 +63,9 @@ def mamba_ssm_twin(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
-    module._mamba_ssm.cache_clear()
+    mamba_ssm.load_kernel.cache_clear()
     yield
-    module._mamba_ssm.cache_clear()
+    mamba_ssm.load_kernel.cache_clear()
 
 
 @pytest.fixture(params=["mamba_ssm", "triton", *(f"cpu-{variant}" for variant in VARIANTS), "torch"])
@@ -77,7 +82,7 @@ def backend(request, monkeypatch):
     elif name == "cpu":
         kernels = load_variant(variant)
         monkeypatch.setattr(cpu, "kernels", lambda: kernels)
-    return module._BACKENDS[name]
+    return BACKENDS[name]
 
 
 @pytest.fixture
@@ -103,7 +108,7 @@ INTERPRETED = (SHAPES[0], SHAPES[3], SHAPES[5])  # a second each; more shapes ar
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("batch", "length", "channels", "state", "without"), SHAPES)
 def test_parity_of_outputs_and_gradients(backend, inputs_of, batch, length, channels, state, without, reverse):
-    is_interpreted = backend is module._BACKENDS["triton"] and DEVICE == "cpu"
+    is_interpreted = backend is BACKENDS["triton"] and DEVICE == "cpu"
     if is_interpreted and (batch, length, channels, state, without) not in INTERPRETED:
         pytest.skip("the interpreter of Triton takes long")
     inputs = inputs_of(batch, length, channels, state, without=without)
@@ -195,7 +200,7 @@ def test_small_time_steps_keep_their_digits(backend, inputs_of):
 )
 def test_the_reference_is_the_recurrence(batch, length, channels, state, reverse, without):
     inputs = make_inputs(batch, length, channels, state, torch.float64, without)
-    assert_same(module._BACKENDS["torch"].scan, naive_scan, inputs.values(), reverse, 1e-10, 1e-9)
+    assert_same(BACKENDS["torch"].scan, naive_scan, inputs.values(), reverse, 1e-10, 1e-9)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -240,7 +245,7 @@ def test_the_kernel_over_a_long_sequence():
     inputs = {name: t.detach().requires_grad_() for name, t in make_inputs(1, 3000, 24, 16).items()}
     with torch.no_grad():
         inputs["dt"] -= 4  # long memory
-    assert_same(cpu.selective_scan, module._BACKENDS["torch"].scan, inputs.values(), True)
+    assert_same(cpu.selective_scan, BACKENDS["torch"].scan, inputs.values(), True)
 
 
 @needs_kernel
@@ -322,7 +327,7 @@ def fresh_library():
 
 def test_the_kernel_of_another_version_is_refused(monkeypatch, fresh_library):
     monkeypatch.setattr(library, "VERSION", -1)
-    reason = cpu.unusable("cpu")
+    reason = cpu.unavailable_reason("cpu")
     assert "another version" in reason or "was not compiled" in reason
 
 
@@ -361,7 +366,7 @@ def test_the_operators_fulfil_the_contract_of_torch():
 
     x, dt, A, B, C, D, z, dt_bias, add = make_inputs(2, 40, 3, 4).values()
     check(torch.ops.videomamba.reference_scan.default, (x, dt, A, B, C, True))
-    if cpu.unusable("cpu") is None:
+    if cpu.unavailable_reason("cpu") is None:
         for optional in ((z, dt_bias, add), (None, None, add), (z, None, None)):
             arguments = (x, dt, A, B, C, D, *optional, True, True)
             check(torch.ops.videomamba.cpu_selective_scan.default, arguments)
@@ -373,13 +378,13 @@ def test_a_second_copy_of_the_code_has_operators_of_its_own():
     """As code from a Hub repository beside the installed package has: the first keeps working."""
     inputs = make_inputs()
     expected = call(inputs)
-    spec = importlib.util.spec_from_file_location("modeling_videomamba.second", module.__file__)
+    spec = importlib.util.spec_from_file_location("modeling_videomamba.second", reference.__file__)
     second = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(second)
-    copy = module._BACKENDS["torch"].scan(*inputs.values(), False)
-    torch.testing.assert_close(second._BACKENDS["torch"].scan(*inputs.values(), False), copy)
+    copy = BACKENDS["torch"].scan(*inputs.values(), False)
+    torch.testing.assert_close(second.selective_scan(*inputs.values(), False), copy)
     torch.testing.assert_close(call(inputs), expected)
-    assert second.reference_scan._opoverload is not module.reference_scan._opoverload
+    assert second.reference_scan._opoverload is not reference.reference_scan._opoverload
 
 
 @pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "z", "dt_bias", "add"])
@@ -431,11 +436,11 @@ def test_causal_conv1d_of_a_package_is_left_out_where_it_can_not_run(monkeypatch
     package = sys.modules["causal_conv1d"]
     package.causal_conv1d_fn = lambda *args, **kwargs: calls.append(1) or causal_conv1d_fn(*args, **kwargs)
     x, weight, bias = torch.randn(2, 9, 3), torch.randn(3, 1, width), torch.randn(3)
-    actual = module._mamba_ssm_causal_conv1d(x, weight, bias, True)
+    actual = mamba_ssm.causal_conv1d(x, weight, bias, True)
     torch.testing.assert_close(actual, naive_conv(x, weight, bias, True))
     assert len(calls) == (width == 4)  # its kernels go from a width of 2 to 4
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
-    torch.testing.assert_close(module._mamba_ssm_causal_conv1d(x, weight, bias, True), actual)
+    torch.testing.assert_close(mamba_ssm.causal_conv1d(x, weight, bias, True), actual)
 
 
 def test_mamba_ssm_comes_from_the_hub_where_kernels_is_installed(monkeypatch):
@@ -447,13 +452,13 @@ def test_mamba_ssm_comes_from_the_hub_where_kernels_is_installed(monkeypatch):
         return types.SimpleNamespace(ops=types.SimpleNamespace(selective_scan_interface=interface))
 
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
-    module._mamba_ssm.cache_clear()
+    mamba_ssm.load_kernel.cache_clear()
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: False)
-    assert "`kernels` is not installed" in module._mamba_ssm()[1]
-    module._mamba_ssm.cache_clear()
+    assert "`kernels` is not installed" in mamba_ssm.load_kernel()[1]
+    mamba_ssm.load_kernel.cache_clear()
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
     monkeypatch.setattr(hub_kernels, "_kernels_enabled", True)
     monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
-    assert module._mamba_ssm() == (selective_scan_fn, None)
-    assert_same(module._mamba_ssm_selective_scan, naive_scan, make_inputs(1, 9, 3, 4).values(), True)
-    module._mamba_ssm.cache_clear()
+    assert mamba_ssm.load_kernel() == (selective_scan_fn, None)
+    assert_same(mamba_ssm.selective_scan, naive_scan, make_inputs(1, 9, 3, 4).values(), True)
+    mamba_ssm.load_kernel.cache_clear()

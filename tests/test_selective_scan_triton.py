@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.scan_reference import DEVICE, SMALL_BLOCKS, assert_same, make_inputs, naive_conv, naive_scan
+from modeling_videomamba.selective_scan_naive import causal_conv1d as naive_conv
+from modeling_videomamba.selective_scan_naive import selective_scan as naive_scan
+from tests.scan_inputs import DEVICE, SMALL_BLOCKS, assert_same, make_inputs
 
 pytest.importorskip("triton")
 convolution = importlib.import_module("modeling_videomamba.causal_conv1d_triton")
@@ -194,13 +196,13 @@ def test_gradient_checkpointing(use_reentrant):
 
 
 def test_it_says_why_it_can_not_run(monkeypatch):
-    assert "CUDA" in triton_kernels.unusable("cpu")
+    assert "CUDA" in triton_kernels.unavailable_reason("cpu")
     if not torch.cuda.is_available():
-        assert "cuda" in triton_kernels.unusable("cuda")
+        assert "cuda" in triton_kernels.unavailable_reason("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert triton_kernels.unusable("cuda") is None
+    assert triton_kernels.unavailable_reason("cuda") is None
     monkeypatch.setattr(triton_kernels, "IMPORT_ERROR", ImportError("No module named 'triton'"))
-    assert "No module named 'triton'" in triton_kernels.unusable("cuda")
+    assert "No module named 'triton'" in triton_kernels.unavailable_reason("cuda")
 
 
 def run_script(script, **variables):
@@ -219,7 +221,7 @@ import sys, torch
 sys.modules["triton"] = None
 from modeling_videomamba import triton_kernels
 torch.cuda.is_available = lambda: True
-print(triton_kernels.unusable("cuda"))
+print(triton_kernels.unavailable_reason("cuda"))
 """
     assert "`triton` can't be imported" in run_script(script)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_videomamba import selective_scan
-from modeling_videomamba.matrix_product_cpu import Memory
+from modeling_videomamba.matrix_product_cpu import GrowingBuffer
 from modeling_videomamba.selective_scan import causal_conv1d, has_compiled_kernels
 from modeling_videomamba.tiles_cpu import (
     Queue,
@@ -18,7 +18,7 @@ from modeling_videomamba.tiles_cpu import (
     sum_into,
 )
 from tests.conftest import needs_kernel
-from tests.scan_reference import make_inputs
+from tests.scan_inputs import make_inputs
 
 tiles_cpu = importlib.import_module("modeling_videomamba.tiles_cpu")
 pytestmark = needs_kernel
@@ -90,7 +90,7 @@ def test_a_norm_of_large_and_of_no_values_is_finite(queue):
 def test_a_linear_layer_takes_pieces(queue, dtype, strides):
     x, weight = torch.randn(1, 700, 200, dtype=dtype), torch.randn(52000, dtype=dtype).as_strided((130, 200), strides)
     out = torch.empty(1, 700, 130, dtype=dtype)
-    linear = TiledLinear(weight, Memory(), queue)
+    linear = TiledLinear(weight, GrowingBuffer(), queue)
     for piece in zip(x.tensor_split(2, 1), out.tensor_split(2, 1), strict=True):
         linear(*piece)
     queue.run()
@@ -119,7 +119,7 @@ def test_what_steps_need_is_kept_until_they_have_run(queue):
 
 
 def test_memory_that_grows_leaves_steps_what_they_need(queue):
-    memory, x = Memory(), torch.randn(1, 700, 200)
+    memory, x = GrowingBuffer(), torch.randn(1, 700, 200)
     weights = [torch.randn(columns, 200) for columns in (130, 600)]
     outs = [torch.empty(1, 700, len(weight)) for weight in weights]
     for weight, out in zip(weights, outs, strict=True):

@@ -16,10 +16,10 @@ from modeling_videomamba import VideoMambaImageProcessor, VideoMambaVideoProcess
 from modeling_videomamba.training.augmentation import Mixing, RandAugment, training_transform
 from modeling_videomamba.training.data import (
     BrokenImageError,
+    EvaluationViews,
     Examples,
     MissingCaptionError,
     StreamedExamples,
-    TestViews,
     TrainingBatches,
     TrainingViews,
     collate,
@@ -37,7 +37,7 @@ from tests.conftest import moving_square, tiny_config, write_video
 from tests.test_video_order import CASES
 from videomamba_arguments import LabelledAugmentationArguments
 
-test_batches.__test__ = TestViews.__test__ = False  # not tests of pytest
+test_batches.__test__ = False  # no test of pytest
 
 
 def processor(**changes):
@@ -116,13 +116,13 @@ def test_without_augmentation_training_differs_from_testing_by_its_frames_alone(
     example = {"video": {"path": str(path), "bytes": None}}
     assert training_transform(processor(), LabelledAugmentationArguments()) is None
     training = TrainingViews(processor(), num_sample=2)(example, 0)
-    testing = TestViews(processor())(example, 0)
+    testing = EvaluationViews(processor())(example, 0)
     torch.testing.assert_close(training, testing.expand(2, -1, -1, -1, -1), atol=0.05, rtol=0)
 
 
 def test_testing_makes_the_views_of_the_processor(video):
     example = {"video": {"path": str(video), "bytes": None}}
-    views = TestViews(processor(), num_clips=2, num_crops=3)
+    views = EvaluationViews(processor(), num_clips=2, num_crops=3)
     expected = processor()(str(video), num_clips=2, num_crops=3, return_tensors="pt")["pixel_values"]
     assert views.shape == tuple(expected.shape)
     assert torch.equal(views(example, 0), expected)
@@ -133,9 +133,9 @@ def test_images(tmp_path):
     image_processor = VideoMambaImageProcessor.for_model(tiny_config(num_frames=None))
     example = {"image": {"path": str(tmp_path / "x.png"), "bytes": None}}
     for source in (example, {"image": {"path": "x", "bytes": (tmp_path / "x.png").read_bytes()}}):
-        tested = TestViews(image_processor)(source, 0)
+        tested = EvaluationViews(image_processor)(source, 0)
         expected = image_processor(PILImage.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"]
-        assert torch.equal(tested, expected) and TestViews(image_processor).shape == (1, 3, 32, 32)
+        assert torch.equal(tested, expected) and EvaluationViews(image_processor).shape == (1, 3, 32, 32)
     transform = training_transform(image_processor, LabelledAugmentationArguments(auto_augment=True, min_crop_area=0.5))
     assert TrainingViews(image_processor, transform, 2)(example, 0).shape == (2, 3, 32, 32)
 
@@ -143,10 +143,10 @@ def test_images(tmp_path):
 def test_a_model_of_one_channel_is_trained_with_grey(video):
     example = {"video": {"path": str(video), "bytes": None}}
     grey = processor(num_channels=1)
-    tested = TestViews(grey)(example, 0)
+    tested = EvaluationViews(grey)(example, 0)
     assert torch.equal(tested, grey(str(video), return_tensors="pt")["pixel_values"])
     transform = training_transform(grey, LabelledAugmentationArguments(rand_augment_ops=4, random_erasing=1.0))
-    for views in (TestViews(grey), TrainingViews(grey), TrainingViews(grey, transform)):
+    for views in (EvaluationViews(grey), TrainingViews(grey), TrainingViews(grey, transform)):
         assert views(example, 0).shape == views.shape == (1, 4, 1, 32, 32)
     assert restore_pixels(tested, grey).shape == (1, 4, 3, 32, 32)
 
@@ -187,7 +187,7 @@ def test_broken_images(tmp_path, content):
 def test_a_broken_file_keeps_its_place(tmp_path, video):
     (tmp_path / "text.mp4").write_text("no video")
     broken = [tmp_path / "text.mp4", tmp_path / "missing.mp4", CASES / "unknown_fourcc.mp4"]
-    examples = Examples(videos(video, *broken), TestViews(processor()), skip_broken=True)
+    examples = Examples(videos(video, *broken), EvaluationViews(processor()), skip_broken=True)
     batch = collate([examples[0, index] for index in (0, 1, 2, 3, -1)])
     assert batch["pixel_values"].shape == (5, 4, 3, 32, 32) and not batch["pixel_values"][1:].any()
     assert batch["valid"].tolist() == [True, False, False, False, False]
@@ -196,14 +196,14 @@ def test_a_broken_file_keeps_its_place(tmp_path, video):
     assert "not a video" in batch["broken"][0][1] and "no such video file" in batch["broken"][1][1]
     assert "there is no decoder for its video codec" in batch["broken"][2][1]
     with pytest.raises(BrokenVideoError, match=r"text\.mp4: not a video"):
-        Examples(videos(video, *broken), TestViews(processor()), skip_broken=False)[0, 1]
+        Examples(videos(video, *broken), EvaluationViews(processor()), skip_broken=False)[0, 1]
 
 
 def test_captions_are_drawn_and_files_told_apart(tmp_path, video):
     copy = shutil.copy(video, tmp_path / "copy.mp4")
     texts = [["one", "two"], ["three"], ["four"], ["five", " "], []]
     split = videos(video, copy, video, video, video).add_column("captions", texts)
-    examples = Examples(split, TestViews(processor()), skip_broken=True)
+    examples = Examples(split, EvaluationViews(processor()), skip_broken=True)
     drawn = [[examples[epoch, index]["caption"] for index in range(3)] for epoch in range(20)]
     assert {first for first, *_ in drawn} == {"one", "two"} and all(rest == ["three", "four"] for _, *rest in drawn)
     assert drawn == [[examples[epoch, index]["caption"] for index in range(3)] for epoch in range(20)]
@@ -217,11 +217,11 @@ def test_captions_are_drawn_and_files_told_apart(tmp_path, video):
     assert media_id(read[0]) == media_id(read[1]) >= 0  # the same content
     (tmp_path / "text.mp4").write_text("no video")
     broken = Examples(
-        videos(tmp_path / "text.mp4").add_column("captions", [["a"]]), TestViews(processor()), skip_broken=True
+        videos(tmp_path / "text.mp4").add_column("captions", [["a"]]), EvaluationViews(processor()), skip_broken=True
     )
     assert collate([broken[0, 0]])["video_ids"].tolist() == [-1]  # though its caption is there
     with pytest.raises(MissingCaptionError):
-        Examples(split, TestViews(processor()), skip_broken=False)[0, 4]
+        Examples(split, EvaluationViews(processor()), skip_broken=False)[0, 4]
 
 
 def test_the_views_of_a_batch_come_one_after_the_other(video):

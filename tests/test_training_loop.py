@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from modeling_videomamba.training import loop, output, signals
 from modeling_videomamba.training.checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
 from modeling_videomamba.training.diagnosis import NonFiniteError, RunError
-from modeling_videomamba.training.loop import MAX_SKIPPED, Trainer, make_accelerator
+from modeling_videomamba.training.loop import MAX_SKIPPED, TrainingLoop, make_accelerator
 from modeling_videomamba.training.losses import classification_loss
 from tests.conftest import forget_accelerator
 from tests.models import build, video
@@ -66,7 +66,7 @@ def make_trainer(
     def save_model(model, weights, path, metrics):
         model.save_pretrained(path, state_dict=weights)
 
-    trainer = Trainer(
+    trainer = TrainingLoop(
         accelerator=accelerator,
         model=model or build(),
         objective=objective,

@@ -7,11 +7,11 @@ import torch
 
 from modeling_videomamba.training.previews import clock_time, write_preview
 from modeling_videomamba.training.search import Hit, warn_of
-from modeling_videomamba.training.windows import Window
+from modeling_videomamba.training.windows import VideoWindow
 from modeling_videomamba.video_decoding import VideoFile, read_frames
 from tests.conftest import write_video
 
-WINDOW = Window("a.mp4", 1, 1, 0.0, 2.0, 1)
+WINDOW = VideoWindow("a.mp4", 1, 1, 0.0, 2.0, 1)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from modeling_videomamba import VideoMambaVideoProcessor
 from modeling_videomamba.conversion import convert_checkpoint
 from modeling_videomamba.training.diagnosis import RunError
 from modeling_videomamba.training.evaluation import Predictions
-from modeling_videomamba.training.probes import clip_features, probe_accuracy
+from modeling_videomamba.training.probing import probe_accuracy, probe_features
 from modeling_videomamba.training.teacher import ClipTeacher, load_teacher
 from modeling_videomamba.training.teacher_cache import TeacherCache, digest
 from tests.conftest import load_golden, strip_prefix, tiny_config
@@ -249,7 +249,7 @@ def test_probes_tell_groups_apart(probe):
 def test_features_of_clips_are_the_class_token_and_the_mean_of_the_others():
     model = build_pretraining()
     with torch.no_grad():
-        features = clip_features(model, video(), 16)
+        features = probe_features(model, video(), 16)
         stream = model.videomamba(video(), output_hidden_states=True).hidden_states[-2]
     normed = stream / stream.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(features, torch.cat([normed[:, 0], normed[:, 1:].mean(1)], -1), rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import evaluate_retrieval
 from modeling_videomamba import VideoMambaForVideoTextRetrieval, VideoMambaProcessor
-from modeling_videomamba.training.parts import Parts
+from modeling_videomamba.training.tensor_store import TensorStore
 from modeling_videomamba.training.video_text import CaptionedArguments, VideoTextRun
 from modeling_videomamba.training.video_text_models import image_processor_of
 from modeling_videomamba.video_decoding import read_frames
@@ -150,8 +150,8 @@ def evaluate(monkeypatch, capsys, *options):
 
 
 def directions(folder, kind, top_k=0):
-    parts = Parts(folder / ("videos" if top_k else "videos-without-tokens"))
-    return Parts.read([place for _, place in sorted(parts.places().items(), key=lambda item: int(item[0]))], kind)
+    parts = TensorStore(folder / ("videos" if top_k else "videos-without-tokens"))
+    return TensorStore.read([place for _, place in sorted(parts.places().items(), key=lambda item: int(item[0]))], kind)
 
 
 def test_images_are_retrieved(monkeypatch, capsys, data, model_folder, tmp_path):

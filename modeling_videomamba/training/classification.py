@@ -15,7 +15,7 @@ from videomamba_arguments import (
 )
 
 from .augmentation import Mixing
-from .data import TestViews, cut_into_windows, hold_back
+from .data import EvaluationViews, cut_into_windows, hold_back
 from .evaluation import Predictions, class_scores, compute_metrics, predict
 from .loop import Batch
 from .losses import classification_loss, regression_loss
@@ -60,7 +60,7 @@ class ClassificationRun(TrainingRun):
         self.predictions = Predictions()
         super().__init__(args)
         for name, split in (("train", self.train_split), (self.evaluation_name, self.test_split)):
-            self.check_readable(name, split, TestViews(self.processor))
+            self.check_readable(name, split, EvaluationViews(self.processor))
         self.mixing = None if self.label_names is None else Mixing(args.augmentation, len(self.label_names))
 
     def load_data(self) -> None:
@@ -135,7 +135,7 @@ class ClassificationRun(TrainingRun):
 
     def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
         """Metrics on the test split, and the files of it that could not be read."""
-        batches = self.batches_once(self.test_split, TestViews(self.processor))
+        batches = self.batches_once(self.test_split, EvaluationViews(self.processor))
         score = partial(class_scores, model, regression=self.regression)
         predictions = predict(self.accelerator, model, score, batches)
         if "source" in self.test_split.features:

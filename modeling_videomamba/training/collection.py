@@ -17,9 +17,9 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from ..modeling_videomamba_video_text import VideoMambaForVideoTextRetrieval
 from .frame_indexes import FrameIndexes
 from .output import lock, read_object, writing
-from .parts import Parts
 from .retrieval import mean_directions
-from .windows import Source, Window, split_path
+from .tensor_store import TensorStore
+from .windows import Source, VideoWindow, split_path
 
 VECTORS = ("embedding", "direction")
 SETTINGS = "settings.json"  # what an index was made with
@@ -53,7 +53,7 @@ class Collection:
 
     def __init__(self, folder: Path):
         self.folder, self.current = folder, folder / "current"
-        self.parts, self.frames = Parts(folder / "parts"), FrameIndexes(folder / "frames")
+        self.parts, self.frames = TensorStore(folder / "parts"), FrameIndexes(folder / "frames")
 
     @property
     def is_empty(self) -> bool:
@@ -110,11 +110,11 @@ class Collection:
                 table.load_faiss_index(column, str(path))
         return table
 
-    def windows(self) -> list[Window]:
+    def windows(self) -> list[VideoWindow]:
         """Of the finished table, in its order."""
         return read_windows(self.table()) if self.current.exists() else []
 
-    def embedded(self, files: Iterable[Source]) -> set[Window]:
+    def embedded(self, files: Iterable[Source]) -> set[VideoWindow]:
         """The windows that needn't be embedded again, of files that are as they were."""
         fresh = {_window(key) for key in self.parts.places()}
         cuts = {window.video: window.cut for window in fresh}  # earlier versions cut some videos into other windows
@@ -122,7 +122,7 @@ class Collection:
         current = set(files)
         return {window for window in fresh | kept if window.file in current}
 
-    def finish(self, files: Iterable[Source]) -> list[Window]:
+    def finish(self, files: Iterable[Source]) -> list[VideoWindow]:
         """
         Makes table and parts one table, without what is not of `files` as they are, and returns its windows. Raises
         `ValueError` if there is none.
@@ -140,7 +140,7 @@ class Collection:
         self.frames.keep({window.video for window in windows})
         return windows
 
-    def _table(self, windows: list[Window], before: list[Window]) -> Dataset:
+    def _table(self, windows: list[VideoWindow], before: list[VideoWindow]) -> Dataset:
         rows = {window: row for row, window in enumerate(before)}
         kept = [index for index, window in enumerate(windows) if window in rows]
         fresh = [index for index, window in enumerate(windows) if window not in rows]
@@ -152,10 +152,10 @@ class Collection:
             places = {_window(key): place for key, place in self.parts.places().items()}
             vectors.append(self.parts.read([places[windows[index]] for index in fresh], "embedding"))
         embedding = torch.cat(vectors)[torch.tensor(kept + fresh).argsort()]
-        columns: dict[str, Any] = dict(zip(Window._fields, map(list, zip(*windows, strict=True)), strict=True))
+        columns: dict[str, Any] = dict(zip(VideoWindow._fields, map(list, zip(*windows, strict=True)), strict=True))
         columns |= {"embedding": embedding.numpy(), "direction": F.normalize(embedding, dim=-1).numpy()}
         types = ("string", "int64", "int64", "float64", "float64", "int64")
-        features = Features({name: Value(dtype) for name, dtype in zip(Window._fields, types, strict=True)})
+        features = Features({name: Value(dtype) for name, dtype in zip(VideoWindow._fields, types, strict=True)})
         features |= dict.fromkeys(VECTORS, List(Value("float32"), length=embedding.shape[1]))
         return Dataset.from_dict(columns, features=features)
 
@@ -175,23 +175,25 @@ class Collection:
             unfinished.replace(self.current)
 
 
-def read_windows(table: Dataset) -> list[Window]:
+def read_windows(table: Dataset) -> list[VideoWindow]:
     """Of a table, in its order."""
-    columns = table.select_columns(list(Window._fields)).to_dict()
-    return [Window(*row) for row in zip(*(columns[name] for name in Window._fields), strict=True)]
+    columns = table.select_columns(list(VideoWindow._fields)).to_dict()
+    return [VideoWindow(*row) for row in zip(*(columns[name] for name in VideoWindow._fields), strict=True)]
 
 
-def _window(key: str) -> Window:
-    return Window(*json.loads(key))
+def _window(key: str) -> VideoWindow:
+    return VideoWindow(*json.loads(key))
 
 
-def describe_changes(before: list[Window], known: set[Window], now: list[Window], broken: dict[str, str]) -> str:
+def describe_changes(
+    before: list[VideoWindow], known: set[VideoWindow], now: list[VideoWindow], broken: dict[str, str]
+) -> str:
     r"""
     What a run did, in a line.
 
     Args:
-        before, now (`list[Window]`): Of the finished table.
-        known (`set[Window]`): What had been embedded before the run.
+        before, now (`list[VideoWindow]`): Of the finished table.
+        known (`set[VideoWindow]`): What had been embedded before the run.
         broken (`dict[str, str]`): Why what can't be read can't, by its path.
     """
     fresh = [window for window in now if window not in known]

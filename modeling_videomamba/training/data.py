@@ -164,7 +164,7 @@ class TrainingViews:
 
 
 @dataclass
-class TestViews:
+class EvaluationViews:
     """The views by which an example is tested: `num_clips` along time, of each `num_crops` in space."""
 
     processor: Processor
@@ -206,12 +206,12 @@ class Examples(torch.utils.data.Dataset):
 
     Args:
         split: Of [`load_split`].
-        views: [`TrainingViews`] or [`TestViews`].
+        views: [`TrainingViews`] or [`EvaluationViews`].
         skip_broken (`bool`): Whether a broken file is passed over, with `broken` telling which and why, or an error.
         seed (`int`): Of the run.
     """
 
-    def __init__(self, split: Split, views: TrainingViews | TestViews, *, skip_broken: bool, seed: int = 0):
+    def __init__(self, split: Split, views: TrainingViews | EvaluationViews, *, skip_broken: bool, seed: int = 0):
         self.split, self.views, self.skip_broken, self.seed = split, views, skip_broken, seed
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from ..video_index import FrameIndex
 from .output import writing
 
 if TYPE_CHECKING:
-    from .windows import Source, Window
+    from .windows import Source, VideoWindow
 
 VERSION = 1
 MAX_HELD = 32  # of 10 MB for three hours
@@ -65,7 +65,7 @@ class FrameIndexes:
                 np.savez_compressed(file, numbers=np.array(json.dumps(numbers)), **arrays)
             unfinished.replace(self.path(video))
 
-    def complete(self, windows: Iterable[Window]) -> frozenset[Source]:
+    def complete(self, windows: Iterable[VideoWindow]) -> frozenset[Source]:
         """The videos of which all windows are there, and the frame index if it is kept."""
         counts = Counter(window.video for window in windows)
         expected = {window.video: window.windows for window in windows}

@@ -95,7 +95,7 @@ class Progress:
 
 
 @dataclass
-class Trainer:
+class TrainingLoop:
     r"""
     A run of training, from its first step or from its last state on disk to its end.
 
@@ -136,7 +136,7 @@ class Trainer:
         self.states = self.output_dir / STATES
         self.signals = StopSignals()
         self.must_stop = self.must_save = False
-        self.window = Window()
+        self.statistics = StepStatistics()
         self.metrics: dict[str, float] = {}
         scale = self.views_per_step / args.base_batch_size if args.base_batch_size is not None else 1.0
         self.schedule: dict[str, Any] = {
@@ -184,21 +184,21 @@ class Trainer:
         batches = iter(self.batches(self.progress.step * count, self.total_steps * count))
         disable = not self.accelerator.is_main_process
         bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=disable)
-        window = self.window
+        statistics = self.statistics
         self.model.train()
         with self.signals, bar:
             while self.progress.step < self.total_steps:
-                self._step(batches, window)
+                self._step(batches, statistics)
                 bar.update()
-                bar.set_postfix(window.postfix())
-                self._log(window)
-                self._after_step(window)
+                bar.set_postfix(statistics.postfix())
+                self._log(statistics)
+                self._after_step(statistics)
             if not self.metrics:  # resumed at its end
                 self._evaluate()
 
-    def _after_step(self, window: "Window") -> None:
+    def _after_step(self, statistics: "StepStatistics") -> None:
         step, is_last = self.progress.step, self.progress.step == self.total_steps
-        with window.paused():
+        with statistics.paused():
             if step % (self.steps_per_epoch * self.run.evaluation_epochs) == 0 or is_last:
                 self._evaluate()
             if self.must_stop or self.must_save or step % self.run.save_steps == 0 or is_last:
@@ -209,7 +209,7 @@ class Trainer:
             self.accelerator.end_training()
             sys.exit(128 + signum)
 
-    def _step(self, batches: Iterator[Batch], window: "Window") -> None:
+    def _step(self, batches: Iterator[Batch], statistics: "StepStatistics") -> None:
         """One step of the optimiser, or none where the loss or a gradient is not finite."""
         rate = cosine_schedule(self.progress.step, **self.schedule)
         for group in self.optimizer.param_groups:
@@ -218,7 +218,7 @@ class Trainer:
         count = self.optimization.gradient_accumulation_steps
         batch: Batch = {}
         for micro in range(count):
-            batch = window.wait_for(batches)
+            batch = statistics.wait_for(batches)
             self.progress.broken.update(batch["broken"])
             batch = send_to_device(batch, self.accelerator.device)
             number = self.progress.step * count + micro
@@ -236,7 +236,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if max_norm is None else max_norm)
         norm = 0.0 if norm is None else float(norm)  # DeepSpeed has made the step already
         means = self._global_means(sums)
-        window.add(means, norm, rate)
+        statistics.add(means, norm, rate)
         self._apply(batch, math.isfinite(norm) and math.isfinite(means["loss"]))
         self.progress.step += 1
 
@@ -402,12 +402,14 @@ class Trainer:
             self._say(f"warning: {line}")
         return records
 
-    def _log(self, window: "Window") -> None:
+    def _log(self, statistics: "StepStatistics") -> None:
         step = self.progress.step
         if step % self.run.log_steps == 0 or step == self.total_steps:
-            views = window.steps * self.views_per_step
-            self._write({"step": step, "epoch": self.epoch, **window.record(views), "skipped": self.progress.skipped})
-            window.restart()
+            views = statistics.steps * self.views_per_step
+            self._write(
+                {"step": step, "epoch": self.epoch, **statistics.record(views), "skipped": self.progress.skipped}
+            )
+            statistics.restart()
 
     def _write(self, record: dict[str, Any]) -> None:
         with writing(self.output_dir):
@@ -419,7 +421,7 @@ class Trainer:
                     file.write(json.dumps(record) + "\n")
 
 
-class Window:
+class StepStatistics:
     """Means and times of the steps since the last line of the log, and times since the beginning."""
 
     def __init__(self) -> None:

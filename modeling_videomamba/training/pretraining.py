@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from videomamba_arguments import ModelArguments, PretrainingArguments
 
 from ..modeling_videomamba_pretraining import alignment_loss, take_visible
-from .data import TestViews, TrainingViews, cut_into_windows, derive_seed, spread
+from .data import EvaluationViews, TrainingViews, cut_into_windows, derive_seed, spread
 from .diagnosis import NothingReadError
 from .evaluation import Predictions, predict
 from .loop import Batch
@@ -21,7 +21,7 @@ from .masks import draw_noise, make_masks, token_grid
 from .models import load_pretraining_model
 from .pictures import Picture, draw_alignment
 from .plots import restore_pixels
-from .probes import clip_features, probe_accuracy
+from .probing import probe_accuracy, probe_features
 from .run import Arguments, TrainingRun
 from .sources import EVALUATION_SPLITS, Split, find_evaluation_split, load_split, media_kind, split_names
 from .teacher import load_teacher, teacher_config
@@ -75,7 +75,7 @@ class PretrainingRun(TrainingRun):
             self.cache = TeacherCache(pretraining.teacher_cache, self._teach, self._cache_identity())
 
     def _check_splits(self) -> None:
-        args, views = self.pretraining, TestViews(self.processor)
+        args, views = self.pretraining, EvaluationViews(self.processor)
         self.check_readable("train", self.train_split, views)
         indices = spread(len(self.evaluation_split), args.evaluation_examples)
         self.check_readable(self.evaluation_name, self.evaluation_split, views, indices)
@@ -153,8 +153,8 @@ class PretrainingRun(TrainingRun):
 
     # What the loop asks for
 
-    def training_views(self) -> TrainingViews | TestViews:
-        return super().training_views() if self.cache is None else TestViews(self.processor)
+    def training_views(self) -> TrainingViews | EvaluationViews:
+        return super().training_views() if self.cache is None else EvaluationViews(self.processor)
 
     def objective(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Distance of the features of the visible tokens from the teacher's."""
@@ -196,10 +196,10 @@ class PretrainingRun(TrainingRun):
 
     def _encode(self, model: nn.Module, split: Split) -> Predictions:
         def score(pixel_values: torch.Tensor) -> torch.Tensor:
-            return clip_features(model, pixel_values, math.prod(token_grid(self.model.config, pixel_values)))
+            return probe_features(model, pixel_values, math.prod(token_grid(self.model.config, pixel_values)))
 
         batches = self.batches_once(
-            split, TestViews(self.processor), spread(len(split), self.pretraining.probe_examples)
+            split, EvaluationViews(self.processor), spread(len(split), self.pretraining.probe_examples)
         )
         return predict(self.accelerator, model, score, batches)
 
@@ -209,7 +209,7 @@ class PretrainingRun(TrainingRun):
         count, total = torch.zeros(2, dtype=torch.float64, device=device)
         means = torch.zeros(config.num_aligned_layers, config.alignment_size, dtype=torch.float64, device=device)
         indices = spread(len(self.evaluation_split), self.pretraining.evaluation_examples)
-        batches = self.batches_once(self.evaluation_split, TestViews(self.processor), indices)
+        batches = self.batches_once(self.evaluation_split, EvaluationViews(self.processor), indices)
         for number, batch in enumerate(batches):
             broken.update(batch["broken"])
             batch = send_to_device(batch, device)

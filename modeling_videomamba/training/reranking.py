@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .parts import Parts, Place
 from .retrieval import TEXTS_AT_ONCE, mean_directions, tokenize
+from .tensor_store import Place, TensorStore
 
 
 @torch.no_grad()
 def encode_video_parts(
-    accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Any]], parts: Parts, with_tokens: bool
+    accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Any]], store: TensorStore, with_tokens: bool
 ) -> Iterable[dict[str, Any]]:
     r"""
     Writes what the dual encoder takes of videos, `direction` `(projection_dim,)`, and what the fusion layers do,
@@ -32,7 +32,7 @@ def encode_video_parts(
         if with_tokens:
             tensors["tokens"] = features.last_hidden_state.half()
         keys = [str(index) for index in batch["indices"][valid].tolist()]
-        parts.write(keys, {name: tensor[valid.to(tensor.device)] for name, tensor in tensors.items()})
+        store.write(keys, {name: tensor[valid.to(tensor.device)] for name, tensor in tensors.items()})
         yield batch
 
 
@@ -44,7 +44,7 @@ def encode_text_parts(
     texts: Sequence[str],
     indices: list[int],
     max_length: int,
-    parts: Parts,
+    store: TensorStore,
 ) -> None:
     """Writes `direction` `(projection_dim,)`, `states` `(max_length, D)` in float16, their `mask`, and `is_cut`."""
     for start in range(0, len(indices), TEXTS_AT_ONCE):
@@ -59,7 +59,7 @@ def encode_text_parts(
             "mask": F.pad(tokens["attention_mask"], (0, padding)),
             "is_cut": is_cut,
         }
-        parts.write([str(index) for index in chosen], tensors)
+        store.write([str(index) for index in chosen], tensors)
 
 
 def pairs_to_rank(scores: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -74,7 +74,7 @@ def match_parts(
     wanted: dict[int, list[int]],
     videos: dict[int, Place],
     texts: dict[int, Place],
-    parts: Parts,
+    store: TensorStore,
     advance: Callable[[], None],
 ) -> None:
     r"""
@@ -86,10 +86,10 @@ def match_parts(
         videos, texts (`dict`): Places of what [`encode_video_parts`] and [`encode_text_parts`] have written.
         advance (`Callable`): Called after each video.
     """
-    states = Parts.read(texts.values(), "states").to(accelerator.device, model.dtype)
-    masks = Parts.read(texts.values(), "mask").to(accelerator.device)
+    states = TensorStore.read(texts.values(), "states").to(accelerator.device, model.dtype)
+    masks = TensorStore.read(texts.values(), "mask").to(accelerator.device)
     for video, chosen in wanted.items():
-        tokens = Parts.read([videos[video]], "tokens").to(accelerator.device, model.dtype)
+        tokens = TensorStore.read([videos[video]], "tokens").to(accelerator.device, model.dtype)
         match = torch.full((1, len(texts)), float("nan"))
         for start in range(0, len(chosen), TEXTS_AT_ONCE):
             rows = torch.tensor(chosen[start : start + TEXTS_AT_ONCE], device=accelerator.device)
@@ -97,7 +97,7 @@ def match_parts(
             with accelerator.autocast():
                 logits = model.matching_logits_of_encoded(tokens, states[rows, :length], masks[rows, :length])
             match[0, rows.cpu()] = logits[:, 1].float().cpu()
-        parts.write([str(video)], {"match": match})
+        store.write([str(video)], {"match": match})
         advance()
 
 

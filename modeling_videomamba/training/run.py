@@ -30,9 +30,17 @@ from videomamba_arguments import (
 from .augmentation import training_transform
 from .cards import CARD, check_card, public_command, public_name, reason_to_keep, seal, without_signatures
 from .checkpoints import list_checkpoints
-from .data import Examples, StreamedExamples, TestViews, TrainingBatches, TrainingViews, errors_as_lines, test_batches
+from .data import (
+    EvaluationViews,
+    Examples,
+    StreamedExamples,
+    TrainingBatches,
+    TrainingViews,
+    errors_as_lines,
+    test_batches,
+)
 from .diagnosis import NothingReadError, RunError
-from .loop import STATES, Batch, Trainer, make_accelerator
+from .loop import STATES, Batch, TrainingLoop, make_accelerator
 from .models import load_processor
 from .output import check_folder, lock, read_object, remove_unfinished, replace_files, writing
 from .reports import draw_curves, model_card, origin_of
@@ -42,7 +50,16 @@ from .workers import iterate
 
 ARGUMENTS_FILE = "arguments.json"
 # what may differ from one part of a run to the next
-FREE = {"resume", "output_dir", "num_workers", "log_steps", "save_steps", "save_minutes", "report_to", "push_to_hub"}
+MAY_CHANGE_ON_RESUME = {
+    "resume",
+    "output_dir",
+    "num_workers",
+    "log_steps",
+    "save_steps",
+    "save_minutes",
+    "report_to",
+    "push_to_hub",
+}
 
 
 @dataclass
@@ -90,7 +107,7 @@ class TrainingRun(ABC):
             self.load_data()
         self.model = self.load_model()
         self.processor = self.load_processor()
-        self.trainer = Trainer(
+        self.trainer = TrainingLoop(
             accelerator=self.accelerator,
             model=self.model,
             objective=self.objective,
@@ -142,7 +159,7 @@ class TrainingRun(ABC):
         args = self.args
         return [args.data, args.model, args.augmentation, args.optimization, args.run]
 
-    def training_views(self) -> TrainingViews | TestViews:
+    def training_views(self) -> TrainingViews | EvaluationViews:
         """What the model sees of a training example."""
         augmentation = self.args.augmentation
         return TrainingViews(self.processor, training_transform(self.processor, augmentation), augmentation.num_sample)
@@ -172,7 +189,10 @@ class TrainingRun(ABC):
     def recorded(self) -> dict[str, Any]:
         """The arguments that decide what the run computes."""
         values = {
-            name: value for group in self.argument_groups() for name, value in asdict(group).items() if name not in FREE
+            name: value
+            for group in self.argument_groups()
+            for name, value in asdict(group).items()
+            if name not in MAY_CHANGE_ON_RESUME
         }
         values["processes"] = self.accelerator.num_processes
         if self.args.data.streaming:  # each worker has shards of its own
@@ -203,7 +223,7 @@ class TrainingRun(ABC):
 
     # Batches
 
-    def batches_of(self, split: Split, views: TrainingViews | TestViews, start: int, end: int) -> Iterable[Batch]:
+    def batches_of(self, split: Split, views: TrainingViews | EvaluationViews, start: int, end: int) -> Iterable[Batch]:
         """The batches that this process has of a training split from number `start` to `end`."""
         args, accelerator = self.args, self.accelerator
         examples = self._examples(split, views)
@@ -232,11 +252,11 @@ class TrainingRun(ABC):
             if number >= start:
                 yield batch
 
-    def _examples(self, split: Split, views: TrainingViews | TestViews) -> Examples:
+    def _examples(self, split: Split, views: TrainingViews | EvaluationViews) -> Examples:
         skip = self.args.data.on_broken_video == "skip"
         return Examples(split, views, skip_broken=skip, seed=self.args.run.seed)
 
-    def batches_once(self, split: Split, views: TestViews, indices: list[int] | None = None) -> Iterator[Batch]:
+    def batches_once(self, split: Split, views: EvaluationViews, indices: list[int] | None = None) -> Iterator[Batch]:
         """Those examples of a split that `indices` names, or all, once on all processes together."""
         keys = test_batches(
             list(range(len(split))) if indices is None else indices,
@@ -248,7 +268,9 @@ class TrainingRun(ABC):
         workers = min(self.args.data.num_workers, len(keys))
         return iterate(examples, workers, batch_sampler=keys, pin_memory=self._pins_memory)
 
-    def check_readable(self, name: str, split: Split, views: TestViews, indices: Iterable[int] | None = None) -> None:
+    def check_readable(
+        self, name: str, split: Split, views: EvaluationViews, indices: Iterable[int] | None = None
+    ) -> None:
         """
         Raises [`NothingReadError`] if broken files are skipped and there is no other among `indices` of a split: the
         first evaluation would end the run, hours later. A stream is not read twice.
@@ -368,14 +390,14 @@ class TrainingRun(ABC):
 
     def _report(self) -> None:
         output_dir, trainer = self.args.run.output_dir, self.trainer
-        progress, window = trainer.progress, trainer.window
+        progress, statistics = trainer.progress, trainer.statistics
         draw_curves(trainer.records(), output_dir / "curves.png")
         summary = {
             "steps": progress.step,
             "metrics": trainer.metrics,
             "best": progress.best,
             "skipped_steps": progress.skipped,
-            "data_wait": window.waited_in_all / max(window.seconds_in_all, 1e-9),
+            "data_wait": statistics.waited_in_all / max(statistics.seconds_in_all, 1e-9),
             "broken": progress.broken,
             "evaluated": self.evaluated,
             **self.report(),

@@ -19,7 +19,7 @@ from .collection import Collection, check_faiss, embed
 from .data import BROKEN
 from .previews import clock_time
 from .video_text_models import fingerprint, load_retrieval_model
-from .windows import ShardError, Source, Window, find_remote, locate, open_video, read_media, window_pixels
+from .windows import ShardError, Source, VideoWindow, find_remote, locate, open_video, read_media, window_pixels
 
 MIN_MATCH = 0.5  # probability that a video matches a text, of one that fits
 RERANKED = 32  # candidates, if no other number is asked for
@@ -33,7 +33,7 @@ class Hit:
     probability that it matches the text, and what the model sees of it, `pixels` `(1, frames, 3, height, width)`.
     """
 
-    window: Window
+    window: VideoWindow
     similarity: float
     probability: float | None = None
     pixels: torch.Tensor | None = None
@@ -73,7 +73,7 @@ class Search:
     def __init__(self, collection: Collection, column: str, root: str, processor: VideoMambaVideoProcessor):
         self.column, self.root, self.processor = column, root, processor
         self.table, self.frames = collection.table(column), collection.frames
-        self.rows = self.table.select_columns(list(Window._fields))
+        self.rows = self.table.select_columns(list(VideoWindow._fields))
         self.left_out: dict[str, str] = {}
         self._unchanged: set[str] = set()
 
@@ -91,12 +91,12 @@ class Search:
             for similarity, row in zip(*self.table.search(self.column, query.cpu().numpy(), at_once), strict=True):
                 if row not in seen:
                     seen.add(row)
-                    window = Window(**self.rows[int(row)])
+                    window = VideoWindow(**self.rows[int(row)])
                     if self._is_unchanged(window):
                         yield Hit(window, float(similarity))
             at_once *= 4
 
-    def _is_unchanged(self, window: Window) -> bool:
+    def _is_unchanged(self, window: VideoWindow) -> bool:
         name = window.file.path
         if name not in self._unchanged and name not in self.left_out:
             if changed := self.change(window):
@@ -105,7 +105,7 @@ class Search:
                 self._unchanged.add(name)
         return name in self._unchanged
 
-    def change(self, window: Window) -> str | None:
+    def change(self, window: VideoWindow) -> str | None:
         """`"removed"` or `"changed"` where the file of a window isn't as it was when it was indexed."""
         try:
             if "://" in window.file.path:
@@ -149,7 +149,7 @@ class OpenVideo(ExitStack):
         self.video: Source | None = None
         self.reader: VideoFile | None = None
 
-    def of(self, window: Window) -> VideoFile:
+    def of(self, window: VideoWindow) -> VideoFile:
         """Raises [`ShardError`] or as [`open_video`]."""
         if self.reader is None or self.video != window.video:
             self.close()

@@ -20,7 +20,7 @@ from videomamba_arguments import CaptionedDataArguments, VideoTextArguments, Vid
 from ..modeling_videomamba_pretraining import take_visible
 from ..processing_videomamba import VideoMambaProcessor
 from .augmentation import training_transform
-from .data import TestViews, TrainingViews, cut_into_windows, derive_seed, spread
+from .data import EvaluationViews, TrainingViews, cut_into_windows, derive_seed, spread
 from .diagnosis import NothingReadError
 from .evaluation import predict
 from .loop import Batch
@@ -79,7 +79,7 @@ class VideoTextRun(TrainingRun):
         if pretraining.max_text_length > longest:
             raise ValueError(f"--max-text-length must be at most {longest}, got {pretraining.max_text_length}")
         for kind, split in self.splits.items():
-            self.check_readable(f"train ({kind}s)", split, TestViews(self._processor_of(kind)))
+            self.check_readable(f"train ({kind}s)", split, EvaluationViews(self._processor_of(kind)))
         split, wanted = self.evaluation_split, pretraining.evaluation_examples
         self.check_readable(self.evaluation_name, split, self._evaluation_views, spread(len(split), wanted))
         self.mask_words = DataCollatorForLanguageModeling(
@@ -265,8 +265,8 @@ class VideoTextRun(TrainingRun):
     # Evaluation
 
     @property
-    def _evaluation_views(self) -> TestViews:
-        return TestViews(self._processor_of(media_kind(self.evaluation_split)))
+    def _evaluation_views(self) -> EvaluationViews:
+        return EvaluationViews(self._processor_of(media_kind(self.evaluation_split)))
 
     def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, str]]:
         """Retrieval by the dual encoder among at most `evaluation_examples`."""

@@ -26,7 +26,7 @@ from torch.utils.data import get_worker_info
 from ..video_decoding import VideoFile, VideoSource, open_source
 from ..video_index import FrameIndex
 from ..video_processing_videomamba import VideoMambaVideoProcessor, sample_frame_indices
-from .data import BROKEN, Examples, TestViews, process_clips
+from .data import BROKEN, EvaluationViews, Examples, process_clips
 from .files import VIDEO_SUFFIXES, TarMember, check_no_file_twice, legible, name_error, walk_files
 from .frame_indexes import FrameIndexes
 
@@ -50,7 +50,7 @@ class Source(NamedTuple):
     mtime: int | None
 
 
-class Window(NamedTuple):
+class VideoWindow(NamedTuple):
     """One of the `windows` equal parts of a video, in seconds; in earlier indexes `end` is `None` for a whole video."""
 
     path: str
@@ -285,11 +285,11 @@ def open_video(video: VideoSource, index: FrameIndex | None = None) -> VideoFile
     return VideoFile(*open_source(video), index=index)
 
 
-def cut_video(video: Source, duration: float, clip_seconds: float) -> list[Window]:
+def cut_video(video: Source, duration: float, clip_seconds: float) -> list[VideoWindow]:
     """As few equal windows as are no longer than `clip_seconds` (but for a hundredth), which leave nothing out."""
     count = max(1, math.ceil(duration / clip_seconds - 0.01))  # ten seconds at 29.97 frames a second are 10.01
     bounds = [index * duration / count for index in range(count)] + [duration]
-    return [Window(*video, start, end, count) for start, end in itertools.pairwise(bounds)]
+    return [VideoWindow(*video, start, end, count) for start, end in itertools.pairwise(bounds)]
 
 
 def window_pixels(
@@ -328,7 +328,7 @@ class Windows(torch.utils.data.IterableDataset):
         root (`str`): What their paths are relative to.
         processor ([`VideoMambaVideoProcessor`]): Of the model.
         clip_seconds (`float`): As in [`cut_video`].
-        known (`set[Window]`): Left out.
+        known (`set[VideoWindow]`): Left out.
         frames ([`FrameIndexes`]): Gets the frame index of each video with several windows.
         share ([`Share`]): Of this process, whose workers share it.
     """
@@ -339,14 +339,14 @@ class Windows(torch.utils.data.IterableDataset):
         root: str,
         processor: VideoMambaVideoProcessor,
         clip_seconds: float,
-        known: set[Window],
+        known: set[VideoWindow],
         frames: FrameIndexes,
         share: Share,
     ):
         self.files, self.root, self.processor, self.clip_seconds = files, root, processor, clip_seconds
         self.complete, self.frames, self.share = frames.complete(known), frames, share
         self.known = {window for window in known if window.video not in self.complete}
-        self.blank = Examples([], TestViews(processor), skip_broken=True).item(None, 0, -1)
+        self.blank = Examples([], EvaluationViews(processor), skip_broken=True).item(None, 0, -1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -367,7 +367,7 @@ class Windows(torch.utils.data.IterableDataset):
             if len(windows) > 1:
                 self.frames.write(video, reader.index)
 
-    def _item(self, window: Window, reader: VideoFile) -> dict[str, Any]:
+    def _item(self, window: VideoWindow, reader: VideoFile) -> dict[str, Any]:
         try:
             pixels = window_pixels(reader, window.start, window.end, self.processor)
         except BROKEN as error:  # the other windows may be whole

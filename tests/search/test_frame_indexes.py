@@ -14,7 +14,7 @@ from modeling_videomamba.training import windows as windows_module
 from modeling_videomamba.training.collection import Collection
 from modeling_videomamba.training.frame_indexes import FrameIndexes
 from modeling_videomamba.training.search import load_search
-from modeling_videomamba.training.windows import Source, Window, find_files
+from modeling_videomamba.training.windows import Source, VideoWindow, find_files
 from modeling_videomamba.video_decoding import VideoFile
 from modeling_videomamba.video_index import MISSING, FrameIndex
 from moving_digits import FPS, write_mp4
@@ -61,10 +61,10 @@ def test_only_whole_files_of_wanted_videos_are_kept(tmp_path):
         frames.path(other).write_bytes(damaged)
         assert FrameIndexes(tmp_path).read(other) is None
         frames.path(other).unlink()
-    windows = [Window(*VIDEO, float(start), start + 1.0, 2) for start in range(2)]
+    windows = [VideoWindow(*VIDEO, float(start), start + 1.0, 2) for start in range(2)]
     assert frames.complete(windows) == {VIDEO} and not frames.complete(windows[:1])
     frames.keep([])
-    assert not frames.complete(windows) and frames.complete([Window(*other, 0.0, 1.0, 1)]) == {other}
+    assert not frames.complete(windows) and frames.complete([VideoWindow(*other, 0.0, 1.0, 1)]) == {other}
 
 
 def test_an_index_is_small(tmp_path):
@@ -117,10 +117,10 @@ def test_playing_a_hit_does_not_scan_a_long_video(collection, scanned):
     folder, out = collection
     write_shard(folder / "a.tar", {"long.mp4": folder / "long.mp4"})
     search, _, _ = load_search(out, "embedding")
-    windows = [Window(**row) for row in search.rows if row["path"] == "long.mp4"]
+    windows = [VideoWindow(**row) for row in search.rows if row["path"] == "long.mp4"]
     shard = Source("a.tar::long.mp4", *find_files([str(folder / "a.tar")])[0][1:])
     search.frames.write(shard, search.frames.read(windows[0].video))
-    windows += [Window(*shard, *window[3:]) for window in windows]
+    windows += [VideoWindow(*shard, *window[3:]) for window in windows]
     scanned.clear()
     for chosen in range(len(windows)):
         (played,) = page.play(search, windows, chosen)

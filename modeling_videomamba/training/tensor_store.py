@@ -1,4 +1,4 @@
-"""What a model makes of many examples, on disk while it goes on, so that it may be stopped at any moment."""
+"""Tensors of examples on disk, written batch by batch, so that what computes them may be stopped at any moment."""
 
 import json
 import uuid
@@ -15,13 +15,13 @@ from .output import writing
 Place: TypeAlias = tuple[Path, int]
 
 
-class Parts:
+class TensorStore:
     r"""
     Tensors of examples by key, in safetensors files of a folder, a file for each batch. Each process writes files of
     its own, which get their names when they are whole.
 
     Args:
-        folder (`Path`): May hold parts of before, also by another number of processes.
+        folder (`Path`): May hold tensors of an earlier run, also of another number of processes.
     """
 
     def __init__(self, folder: Path):
@@ -37,7 +37,7 @@ class Parts:
                 with safe_open(path, "pt") as file:
                     keys = json.loads(file.metadata()["keys"])
             except (SafetensorError, TypeError, KeyError, ValueError) as error:
-                raise ValueError(f"{path} is not a part of a run ({error}): remove it") from error
+                raise ValueError(f"{path} is not a file of this store ({error}): remove it") from error
             places |= {key: (path, row) for row, key in enumerate(keys)}
         return places
 

@@ -1,32 +1,11 @@
-"""The scan and its convolution as the equations say, which every backend is held against."""
+"""Inputs of the scan, and how a backend is held against the recurrence in float64."""
 
 import torch
-import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # For the Triton kernels: small inputs have several blocks of channels, chunks, tiles in a chunk, groups of chunks.
 SMALL_BLOCKS = {"BLOCK_CHANNELS": 4, "TILE_STEPS": 2, "MIN_CHUNK_STEPS": 3, "CARRY_CHUNKS": 2, "CARRY_CHANNELS": 4}
-
-
-def naive_scan(x, dt, A, B, C, D, z, dt_bias, add, reverse):
-    """The recurrence, step by step, differentiated by autograd."""
-    dt = F.softplus(dt if dt_bias is None else dt + dt_bias)
-    h, ys = x.new_zeros(x.shape[0], *A.shape), {}
-    steps = range(x.shape[1])
-    for t in reversed(steps) if reverse else steps:
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None]
-        ys[t] = (h * C[:, t, None]).sum(-1) + D * x[:, t]
-    y = torch.stack([ys[t] for t in steps], dim=1)
-    y = y if add is None else y + add
-    return y if z is None else y * F.silu(z)
-
-
-def naive_conv(x, weight, bias, reverse):
-    width = weight.shape[-1]
-    weight = weight.flip(-1) if reverse else weight
-    padded = F.pad(x.transpose(1, 2), (0, width - 1) if reverse else (width - 1, 0))
-    return F.silu(F.conv1d(padded, weight, bias, groups=weight.shape[0])).transpose(1, 2)
 
 
 def make_inputs(batch=2, length=11, channels=5, state=4, dtype=torch.float32, without=(), device="cpu"):

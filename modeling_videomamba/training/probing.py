@@ -15,7 +15,7 @@ from .evaluation import Predictions
 NEIGHBORS = 10
 
 
-def clip_features(model: nn.Module, pixel_values: torch.Tensor, num_patches: int) -> torch.Tensor:
+def probe_features(model: nn.Module, pixel_values: torch.Tensor, num_patches: int) -> torch.Tensor:
     r"""
     Features `(batch, 2 * hidden_size)`, float32, of clips nothing of which is hidden: the class token, and the mean of
     the patch tokens, of the residual stream that masked pretraining aligns.
