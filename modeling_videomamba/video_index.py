@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .video_messages import orientation_message
 from .video_opening import BrokenVideoError, OpenedVideo
 from .video_truncation import is_truncated
 
@@ -145,6 +146,7 @@ class _Packets:
     size: np.ndarray
     duration: np.ndarray
     is_keyframe: np.ndarray
+    turns_late: bool  # whether a packet behind the first one has another orientation for the frames that follow
 
     def __len__(self) -> int:
         return len(self.pts)
@@ -159,6 +161,11 @@ def read_index(video: OpenedVideo) -> FrameIndex:
         `BrokenVideoError`: if the file is truncated, empty, or damaged where it has to be decoded.
     """
     packets = _scan(video)
+    index = _read_index(video, packets)
+    return index.without_seeks() if packets.turns_late else index
+
+
+def _read_index(video: OpenedVideo, packets: _Packets) -> FrameIndex:
     if _order_is_unknown(video, packets):
         return _index_by_decoding(video, packets)
     if _order_is_doubtful(video, packets):
@@ -169,24 +176,32 @@ def read_index(video: OpenedVideo) -> FrameIndex:
 def decode_index(video: OpenedVideo) -> FrameIndex:
     """Index by decoding the whole file in order, which leaves no doubt; raises as [`read_index`]."""
     video.restart()
-    return _index_by_decoding(video, _scan(video))
+    packets = _scan(video)
+    index = _index_by_decoding(video, packets)
+    return index.without_seeks() if packets.turns_late else index
 
 
 def _scan(video: OpenedVideo) -> _Packets:
     """Reads all packets that give a frame. Raises `BrokenVideoError` for a truncated or empty file."""
     rows = array("q")  # a list would take ten times the memory
     num_packets, is_cut, is_damaged = 0, False, False
+    first_message, turns_late, is_prefixed = None, False, (video.stream.codec_context.extradata or b"")[:1] == b"\1"
     format_name = video.container.format.name
     try:
         for packet in video.packets():
             is_cut = packet.is_corrupt and format_name != "mpegts"  # where it is one after a gap
             num_packets += 1
+            if video.codec in ("h264", "hevc"):
+                message = orientation_message(bytes(packet), video.codec, is_prefixed)
+                first_message = message if num_packets == 1 else first_message
+                turns_late |= message not in (None, first_message)
             if _gives_frame(video, packet):
                 times = (MISSING if time is None else time for time in (packet.pts, packet.dts, packet.pos))
                 rows.extend((*times, packet.size, packet.duration or 0, packet.is_keyframe))
     except BrokenVideoError as error:
         is_cut, is_damaged = True, not video.is_end(error.__cause__)
-    packets = _Packets(*np.array(rows).reshape(-1, 6).T)
+    pts, dts, pos, size, duration, is_keyframe = np.array(rows).reshape(-1, 6).T
+    packets = _Packets(pts, dts, pos, size, duration, is_keyframe, turns_late)
     num_expected = 0 if format_name == "gxf" else len(video.stream.index_entries)  # GXF has one for each field
     if (is_short := is_truncated(video.file)) or is_cut or num_packets < num_expected:
         state = "damaged" if is_damaged and not is_short else "truncated"

@@ -320,7 +320,9 @@ def test_whatever_pyav_raises_is_a_broken_file(video, monkeypatch, where, error)
             parts = {"demux": self.container.demux, "decode": self.stream.codec_context.decode, where: fail}
             self.container = SimpleNamespace(**parts, format=self.container.format, close=self.container.close)
             self.stream = SimpleNamespace(
-                codec_context=SimpleNamespace(**parts, codec=self.stream.codec_context.codec, has_b_frames=True),
+                codec_context=SimpleNamespace(
+                    **parts, codec=self.stream.codec_context.codec, has_b_frames=True, extradata=b""
+                ),
                 frames=45,
                 index_entries=[],
             )

@@ -60,6 +60,43 @@ def test_an_orientation_that_is_said_once_holds_for_all_frames(tmp_path):
             assert np.array_equal(list(reader.decode(range(index, 30))), expected[index:])
 
 
+# display orientation messages of H.264: a quarter turn against the clock, a half turn
+QUARTER, HALF = bytes.fromhex("00000001062f0308000980"), bytes.fromhex("00000001062f0310000980")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "h264"])
+@pytest.mark.parametrize(
+    ("messages", "turns"),
+    [
+        ({16: HALF}, {16: 2}),
+        ({19: HALF}, {19: 2}),
+        ({0: QUARTER, 16: HALF}, {0: 1, 16: 2}),
+        ({0: HALF, 16: HALF}, {0: 2}),
+    ],
+)
+def test_an_orientation_that_comes_later_holds_from_there(tmp_path, suffix, messages, turns):
+    path, number = tmp_path / f"video.{suffix}", 30
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "8", "keyint_min": "8", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(p, format="rgb24").reformat(64, 64) for p in pictures(number)]
+        packets = [packet for frame in [*frames, None] for packet in stream.encode(frame)]
+        for index, packet in enumerate(packets):
+            copy = av.Packet(messages.get(index, b"") + bytes(packet))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.stream, copy.is_keyframe = stream, packet.is_keyframe
+            container.mux(copy)
+    expected, turned = decode_in_order(path), 0
+    for index in range(number):
+        turned = turns.get(index, turned)
+        expected[index] = np.rot90(expected[index], turned)
+    with VideoFile("video", str(path)) as reader:
+        assert np.array_equal(list(reader.decode(range(number))), expected)
+    for index in (29, 20, 17, 12, 3):
+        with VideoFile("video", str(path)) as reader:
+            assert np.array_equal(next(reader.decode([index])), expected[index]), index
+
+
 @pytest.mark.parametrize("suffix", ["avi", "mov", "mkv", "mjpeg"])
 @pytest.mark.parametrize("orientation", [None, 1, 2, 3, 6])
 def test_pictures_of_a_camera(tmp_path, suffix, orientation):
