@@ -1,6 +1,6 @@
 """
 The selective scan and its convolution as the equations say, step by step, differentiated by autograd: every backend
-is tested against them. Arguments are those of [`selective_scan`] and [`causal_conv1d`], in the order of the backends.
+is tested against them. The arguments are the public functions', in the order of the backends.
 """
 
 import torch

@@ -28,5 +28,6 @@ def test_a_place_is_there(file, name):
     path = ROOT / file if file.startswith(("scripts/", "tests/")) else ROOT / "modeling_videomamba" / file
     body = ast.parse(path.read_text("utf-8")).body
     for part in filter(None, name.split(".")):
-        node = names_in(body)[part]
-        body = getattr(node, "body", [])
+        found = names_in(body)
+        assert part in found, f"{file} has no {name}"
+        body = getattr(found[part], "body", [])

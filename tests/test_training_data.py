@@ -199,6 +199,14 @@ def test_a_broken_file_keeps_its_place(tmp_path, video):
         Examples(videos(video, *broken), EvaluationViews(processor()), skip_broken=False)[0, 1]
 
 
+@pytest.mark.parametrize("name", ["live.ts", "cut.ts"])
+def test_leading_frames_break_no_draw(name):
+    """Whatever frames are drawn from a recording that begins in the middle of a group of pictures."""
+    examples = Examples(videos(CASES / name), TrainingViews(processor(), lambda clip: clip), skip_broken=True)
+    items = [examples[epoch, 0] for epoch in range(20)]
+    assert all(item["valid"] for item in items)
+
+
 def test_captions_are_drawn_and_files_told_apart(tmp_path, video):
     copy = shutil.copy(video, tmp_path / "copy.mp4")
     texts = [["one", "two"], ["three"], ["four"], ["five", " "], []]

@@ -84,7 +84,7 @@ class Collection:
         return settings
 
     def table_folder(self) -> Path:
-        """Of the finished table. Raises `FileNotFoundError` if there is none, `ValueError` if `current` is damaged."""
+        """Folder of the finished table. Raises `FileNotFoundError` without one, `ValueError` if `current` is damaged."""
         if not self.current.exists():
             raise FileNotFoundError(f"{self.folder} has no finished index")
         with self._reading(self.current) as path:
@@ -111,7 +111,7 @@ class Collection:
         return table
 
     def windows(self) -> list[VideoWindow]:
-        """Of the finished table, in its order."""
+        """Windows of the finished table, in the order of its rows."""
         return read_windows(self.table()) if self.current.exists() else []
 
     def embedded(self, files: Iterable[Source]) -> set[VideoWindow]:
@@ -192,7 +192,7 @@ def describe_changes(
     What a run did, in a line.
 
     Args:
-        before, now (`list[VideoWindow]`): Of the finished table.
+        before, now (`list[VideoWindow]`): Windows of the finished table, before and after the run.
         known (`set[VideoWindow]`): What had been embedded before the run.
         broken (`dict[str, str]`): Why what can't be read can't, by its path.
     """

@@ -14,7 +14,7 @@ VIDEO_SUFFIXES |= {".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
 
 @cache
 def image_suffixes() -> set[str]:
-    """Of what Pillow opens; its MPEG plugin opens no pictures."""
+    """Suffixes of the pictures that Pillow opens. Its MPEG plugin opens no pictures."""
     known = PILImage.registered_extensions()
     return {suffix for suffix, name in known.items() if name in PILImage.OPEN} - VIDEO_SUFFIXES
 

@@ -4,12 +4,15 @@ import os
 import re
 import shutil
 import sys
+from itertools import pairwise
 
 import pytest
 from PIL import Image
 
 import search_videos
+from tests.launching import assert_finished, call
 from tests.search.helpers import OPTIONS, TEXT, ask, call_script, paths, window_of
+from tests.test_video_order import CASES
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +194,15 @@ def test_a_damaged_index_is_not_added_to(name, removed, index, clips, model_fold
     path.unlink() if removed else path.write_bytes(b"")
     message = exit_of(search_videos, "index", clips, out, "--model", model_folder, *OPTIONS)
     assert re.fullmatch(f"error: {path}: damaged \\([^\n]+\\): delete {out} and index again", message), message
+
+
+def test_times_are_those_of_a_video_with_a_variable_frame_rate(model_folder, tmp_path):
+    """Through both commands: 150 frames in 59.1 seconds, which its mean rate would put elsewhere."""
+    (tmp_path / "videos").mkdir()
+    shutil.copy(CASES / "vfr.mp4", tmp_path / "videos")
+    options = ("--model", model_folder, "--clip-seconds", 10, "--num-workers", 0)
+    assert_finished(call("search_videos.py", "index", tmp_path / "videos", tmp_path / "out", *options))
+    text = assert_finished(call("search_videos.py", "query", tmp_path / "out", TEXT, "--top-k", 8))
+    times = sorted(re.findall(r"\d:\d\d\N{EN DASH}\d:\d\d", text))
+    ends = ["0:00", "0:10", "0:20", "0:30", "0:39", "0:49", "0:59"]
+    assert times == [f"{start}\N{EN DASH}{end}" for start, end in pairwise(ends)]
