@@ -3,6 +3,7 @@ import gc
 import http.server
 import io
 import pickle
+import re
 import shutil
 import struct
 import threading
@@ -20,7 +21,7 @@ from PIL import Image
 from modeling_videomamba import BrokenVideoError, __version__, video_decoding
 from modeling_videomamba.video_decoding import VideoFile, read_frames
 from modeling_videomamba.video_opening import OpenedVideo
-from tests.conftest import moving_square, write_video
+from tests.conftest import ROOT, moving_square, write_video
 from tests.test_video_order import CASES
 
 
@@ -475,3 +476,9 @@ def test_frames_are_freed_without_the_garbage_collector(video):
     finally:
         gc.enable()
     assert len(held) == 45 and max(held) < 12
+
+
+def test_the_lowest_pyav_is_one_that_reads_flv_and_vob():
+    """PyAV 17.0 ends the process at whole files of these containers."""
+    lowest = re.search(r'"av>=([\d.]+)', (ROOT / "pyproject.toml").read_text("utf-8"))
+    assert lowest and tuple(map(int, lowest[1].split("."))) >= (17, 1)

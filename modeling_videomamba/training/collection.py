@@ -84,7 +84,7 @@ class Collection:
         return settings
 
     def table_folder(self) -> Path:
-        """Folder of the finished table. Raises `FileNotFoundError` without one, `ValueError` if `current` is damaged."""
+        """Folder of the finished table. Raises `FileNotFoundError` without one, `ValueError` if it is damaged."""
         if not self.current.exists():
             raise FileNotFoundError(f"{self.folder} has no finished index")
         with self._reading(self.current) as path:
